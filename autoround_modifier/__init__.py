@@ -1,0 +1,28 @@
+"""
+SignRound (AutoRound) as a native modifier of LLM-Compressor.
+
+Importing this package registers `AutoRoundModifier` with LLM-Compressor, in place of the built-in
+modifier of that name.
+"""
+
+from llmcompressor.modifiers import ModifierFactory
+
+from autoround_modifier.calibration import self_generated, text_dataset
+from autoround_modifier.entrypoint import oneshot
+from autoround_modifier.modifier import AutoRoundModifier
+from autoround_modifier.presets import PRESETS
+from autoround_modifier.recipes import find_recipe, list_recipes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "AutoRoundModifier",
+    "find_recipe",
+    "list_recipes",
+    "oneshot",
+    "self_generated",
+    "text_dataset",
+]
+
+ModifierFactory.register("AutoRoundModifier", AutoRoundModifier)

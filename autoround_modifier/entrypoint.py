@@ -1,0 +1,79 @@
+"""`oneshot`: LLM-Compressor's own, with shipped recipes by name and early refusal of mistakes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import llmcompressor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from autoround_modifier.calibration import text_dataset
+from autoround_modifier.errors import OutputExistsError
+from autoround_modifier.recipes import check_recipe, find_recipe
+
+__all__ = ["oneshot"]
+
+
+def oneshot(
+    model: str | PreTrainedModel,
+    recipe: Any = None,
+    dataset: Any = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    overwrite_output_dir: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """
+    `llmcompressor.oneshot` with the same arguments, and three things more: ``recipe`` may be the
+    name of a shipped recipe, ``dataset`` may be a text or JSON-lines file, and an output folder
+    that is not empty is refused before anything runs.
+
+    :param model: model, or name or path of one
+    :param recipe: path, name of a shipped recipe (``"w2a16_autoround"``), YAML text, modifier, or
+        a list of modifiers
+    :param dataset: whatever `llmcompressor.oneshot` takes, or the path of a ``.txt``, ``.json``
+        or ``.jsonl`` file, which `text_dataset` cuts into samples of ``max_seq_length`` tokens
+    :param output_dir: where to save; nothing is saved if None
+    :param overwrite_output_dir: save into a folder that already holds files
+    :param kwargs: further arguments of `llmcompressor.oneshot`
+    :return: the quantized model
+    :raises OutputExistsError: if ``output_dir`` holds files
+    :raises RecipeError: if the recipe is not found, is empty, or has fields that do not exist
+    """
+    if output_dir is not None and not overwrite_output_dir:
+        folder = Path(output_dir)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputExistsError(
+                f"{folder} exists and is not empty; choose another `output_dir`, or pass "
+                "`overwrite_output_dir=True`"
+            )
+    if isinstance(recipe, (str, Path)) and "\n" not in str(recipe):
+        path = find_recipe(recipe)
+        check_recipe(path)
+        recipe = str(path)
+    if isinstance(dataset, (str, Path)) and Path(dataset).is_file():
+        dataset = _read_text(Path(dataset), model, kwargs)
+    return llmcompressor.oneshot(
+        model=model,
+        recipe=recipe,
+        dataset=dataset,
+        output_dir=None if output_dir is None else str(output_dir),
+        **kwargs,
+    )
+
+
+def _read_text(path: Path, model: str | PreTrainedModel, kwargs: dict[str, Any]) -> Any:
+    tokenizer = kwargs.get("tokenizer") or kwargs.get("processor")
+    if tokenizer is None or isinstance(tokenizer, str):
+        source = tokenizer or (model if isinstance(model, str) else model.config._name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=kwargs.get("trust_remote_code_model", False)
+        )
+    return text_dataset(
+        path,
+        tokenizer,
+        num_samples=kwargs.get("num_calibration_samples", 512),
+        max_seq_length=kwargs.get("max_seq_length") or 2048,
+        text_column=kwargs.get("text_column", "text"),
+    )

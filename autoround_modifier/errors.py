@@ -1,0 +1,23 @@
+"""What can be wrong with a recipe, a model or its calibration data: one class each, all `ValueError`."""
+
+__all__ = ["CalibrationError", "NonFiniteError", "OutputExistsError", "RecipeError", "SchemeError"]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read, or that would silently do nothing."""
+
+
+class SchemeError(ValueError):
+    """A quantization scheme that does not fit the layers it targets."""
+
+
+class CalibrationError(ValueError):
+    """Calibration data that is missing, empty or cannot be used."""
+
+
+class NonFiniteError(ValueError):
+    """NaN or infinity in a weight or an activation."""
+
+
+class OutputExistsError(FileExistsError):
+    """An output folder that already holds files."""

@@ -1,0 +1,64 @@
+"""
+Writes a quantized weight into its module so that saving recovers its integers exactly.
+
+compressed-tensors does not save the integers it is given: it quantizes the module's floating-point
+weight again, in the weight's own dtype. With bfloat16 weights this is exact up to 6 bits; at 7 and
+8 bits the division ``w / s`` can round to a neighbour. So each weight is checked against the
+library's own `quantize`, and where the integer does not survive:
+
+1. the weight is moved to a neighbouring bfloat16 value that quantizes to the right integer;
+2. where there is none (8 bits, integers more than 64 steps from the zero point, about 1 % of the
+   weights), the integer itself becomes the one that will be saved, one step away.
+
+Thus the integers in the checkpoint are those of the model in memory, always.
+"""
+
+from __future__ import annotations
+
+import torch
+from compressed_tensors.offload import update_offload_parameter
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+from torch import Tensor, nn
+
+from autoround_modifier.formats import QuantizedWeight
+
+__all__ = ["write_back"]
+
+NEIGHBOURS = (1, -1, 2, -2)
+INTEGER_VIEW = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def write_back(module: nn.Module, quantized: QuantizedWeight, args: QuantizationArgs) -> int:
+    """
+    Set ``weight``, ``weight_scale`` and ``weight_zero_point`` of a module.
+
+    :param module: linear layer or embedding with a quantization scheme
+    :param quantized: what to write; updated where an integer cannot be saved
+    :return: number of integers that had to move by one step
+    """
+    weight = quantized.dequantized
+    scale, zero_point = quantized.scale, quantized.zero_point
+
+    def saved(value: Tensor) -> Tensor:
+        return quantize(value, scale, zero_point, args, dtype=torch.int8)
+
+    wrong = saved(weight) != quantized.values
+    if wrong.any():
+        bits = weight.view(INTEGER_VIEW[weight.element_size()])
+        for offset in NEIGHBOURS:
+            neighbour = (bits + offset).view(weight.dtype)
+            exact = wrong & (saved(neighbour) == quantized.values)
+            weight = torch.where(exact, neighbour, weight)
+            wrong &= ~exact
+        if wrong.any():
+            quantized.values = saved(weight)
+            quantized.dequantized = dequantize(
+                quantized.values, scale, zero_point, args, dtype=weight.dtype
+            )
+
+    update_offload_parameter(module, "weight", weight)
+    update_offload_parameter(module, "weight_scale", scale)
+    update_offload_parameter(module, "weight_zero_point", zero_point)
+    return int(wrong.sum())

@@ -1,0 +1,56 @@
+"""What every numeric family gives the tuner: a differentiable quantize-dequantize of one weight."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["QuantizedWeight", "RoundingFormat"]
+
+
+@dataclass
+class QuantizedWeight:
+    """
+    One quantized weight, as it is saved.
+
+    :param values: (out_features, in_features), the integers, int8
+    :param scale: (out_features, groups), the weight's dtype
+    :param zero_point: (out_features, groups), int8; zeros if symmetric
+    :param dequantized: (out_features, in_features), the weight's dtype
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    dequantized: Tensor
+
+
+class RoundingFormat(ABC):
+    """
+    The tuned state of one weight. Before `make_trainable` it rounds to nearest.
+
+    :ivar rounding: V, or None
+    :ivar clipping: alpha and beta, or empty
+    :ivar clipping_limit: upper limit of alpha and beta; the lower one is 0
+    """
+
+    num_bits: int
+    clipping_limit: float = 1.0
+
+    def __init__(self) -> None:
+        self.rounding: Tensor | None = None
+        self.clipping: list[Tensor] = []
+
+    @abstractmethod
+    def make_trainable(self, tune_clipping: bool) -> None:
+        """Create V (zeros) and, if asked for, alpha and beta (ones) as leaf tensors."""
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """:return: the dequantized weight (out_features, in_features), differentiable"""
+
+    @abstractmethod
+    def quantized(self) -> QuantizedWeight:
+        """:return: the weight as it would be saved now; its values are those of `forward`"""

@@ -1,0 +1,340 @@
+"""`AutoRoundModifier`: SignRound as a step of an LLM-Compressor recipe. Lifecycle only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from compressed_tensors.utils import match_named_modules, patch_attr
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization.calibration import apply_calibration_status
+from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.utils import targets_embeddings, untie_word_embeddings
+from llmcompressor.utils.pytorch import infer_sequential_targets
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from autoround_modifier.calibration.capture import (
+    BlockCapture,
+    CapturedBlock,
+    ImportanceCapture,
+)
+from autoround_modifier.calibration.samples import fingerprint
+from autoround_modifier.export import write_back
+from autoround_modifier.formats import QuantizedWeight, RoundingFormat, make_format
+from autoround_modifier.initialization import search_range
+from autoround_modifier.presets import PRESETS
+from autoround_modifier.report import BlockReport
+from autoround_modifier.tuning import BlockGroup, TuningConfig, tune
+from autoround_modifier.validation import (
+    check_calibration_data,
+    check_layers,
+    resolve_schemes,
+)
+
+__all__ = ["AutoRoundModifier"]
+
+
+class AutoRoundModifier(Modifier, QuantizationMixin):
+    """
+    Learns how each weight rounds, by the sign of the gradient, one decoder block at a time
+    (SignRound, https://arxiv.org/abs/2309.05516). The checkpoint format does not change.
+
+    Sample yaml:
+
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        AutoRoundModifier:
+          preset: default
+          ignore: [lm_head]
+          config_groups:
+            group_0:
+              targets: [Linear]
+              weights: {num_bits: 2, type: int, symmetric: true, strategy: group, group_size: 64}
+    ```
+
+    Lifecycle:
+
+    - on_initialize: refuse bad input, apply the schemes
+    - on_calibration_start: hook the blocks
+    - on_sequential_epoch_end: tune the blocks that just ran, write back, advance the quantized
+      chain; quantize targets outside of blocks by the scale search
+    - on_calibration_end: quantize targets that never ran, remove hooks, freeze
+
+    Targets, schemes and ``ignore`` are those of `QuantizationMixin`.
+
+    :param preset: ``best`` (1000 iterations, 512 samples), ``default`` (200, 128), ``light``
+        (50, 128, lr 5e-3), ``opt_rtn`` (scale search, no tuning) or ``rtn`` (rounding to nearest,
+        no data). A field that is given overrides its preset.
+    :param iters: sign-gradient steps per group of blocks; 0 tunes nothing
+    :param lr: step size of V, the learned offset before rounding, in integer steps; it decays
+        linearly to 0. Defaults to ``1 / iters``
+    :param minmax_lr: step size of the clipping factors alpha and beta; defaults to ``lr``
+    :param batch_size: calibration samples in each batch
+    :param gradient_accumulate_steps: batches in each step
+    :param num_calibration_samples: largest number of calibration samples used
+    :param scale_search: start from the best scale of a search instead of the minimum and maximum
+        of each group; the search weighs errors by the importance of their input channel
+    :param enable_minmax_tuning: learn alpha and beta, not only V
+    :param enable_quanted_input: feed each block the output of the quantized blocks before it,
+        not that of the full-precision ones
+    :param holdout_fraction: share of the samples on which candidates are compared; they are
+        never tuned on
+    :param holdout_evaluations: number of candidates compared, evenly spaced, the last among them
+    :param seed: fixes every random choice
+    """
+
+    requires_calibration_data: bool = True
+
+    preset: str = "default"
+    iters: int | None = Field(default=None, ge=0)
+    lr: float | None = Field(default=None, gt=0)
+    minmax_lr: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=8, ge=1)
+    gradient_accumulate_steps: int = Field(default=1, ge=1)
+    num_calibration_samples: int | None = Field(default=None, ge=0)
+    scale_search: bool | None = None
+    enable_minmax_tuning: bool = True
+    enable_quanted_input: bool = True
+    holdout_fraction: float = Field(default=0.125, ge=0, le=0.5)
+    holdout_evaluations: int = Field(default=10, ge=1)
+    seed: int = 42
+
+    _layers: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
+    _pending: set[nn.Module] = PrivateAttr(default_factory=set)
+    _blocks: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
+    _capture: BlockCapture | None = PrivateAttr(default=None)
+    _importance: ImportanceCapture = PrivateAttr(default_factory=ImportanceCapture)
+    _chain: list[Tensor] = PrivateAttr(default_factory=list)
+    _chain_fingerprints: list[int] = PrivateAttr(default_factory=list)
+    _attention: str | None = PrivateAttr(default=None)
+    _progress: tqdm | None = PrivateAttr(default=None)
+    _reports: list[BlockReport] = PrivateAttr(default_factory=list)
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"unknown preset `{value}`; use one of {', '.join(PRESETS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _resolve_preset(self) -> AutoRoundModifier:
+        preset = PRESETS[self.preset]
+        for name in ("iters", "lr", "num_calibration_samples", "scale_search"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(preset, name))
+        if self.iters and not self.num_calibration_samples:
+            raise ValueError(
+                f"iters is {self.iters} but num_calibration_samples is 0; tuning needs samples"
+            )
+        self.requires_calibration_data = bool(self.iters or self.scale_search)
+        return self
+
+    def model_dump(self, **kwargs: Any) -> dict[str, Any]:
+        # The host writes this dict into recipe.yaml; plain data keeps the file loadable.
+        return super().model_dump(**{"mode": "json", **kwargs})
+
+    @property
+    def block_reports(self) -> list[BlockReport]:
+        """What was done to each group of blocks, in order."""
+        return list(self._reports)
+
+    # ------------------------------------------------------------------ lifecycle
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """
+        :raises RecipeError: if no module is targeted
+        :raises SchemeError: if a scheme is not supported or does not fit its layer
+        :raises CalibrationError: if data is needed and there is none
+        :raises NonFiniteError: if a targeted weight has NaN or infinity
+        """
+        model = state.model
+        schemes = resolve_schemes(model, self.resolved_config)
+        check_layers(schemes)
+        if self.requires_calibration_data:
+            reason = f"`iters: {self.iters}`" if self.iters else "`scale_search: true`"
+            check_calibration_data(state.data.calib, reason)
+
+        QuantizationMixin.initialize_quantization(self, model)
+        self._layers = {module: name for name, (module, _) in schemes.items()}
+        self._pending = set(self._layers)
+        targets = infer_sequential_targets(model, kwargs.get("sequential_targets"))
+        self._blocks = {block: name for name, block in match_named_modules(model, targets)}
+        self._attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        named_layers = ((name, layer) for layer, name in self._layers.items())
+        if targets_embeddings(state.model, named_layers):
+            untie_word_embeddings(state.model)
+        for layer in self._layers:
+            apply_calibration_status(layer)
+        if not self.requires_calibration_data:
+            return
+
+        if self.iters:
+            self._capture = BlockCapture(self._blocks, self.num_calibration_samples)
+            for block in self._blocks:
+                self.register_hook(block, self._record_block(state), "forward", with_kwargs=True)
+        in_blocks = {layer for block in self._blocks for layer in block.modules()}
+        for block in self._blocks:
+            self.register_hook(block, self._enter_block, "forward_pre", with_kwargs=True)
+        for layer in self._layers:
+            if self.scale_search or layer not in in_blocks:
+                self.register_hook(layer, self._importance.record, "forward_pre")
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
+    ) -> None:
+        blocks = [module for module in modules if module in self._blocks]
+        try:
+            if blocks and self._capture is not None:
+                with self._model_attention(state.model), HooksMixin.disable_hooks():
+                    self._tune_blocks(blocks)
+            self._search_layers([module for module in modules if module in self._pending])
+        except Exception:
+            logger.error(
+                f"AutoRound stopped with {len(self._layers) - len(self._pending)} of "
+                f"{len(self._layers)} layers quantized. The model in memory is partly quantized: "
+                "load it again before the next attempt. Nothing was saved."
+            )
+            raise
+
+    def on_calibration_end(self, state: State, event: Event | None, **kwargs: Any) -> None:
+        self._search_layers(list(self._pending))
+        self.remove_hooks()
+        QuantizationMixin.end_calibration(self, state.model)
+        if self._progress is not None:
+            self._progress.close()
+        self._capture, self._progress, self._chain = None, None, []
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        if not self.ended_:
+            self.on_calibration_end(state, None)
+        return True
+
+    # ------------------------------------------------------------------ capture
+
+    def _record_block(self, state: State) -> Callable[..., None]:
+        def record(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            masks = state.loss_masks
+            loss_mask = masks[state.current_batch_idx] if masks else None
+            assert self._capture is not None
+            self._capture.record(block, args, kwargs, output, loss_mask)
+
+        return record
+
+    def _enter_block(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        self._importance.enter_block(args, kwargs)
+
+    @contextlib.contextmanager
+    def _model_attention(self, model: nn.Module) -> Iterator[None]:
+        """
+        Calibration runs in eager attention. Tuning returns to SDPA where the model uses it: the
+        captured masks fit both, and it is faster and smaller.
+        """
+        if self._attention == "sdpa":
+            with patch_attr(model.config, "_attn_implementation", "sdpa"):
+                yield
+        else:
+            yield
+
+    # ------------------------------------------------------------------ tuning
+
+    def _tune_blocks(self, blocks: list[nn.Module]) -> None:
+        assert self._capture is not None
+        name = ", ".join(self._blocks[block] for block in blocks)
+        captured = [self._capture.pop(block) for block in blocks]
+        samples = [one for one in captured if one is not None]
+        if len(samples) < len(blocks):
+            logger.warning(f"{name}: not run by the calibration data, so not tuned")
+            return
+        group = BlockGroup(blocks, [one.calls for one in samples])
+        targets = samples[-1].outputs
+        inputs = self._quantized_inputs(name, samples[0])
+
+        in_group = {layer for block in blocks for layer in block.modules()}
+        layers = [x for x in self._layers if x in in_group and isinstance(x, nn.Linear)]
+        weights: dict[nn.Linear, QuantizedWeight] = {}
+        if layers:
+            formats = {layer: self._initial_format(layer, self.scale_search) for layer in layers}
+            result = tune(
+                group,
+                formats,
+                inputs,
+                targets,
+                samples[-1].masks,
+                self._tuning_config(),
+                self._advance_progress(len(blocks)),
+            )
+            weights = result.weights
+            for layer, weight in weights.items():
+                self._write_back(layer, weight)
+            self._reports.append(BlockReport.from_result(name, result))
+            logger.info(str(self._reports[-1]))
+
+        if self.enable_quanted_input:
+            dequantized = {layer: weight.dequantized for layer, weight in weights.items()}
+            self._chain = group.run(inputs, self.batch_size, dequantized)
+            self._chain_fingerprints = [fingerprint(target) for target in targets]
+
+    def _quantized_inputs(self, name: str, first: CapturedBlock) -> list[Tensor]:
+        """
+        The output of the quantized blocks before this one, if this block's full-precision input
+        is the full-precision output of those; its own full-precision input otherwise.
+        """
+        if not self._chain:
+            return first.inputs
+        chain, self._chain = self._chain, []
+        if [fingerprint(hidden) for hidden in first.inputs] == self._chain_fingerprints:
+            return chain
+        logger.info(
+            f"{name}: its input is not the output of the block before it; it is tuned on "
+            "full-precision inputs"
+        )
+        return first.inputs
+
+    def _tuning_config(self) -> TuningConfig:
+        names = TuningConfig.__dataclass_fields__
+        return TuningConfig(**{name: getattr(self, name) for name in names})
+
+    def _advance_progress(self, num_blocks: int) -> Callable[[], None]:
+        if self._progress is None:
+            total = len(self._blocks) * (self.iters or 0)
+            self._progress = tqdm(total=total, desc="AutoRound", unit="it", smoothing=0.05)
+        progress = self._progress
+        return lambda: progress.update(num_blocks)
+
+    # ------------------------------------------------------------------ layers
+
+    def _initial_format(self, layer: nn.Module, search: bool | None) -> RoundingFormat:
+        args = layer.quantization_scheme.weights
+        found = None
+        if search:
+            found = search_range(layer.weight, args, self._importance.pop(layer))
+        return make_format(layer.weight, args, found)
+
+    def _search_layers(self, layers: list[nn.Module]) -> None:
+        """Quantize without tuning: by the scale search, or to nearest if nothing asks for more."""
+        search = self.requires_calibration_data
+        if self.iters and layers:
+            names = ", ".join(self._layers[layer] for layer in layers)
+            logger.info(f"outside of the tuned blocks, quantized by the scale search: {names}")
+        for layer in layers:
+            self._write_back(layer, self._initial_format(layer, search).quantized())
+
+    def _write_back(self, layer: nn.Module, weight: QuantizedWeight) -> None:
+        moved = write_back(layer, weight, layer.quantization_scheme.weights)
+        if moved:
+            logger.info(
+                f"{self._layers[layer]}: {moved} of {weight.values.numel()} integers moved by one "
+                f"step, because {weight.dequantized.dtype} cannot carry them to the checkpoint"
+            )
+        self._pending.discard(layer)

@@ -1,0 +1,32 @@
+"""The published settings of SignRound, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PRESETS", "Preset"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    :param iters: sign-gradient steps per block; 0 tunes nothing
+    :param num_calibration_samples: calibration samples used, 0 for none
+    :param lr: step size of V; None for ``1 / iters`` (see `tuning.optimizer.default_lr`)
+    :param scale_search: search each group's scale before tuning, weighted by the importance of
+        its input channels (SignRoundV2)
+    """
+
+    iters: int
+    num_calibration_samples: int
+    lr: float | None = None
+    scale_search: bool = False
+
+
+PRESETS: dict[str, Preset] = {
+    "best": Preset(iters=1000, num_calibration_samples=512),
+    "default": Preset(iters=200, num_calibration_samples=128),
+    "light": Preset(iters=50, num_calibration_samples=128, lr=5e-3),
+    "opt_rtn": Preset(iters=0, num_calibration_samples=128, scale_search=True),
+    "rtn": Preset(iters=0, num_calibration_samples=0),
+}

@@ -1,0 +1,113 @@
+"""Finds the recipes shipped with the package by name, and checks a recipe file before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from autoround_modifier.errors import RecipeError
+from autoround_modifier.modifier import AutoRoundModifier
+
+__all__ = ["check_recipe", "find_recipe", "list_recipes"]
+
+_PACKAGE = Path(__file__).parent
+# A wheel carries the recipes inside the package; in a checkout they stand beside it.
+_FOLDERS = (_PACKAGE / "shipped_recipes", _PACKAGE.parent / "recipes")
+
+
+def list_recipes() -> dict[str, Path]:
+    """:return: name without ending -> path of every shipped recipe"""
+    return {path.stem: path for folder in _FOLDERS for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """
+    :param recipe: a path, or the name of a shipped recipe with or without ``.yaml``
+    :return: path of the recipe file
+    :raises RecipeError: if there is neither; lists the shipped names
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = list_recipes()
+    if path.name == str(recipe) and path.stem in shipped and path.suffix in ("", ".yaml"):
+        return shipped[path.stem]
+    raise RecipeError(
+        f"no file `{recipe}`, and no shipped recipe of that name; shipped are: "
+        f"{', '.join(sorted(shipped))}"
+    )
+
+
+def check_recipe(path: Path) -> None:
+    """
+    Refuse what LLM-Compressor would read as an empty recipe or fail on without saying where.
+
+    :raises RecipeError: with the file and the line
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    modifiers = list(_modifiers(path, root))
+    if not modifiers:
+        raise RecipeError(f"{path}: no modifiers; {_LAYOUT}")
+    for line, name, body in modifiers:
+        if not isinstance(body, dict):
+            raise RecipeError(f"{path}:{line}: `{name}` has no fields; write `{name}: {{}}`")
+        if name == AutoRoundModifier.__name__:
+            try:
+                AutoRoundModifier(**body)
+            except ValidationError as error:
+                problems = "; ".join(
+                    ".".join(map(str, item["loc"])) + ": " + item["msg"] for item in error.errors()
+                )
+                raise RecipeError(f"{path}:{line}: `{name}`: {problems}") from error
+
+
+_LAYOUT = (
+    "a recipe is `<name>_stage:`, in it `<name>_modifiers:`, in it `<Modifier>: {fields}`; "
+    "other keys are ignored by LLM-Compressor"
+)
+
+
+def _modifiers(path: Path, root: yaml.Node | None) -> Iterator[tuple[int, str, Any]]:
+    """Yield (line, modifier name, fields) for each modifier of a recipe."""
+    for stage_key, stage in _items(root):
+        if stage_key.value in ("args", "version"):
+            continue
+        if not stage_key.value.endswith("_stage"):
+            raise RecipeError(
+                f"{path}:{_line(stage_key)}: `{stage_key.value}` is not a stage: {_LAYOUT}"
+            )
+        for group_key, group in _items(stage):
+            if not group_key.value.endswith("_modifiers"):
+                raise RecipeError(
+                    f"{path}:{_line(group_key)}: `{group_key.value}` is not a group of "
+                    f"modifiers: {_LAYOUT}"
+                )
+            seen: set[str] = set()
+            for key, value in _items(group):
+                if key.value in seen:
+                    raise RecipeError(
+                        f"{path}:{_line(key)}: a second `{key.value}` in one group would replace "
+                        "the first; put it into a group of its own"
+                    )
+                seen.add(key.value)
+                yield _line(key), key.value, _construct(value)
+
+
+def _items(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
+    return node.value if isinstance(node, yaml.MappingNode) else []
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
+
+
+def _construct(node: yaml.Node) -> Any:
+    loader = yaml.SafeLoader("")
+    return loader.construct_object(node, deep=True)

@@ -1,0 +1,42 @@
+"""What was done to each group of blocks, for logs and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoround_modifier.tuning import TuningResult
+
+__all__ = ["BlockReport"]
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """
+    :param name: names of the blocks
+    :param initial_loss: held-out mean squared error per output element before tuning
+    :param best_loss: the same for the rounding that was kept
+    :param best_iteration: the iteration that was kept; 0 is the initial rounding
+    :param seconds: tuning time
+    """
+
+    name: str
+    initial_loss: float
+    best_loss: float
+    best_iteration: int
+    seconds: float
+
+    @classmethod
+    def from_result(cls, name: str, result: TuningResult) -> BlockReport:
+        return cls(
+            name,
+            result.initial_loss,
+            result.best_loss,
+            result.best_iteration,
+            result.seconds,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: held-out loss {self.initial_loss:.3e} -> {self.best_loss:.3e} "
+            f"(iteration {self.best_iteration}), {self.seconds:.1f} s"
+        )

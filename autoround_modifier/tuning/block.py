@@ -1,0 +1,106 @@
+"""Runs one or several consecutive blocks on captured calibration samples."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoround_modifier.calibration.samples import BlockCall, output_hidden, stackable
+
+__all__ = ["BlockGroup"]
+
+
+class BlockGroup:
+    """
+    Consecutive blocks that are tuned together, and the calls they received.
+
+    :param blocks: in the order in which they run
+    :param calls: for each block, the arguments of its call for each sample
+    """
+
+    def __init__(self, blocks: list[nn.Module], calls: list[list[BlockCall]]):
+        self.blocks = blocks
+        self.calls = calls
+        first = next(blocks[0].parameters(), None)
+        self.device = torch.device("cpu") if first is None else first.device
+
+    def forward(self, hidden: Tensor, samples: list[int]) -> Tensor:
+        """
+        :param hidden: (len(samples), tokens, hidden), the input of the first block
+        :param samples: which samples these are; all of one signature
+        :return: output of the last block, same shape
+        """
+        for block, calls in zip(self.blocks, self.calls, strict=True):
+            args, kwargs = BlockCall.stack([calls[index] for index in samples], hidden)
+            hidden = output_hidden(block(*args, **kwargs))
+        return hidden
+
+    def microbatches(
+        self, hidden: list[Tensor], samples: list[int]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield samples that can be stacked, with their stacked hidden states on the device."""
+
+        def signature(index: int) -> tuple:
+            return tuple(calls[index].signature(hidden[index]) for calls in self.calls)
+
+        for group in stackable(samples, signature):
+            yield group, torch.cat([hidden[index].to(self.device) for index in group])
+
+    @torch.no_grad()
+    def run(
+        self, hidden: list[Tensor], batch_size: int, weights: dict[nn.Linear, Tensor]
+    ) -> list[Tensor]:
+        """
+        :param hidden: (1, tokens, hidden) per sample, the input of the first block
+        :param weights: weights to use in place of the layers' own
+        :return: output of the last block per sample, on the devices of ``hidden``
+        """
+        outputs = list(hidden)
+        with self.weights(weights):
+            for start in range(0, len(hidden), batch_size):
+                samples = list(range(start, min(start + batch_size, len(hidden))))
+                for indices, stacked in self.microbatches(hidden, samples):
+                    for index, row in zip(indices, self.forward(stacked, indices), strict=True):
+                        outputs[index] = row.unsqueeze(0).to(hidden[index].device)
+        return outputs
+
+    @contextlib.contextmanager
+    def weights(self, weights: dict[nn.Linear, Tensor]) -> Iterator[None]:
+        """
+        Let linear layers compute with other weights, through which gradients flow. Hooks on the
+        layers, such as online rotations, stay in force; parameters are not touched.
+        """
+        saved = {layer: layer.__dict__.get("forward") for layer in weights}
+        try:
+            for layer, weight in weights.items():
+                layer.__dict__["forward"] = _linear(weight, layer.bias)
+            yield
+        finally:
+            for layer, forward in saved.items():
+                if forward is None:
+                    layer.__dict__.pop("forward", None)
+                else:
+                    layer.__dict__["forward"] = forward
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No gradients for the parameters of the blocks; only tuned values are trained."""
+        trainable = [p for block in self.blocks for p in block.parameters() if p.requires_grad]
+        try:
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+
+def _linear(weight: Tensor, bias: Tensor | None):
+    def forward(x: Tensor) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    return forward

@@ -1,0 +1,58 @@
+"""Sign-gradient descent: ``p <- p - lr * sign(dL/dp)`` (SignRound, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+
+from autoround_modifier.formats import RoundingFormat
+
+__all__ = ["SignSGD", "default_lr"]
+
+
+def default_lr(iters: int, num_bits: int) -> float:
+    """
+    ``1 / iters``, so that the steps of a linearly decaying schedule add up to half an integer
+    step; twice that for long runs at 3 bits and below, as the reference implementation does.
+
+    :param iters: number of steps, > 0
+    """
+    return (2.0 if iters >= 1000 and num_bits <= 3 else 1.0) / iters
+
+
+class SignSGD:
+    """
+    :param formats: the weights being tuned, trainable
+    :param iters: number of steps; the step size falls linearly to zero over them
+    :param lr: step size of V; None for `default_lr` of each weight's bit width
+    :param minmax_lr: step size of alpha and beta; None for that of V
+    """
+
+    def __init__(
+        self,
+        formats: list[RoundingFormat],
+        iters: int,
+        lr: float | None = None,
+        minmax_lr: float | None = None,
+    ):
+        self.formats = formats
+        self.iters = iters
+        self.step_sizes = []
+        for fmt in formats:
+            rounding_lr = default_lr(iters, fmt.num_bits) if lr is None else lr
+            self.step_sizes.append((rounding_lr, rounding_lr if minmax_lr is None else minmax_lr))
+        self.iteration = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient, and clear the gradients."""
+        decay = 1.0 - self.iteration / self.iters
+        for fmt, (rounding_lr, minmax_lr) in zip(self.formats, self.step_sizes, strict=True):
+            if fmt.rounding is not None and fmt.rounding.grad is not None:
+                fmt.rounding.sub_(fmt.rounding.grad.sign_(), alpha=rounding_lr * decay)
+                fmt.rounding.grad = None
+            for factor in fmt.clipping:
+                if factor.grad is not None:
+                    factor.sub_(factor.grad.sign_(), alpha=minmax_lr * decay)
+                    factor.clamp_(0.0, fmt.clipping_limit)
+                    factor.grad = None
+        self.iteration += 1

