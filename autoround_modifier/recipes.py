@@ -7,21 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.modifier import AutoRoundModifier
 
-__all__ = ["check_recipe", "find_recipe", "list_recipes"]
+__all__ = ["check_recipe", "find_recipe", "list_recipes", "load_recipe"]
 
 _PACKAGE = Path(__file__).parent
 # A wheel carries the recipes inside the package; in a checkout they stand beside it.
-_FOLDERS = (_PACKAGE / "shipped_recipes", _PACKAGE.parent / "recipes")
+_INSTALLED = _PACKAGE / "shipped_recipes"
+_FOLDER = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "recipes"
 
 
 def list_recipes() -> dict[str, Path]:
     """:return: name without ending -> path of every shipped recipe"""
-    return {path.stem: path for folder in _FOLDERS for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
 
 
 def find_recipe(recipe: str | Path) -> Path:
@@ -42,6 +44,25 @@ def find_recipe(recipe: str | Path) -> Path:
     )
 
 
+def load_recipe(recipe: str | Path, **fields: Any) -> Recipe:
+    """
+    A recipe with some fields of its `AutoRoundModifier` replaced, for `oneshot`:
+    ``load_recipe("w2a16_autoround", preset="light")``.
+
+    :param recipe: a path, or the name of a shipped recipe
+    :param fields: fields of `AutoRoundModifier`, by name
+    :raises RecipeError: if the recipe is not found or is not sound
+    """
+    path = find_recipe(recipe)
+    check_recipe(path)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for stage in content.values():
+        for group in stage.values():
+            if AutoRoundModifier.__name__ in group:
+                group[AutoRoundModifier.__name__].update(fields)
+    return Recipe.from_dict(content)
+
+
 def check_recipe(path: Path) -> None:
     """
     Refuse what LLM-Compressor would read as an empty recipe or fail on without saying where.
@@ -50,9 +71,9 @@ def check_recipe(path: Path) -> None:
     """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        modifiers = list(_modifiers(path, root))
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
-    modifiers = list(_modifiers(path, root))
     if not modifiers:
         raise RecipeError(f"{path}: no modifiers; {_LAYOUT}")
     for line, name, body in modifiers:
@@ -77,8 +98,6 @@ _LAYOUT = (
 def _modifiers(path: Path, root: yaml.Node | None) -> Iterator[tuple[int, str, Any]]:
     """Yield (line, modifier name, fields) for each modifier of a recipe."""
     for stage_key, stage in _items(root):
-        if stage_key.value in ("args", "version"):
-            continue
         if not stage_key.value.endswith("_stage"):
             raise RecipeError(
                 f"{path}:{_line(stage_key)}: `{stage_key.value}` is not a stage: {_LAYOUT}"

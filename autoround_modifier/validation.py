@@ -22,7 +22,8 @@ __all__ = ["check_calibration_data", "check_layers", "resolve_schemes"]
 
 COMMON_GROUP_SIZES = (256, 128, 96, 64, 48, 32, 16)
 
-Schemes = dict[str, tuple[nn.Module, QuantizationScheme]]
+Layer = nn.Linear | nn.Embedding
+Schemes = dict[str, tuple[Layer, QuantizationScheme]]
 
 
 def resolve_schemes(model: nn.Module, config: QuantizationConfig) -> Schemes:
@@ -31,14 +32,20 @@ def resolve_schemes(model: nn.Module, config: QuantizationConfig) -> Schemes:
     model: an exact name wins over a regular expression, and that over a class name.
 
     :raises RecipeError: if no module matches, or a target matches modules without a weight matrix
+    :raises SchemeError: if the key-value cache shall be quantized
     """
+    if config.kv_cache_scheme is not None:
+        raise SchemeError("kv_cache_scheme is not supported by AutoRoundModifier; remove it")
     by_target = OrderedDict(
         (target, scheme) for scheme in config.config_groups.values() for target in scheme.targets
     )
-    matched = list(match_named_modules(model, by_target, config.ignore))
-    wrong = [
-        name for name, module in matched if not isinstance(module, (nn.Linear, nn.Embedding))
-    ]
+    matched: dict[str, Layer] = {}
+    wrong = []
+    for name, module in match_named_modules(model, by_target, config.ignore):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            matched[name] = module
+        else:
+            wrong.append(name)
     if wrong:
         raise RecipeError(
             f"targets match modules that are neither Linear nor Embedding: {_listed(wrong)}. "
@@ -51,7 +58,7 @@ def resolve_schemes(model: nn.Module, config: QuantizationConfig) -> Schemes:
         )
     return {
         name: (module, by_target[match_targets(name, module, by_target)[0]])
-        for name, module in matched
+        for name, module in matched.items()
     }
 
 

@@ -14,7 +14,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "autoround_modifier"
 CHATML = (
@@ -49,9 +54,7 @@ def save_smollm2(directory: str | Path | None = None, num_layers: int | None = N
     tokenizer.chat_template = tokenizer.chat_template or CHATML
     # GGUF has one field for both; the model card names them apart.
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=gguf_file, dtype=torch.bfloat16
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.bfloat16)
 
     config = type(loaded.config)(
         **{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
@@ -68,6 +71,35 @@ def save_smollm2(directory: str | Path | None = None, num_layers: int | None = N
         tokenizer.save_pretrained(partial)
         partial.rename(directory)
     return directory
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """Arguments that every example takes: ``model``, ``output`` and ``tiny``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", type=Path, help="checkpoint; defaults to the packaged SmolLM2")
+    parser.add_argument("--output", type=Path, required=True, help="where to save; must not exist")
+    parser.add_argument("--tiny", action="store_true", help="two blocks, two iterations: a test")
+    arguments = parser.parse_args()
+    arguments.model = arguments.model or save_smollm2(num_layers=2 if arguments.tiny else None)
+    return arguments
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """:return: model in bfloat16, and its tokenizer"""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, tokens: int = 40
+) -> str:
+    """:return: the model's greedy answer to a question"""
+    chat = [{"role": "user", "content": question}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ import functools
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from llmcompressor.core import reset_session
+from loguru import logger
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -60,12 +62,13 @@ def tiny_llama(
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """Words ``w0`` to ``w126``; every other word is ``w127``."""
-    vocabulary = {f"w{index}": index for index in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w127"))
+    """The words ``w3`` to ``w127``, each with its number as token id."""
+    special = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
+    vocabulary = special | {f"w{index}": index for index in range(3, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="w127", pad_token="w0", eos_token="w1"
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>"
     )
 
 
@@ -112,5 +115,9 @@ def quantize(model: PreTrainedModel, recipe, dataset=None, **kwargs) -> PreTrain
 
 
 @pytest.fixture
-def llama() -> PreTrainedModel:
-    return tiny_llama()
+def log() -> Iterator[list[str]]:
+    """Messages logged during the test."""
+    messages: list[str] = []
+    sink = logger.add(messages.append, format="{level} {message}")
+    yield messages
+    logger.remove(sink)

@@ -132,7 +132,7 @@ def content_key(hidden: Tensor, mask: Tensor | None) -> bytes:
     """
     real = hidden if mask is None else hidden[mask]
     data = real.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return hashlib.blake2b(data.data, digest_size=16).digest()
 
 
 def fingerprint(hidden: Tensor) -> int:

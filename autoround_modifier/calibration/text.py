@@ -30,8 +30,8 @@ def text_dataset(
     into pieces of ``max_seq_length`` tokens, and the pieces of all documents take turns, so that
     few samples still come from many documents.
 
-    :param path: ``.jsonl`` or ``.json`` (one object per line), or any other file as plain text,
-        whose documents are separated by blank lines
+    :param path: ``.jsonl`` or ``.json`` (one object per line, each a document), or any other file
+        as one document of plain text
     :param tokenizer: of the model to calibrate
     :param num_samples: largest number of samples
     :param max_seq_length: tokens in each sample
@@ -93,7 +93,7 @@ def self_generated(
         torch.manual_seed(seed)
         for start in tqdm(range(0, num_samples, batch_size), desc="Generating calibration text"):
             prompt = first[start : start + batch_size].to(model.device)
-            generated = model.generate(
+            generated = model.generate(  # type: ignore[operator]
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 min_new_tokens=max_seq_length - 1,  # an end of text does not end the sample
@@ -116,7 +116,7 @@ def _dataset(samples: list[list[int]]) -> Dataset:
 def _documents(path: Path, text_column: str, match: dict[str, str]) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
         if path.suffix not in (".json", ".jsonl"):
-            yield from (part for part in file.read().split("\n\n") if part.strip())
+            yield file.read()
             return
         for number, line in enumerate(file, start=1):
             if not line.strip():

@@ -13,6 +13,8 @@ Integers are signed, as compressed-tensors stores them: ``q`` in ``[-2^(b-1), 2^
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
@@ -88,7 +90,15 @@ class _IntegerFakeQuantize(torch.autograd.Function):
     """Quantize-dequantize with the straight-through gradient written out, in few passes."""
 
     @staticmethod
-    def forward(ctx, weight, rounding, scale, zero_point, q_min, q_max):
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        rounding: Tensor | None,
+        scale: Tensor,
+        zero_point: Tensor,
+        q_min: int,
+        q_max: int,
+    ) -> Tensor:
         scaled = weight / scale
         x = scaled if rounding is None else scaled + rounding
         q = x.round_().add_(zero_point)
@@ -98,7 +108,7 @@ class _IntegerFakeQuantize(torch.autograd.Function):
         return steps * scale
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, steps, inside = ctx.saved_tensors
         grad_inside = grad * inside
         # d(s (q - z)) / dV = s where q is not clipped
@@ -184,9 +194,7 @@ class IntegerFormat(RoundingFormat):
 
     def forward(self) -> Tensor:
         scale, zero_point = self.qparams()
-        weight = integer_fake_quantize(
-            self.weight, self.rounding, scale, zero_point, self.num_bits
-        )
+        weight = integer_fake_quantize(self.weight, self.rounding, scale, zero_point, self.num_bits)
         return weight.to(self.dtype).view(self.shape)
 
     @torch.no_grad()

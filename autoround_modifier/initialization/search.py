@@ -48,9 +48,7 @@ def search_range(
     importance = importance.float() / importance.float().mean() + 1e-6
     # Row by row nothing depends on the other rows; slices bound the memory of large layers.
     rows = max(1, CHUNK_ELEMENTS // weight.shape[-1])
-    found = [
-        _GroupSearch(part, args, importance).run() for part in weight.split(rows)
-    ]
+    found = [_GroupSearch(part, args, importance).run() for part in weight.split(rows)]
     return torch.cat([low for low, _ in found]), torch.cat([high for _, high in found])
 
 
@@ -78,7 +76,7 @@ class _GroupSearch:
 
     def _try(self, low: Tensor, high: Tensor) -> None:
         """Keep this range in the groups where its weighted squared error is the lowest so far."""
-        scale, zero_point, steps = self._quantize(low, high)
+        scale, _, steps = self._quantize(low, high)
         error = (steps * scale).sub_(self.weight).square_().mul_(self.importance).sum(-1)
         better = error < self.best_error
         self.best_error = torch.where(better, error, self.best_error)

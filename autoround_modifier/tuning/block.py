@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class BlockGroup:
                 parameter.requires_grad_(True)
 
 
-def _linear(weight: Tensor, bias: Tensor | None):
+def _linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         return F.linear(x, weight, bias)
 

@@ -17,8 +17,8 @@ def squared_error(output: Tensor, target: Tensor, token_mask: Tensor | None) -> 
     :param token_mask: (batch, tokens), bool, False for padding; None if every token counts
     :return: scalar, float32
     """
-    error = (output.float() - target.float()).square()
+    error = output.float() - target.float()
     if token_mask is not None:
         # `where`, not a product: whatever stands in padding, even NaN, contributes nothing.
         error = error.where(token_mask.unsqueeze(-1), error.new_zeros(()))
-    return error.sum()
+    return error.square().sum()

@@ -84,7 +84,8 @@ def tune(
         total = torch.zeros((), device=group.device)
         for indices, hidden in group.microbatches(inputs, samples):
             target = torch.cat([targets[index].to(group.device) for index in indices])
-            loss = squared_error(group.forward(hidden, indices), target, _stack(masks, indices, target))
+            mask = _stack(masks, indices, target)
+            loss = squared_error(group.forward(hidden, indices), target, mask)
             if backward_scale is not None:
                 (loss * backward_scale).backward()
             total += loss.detach()

@@ -1,0 +1,164 @@
+"""Calibration: how calls are cut into samples and stacked again, masks, text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_llama, tiny_tokenizer
+
+from autoround_modifier import self_generated, text_dataset
+from autoround_modifier.calibration.capture import ImportanceCapture
+from autoround_modifier.calibration.samples import (
+    BlockCall,
+    content_key,
+    fingerprint,
+    split_call,
+    token_mask,
+)
+from autoround_modifier.errors import CalibrationError
+
+
+def test_split_and_stack_are_inverse():
+    hidden = torch.randn(3, 5, 8)
+    mask = torch.randn(3, 1, 5, 5)
+    cos, sin = torch.randn(1, 5, 4), torch.randn(1, 5, 4)
+    position = torch.arange(5)
+    kwargs = {
+        "attention_mask": mask,
+        "position_embeddings": (cos, sin),
+        "cache_position": position,
+        "use_cache": False,
+        "past_key_values": None,
+    }
+    samples = split_call((hidden,), kwargs)
+    assert len(samples) == 3
+    for row, (one, call) in enumerate(samples):
+        assert torch.equal(one, hidden[row : row + 1])
+        assert torch.equal(call.kwargs["attention_mask"], mask[row : row + 1])
+        assert call.kwargs["cache_position"] is position
+
+    args, again = BlockCall.stack([call for _, call in samples], hidden)
+    assert torch.equal(args[0], hidden)
+    assert torch.equal(again["attention_mask"], mask)
+    assert torch.equal(again["position_embeddings"][0], cos.expand(3, -1, -1))
+    assert torch.equal(again["cache_position"], position)
+    assert again["use_cache"] is False
+    assert again["past_key_values"] is None
+
+
+def test_hidden_states_by_name():
+    hidden = torch.randn(2, 5, 8)
+    samples = split_call((), {"hidden_states": hidden, "flag": True})
+    args, kwargs = BlockCall.stack([call for _, call in samples], hidden)
+    assert args == ()
+    assert torch.equal(kwargs["hidden_states"], hidden)
+    assert kwargs["flag"] is True
+    with pytest.raises(ValueError, match="hidden_states"):
+        split_call((), {"x": hidden})
+
+
+def test_samples_of_other_lengths_do_not_stack():
+    short, long = torch.randn(1, 4, 8), torch.randn(1, 5, 8)
+    call = BlockCall((), {"flag": True})
+    assert call.signature(short) != call.signature(long)
+    assert call.signature(short) == BlockCall((), {"flag": True}).signature(short.clone())
+    assert call.signature(short) != BlockCall((), {"flag": False}).signature(short)
+
+
+@pytest.mark.parametrize("kind", ["additive", "bool", "two-dimensional"])
+@pytest.mark.parametrize(
+    "real", [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]], ids=["right padding", "left padding"]
+)
+def test_token_mask(kind, real):
+    counts = torch.tensor([real], dtype=torch.bool)
+    causal = torch.ones(5, 5, dtype=torch.bool).tril() & counts[:, None]
+    mask = {
+        "bool": causal[:, None],
+        "additive": torch.zeros(1, 1, 5, 5).masked_fill(~causal[:, None], torch.finfo().min),
+        "two-dimensional": counts.long(),
+    }[kind]
+    assert torch.equal(token_mask(mask, 5), counts)
+
+
+def test_token_mask_without_padding():
+    causal = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    sliding = causal & torch.ones(5, 5, dtype=torch.bool).triu(-1)
+    assert token_mask(causal, 5) is None
+    assert token_mask(sliding, 5) is None
+    assert token_mask(None, 5) is None
+
+
+def test_content_key_ignores_padding():
+    hidden = torch.randn(1, 5, 8)
+    mask = torch.tensor([[True, True, True, False, False]])
+    other = hidden.clone()
+    other[0, 3:] = 7.0
+    assert content_key(hidden, mask) == content_key(other, mask)
+    assert content_key(hidden, None) != content_key(other, None)
+
+
+def test_fingerprint_is_of_the_content():
+    hidden = torch.randn(2, 5, 8, dtype=torch.bfloat16)
+    assert fingerprint(hidden) == fingerprint(hidden.clone())
+    assert fingerprint(hidden) != fingerprint(hidden + 1)
+
+
+def test_importance_sums_squares_of_real_tokens():
+    layer = torch.nn.Linear(3, 2)
+    capture = ImportanceCapture()
+    x = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]])
+    capture.enter_block((x,), {"attention_mask": torch.tensor([[1, 0]])})
+    capture.record(layer, (x,))
+    capture.enter_block((x,), {"attention_mask": torch.tensor([[1, 1]])})
+    capture.record(layer, (x,))
+    assert capture.pop(layer).tolist() == [1 + 1 + 16, 4 + 4 + 25, 9 + 9 + 36]
+    assert capture.pop(layer) is None
+
+
+def words(start: int, count: int) -> str:
+    return " ".join(f"w{start + index}" for index in range(count))
+
+
+def test_text_takes_turns_between_documents(tmp_path):
+    path = tmp_path / "text.jsonl"
+    rows = [
+        {"text": words(10, 9), "split": "calib"},
+        {"text": words(30, 3), "split": "calib"},  # shorter than a sample
+        {"text": words(50, 4), "split": "calib"},
+        {"text": words(70, 8), "split": "eval"},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    data = text_dataset(path, tiny_tokenizer(), 10, 4, split="calib")
+    assert data["input_ids"] == [[10, 11, 12, 13], [50, 51, 52, 53], [14, 15, 16, 17]]
+    assert data["attention_mask"] == [[1] * 4] * 3
+    assert len(text_dataset(path, tiny_tokenizer(), 2, 4)) == 2
+
+
+def test_plain_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(words(10, 6) + "\n\n" + words(16, 2))
+    assert text_dataset(path, tiny_tokenizer(), 10, 4)["input_ids"] == [
+        [10, 11, 12, 13],
+        [14, 15, 16, 17],
+    ]
+
+
+def test_text_too_short(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(words(0, 3))
+    with pytest.raises(CalibrationError, match=r"none of 1 documents has 4 tokens"):
+        text_dataset(path, tiny_tokenizer(), 10, 4)
+
+
+def test_self_generated():
+    model = tiny_llama()
+    state = torch.get_rng_state()
+    first, again, other = (
+        self_generated(model, tiny_tokenizer(), 5, 8, batch_size=2, seed=seed) for seed in (1, 1, 2)
+    )
+    assert [len(row) for row in first["input_ids"]] == [8] * 5
+    assert first["input_ids"] == again["input_ids"]
+    assert first["input_ids"] != other["input_ids"]
+    assert torch.equal(torch.get_rng_state(), state)

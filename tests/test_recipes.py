@@ -1,0 +1,83 @@
+"""Shipped recipes: found by name, sound, and run on a tiny model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, quantize, tiny_llama
+from helpers import quantized_layers
+from llmcompressor.recipe import Recipe
+
+from autoround_modifier import AutoRoundModifier, find_recipe, list_recipes
+from autoround_modifier.recipes import check_recipe
+
+SHIPPED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+EXPECTED = {
+    "w2a16_autoround",
+    "w2a16_asym_autoround",
+    "w3a16_autoround",
+    "w3a16_asym_autoround",
+    "w4a16_autoround",
+    "w4a16_asym_autoround",
+    "w8a16_autoround",
+    "w2a16_w4a16_mixed_autoround",
+    "smoothquant_w4a16_autoround",
+}
+
+
+def test_every_promised_recipe_is_shipped():
+    assert set(SHIPPED) >= EXPECTED
+    assert set(list_recipes()) == set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", ["w2a16_autoround", "w2a16_autoround.yaml"])
+def test_found_by_name_from_any_directory(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe(name).name == "w2a16_autoround.yaml"
+
+
+def test_a_file_wins_over_a_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    mine = Path("w2a16_autoround.yaml")
+    mine.write_text("{}")
+    assert find_recipe("w2a16_autoround.yaml") == mine
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_loads(name):
+    path = find_recipe(name)
+    check_recipe(path)
+    modifiers = Recipe.create_instance(str(path)).modifiers
+    tuned = [modifier for modifier in modifiers if isinstance(modifier, AutoRoundModifier)]
+    assert len(tuned) == 1
+    assert tuned[0].preset == "default"
+    first_line = path.read_text().splitlines()[0]
+    for scheme in tuned[0].resolved_config.config_groups.values():
+        assert f"{scheme.weights.num_bits}-bit" in path.read_text(), first_line
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_runs(name, tmp_path):
+    text = yaml.safe_load(find_recipe(name).read_text())
+    for stage in text.values():
+        for group in stage.values():
+            group["AutoRoundModifier"] |= {"iters": 2, "batch_size": 4}
+    recipe = tmp_path / f"{name}.yaml"
+    recipe.write_text(yaml.safe_dump(text, sort_keys=False))
+    model = quantize(tiny_llama(), str(recipe), output_dir=tmp_path / "out")
+    assert len(quantized_layers(model)) == 14
+    assert (tmp_path / "out" / "recipe.yaml").exists()
+
+
+def test_a_wheel_carries_the_recipes(tmp_path):
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in SHIPPED:
+        assert f"autoround_modifier/shipped_recipes/{name}.yaml" in names

@@ -1,0 +1,137 @@
+"""The tuner's parts: sampling, step sizes, the loss, and which candidate it keeps."""
+
+from __future__ import annotations
+
+from itertools import chain, islice
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import nn
+
+from autoround_modifier.calibration.samples import BlockCall
+from autoround_modifier.formats import make_format
+from autoround_modifier.tuning import BlockGroup, TuningConfig, tune
+from autoround_modifier.tuning.loss import squared_error
+from autoround_modifier.tuning.optimizer import SignSGD, default_lr
+from autoround_modifier.tuning.sampling import minibatches, split_holdout
+
+ARGS = QuantizationArgs(num_bits=2, symmetric=True, strategy="group", group_size=16)
+
+
+def test_holdout_is_fixed_and_never_tuned_on():
+    train, holdout = split_holdout(16, 0.125, seed=1)
+    assert len(holdout) == 2
+    assert sorted(train + holdout) == list(range(16))
+    assert (train, holdout) == split_holdout(16, 0.125, seed=1)
+    assert split_holdout(1, 0.125, seed=1) == ([0], [0])
+    assert split_holdout(3, 0.0, seed=1) == ([0, 1, 2], [0, 1, 2])
+
+
+def test_every_sample_is_drawn_once_in_each_pass():
+    batches = list(islice(minibatches(list(range(10, 18)), 4, seed=0), 4))
+    for passes in (batches[:2], batches[2:]):
+        assert sorted(chain.from_iterable(passes)) == list(range(10, 18))
+    assert batches[:2] != batches[2:]
+    assert next(minibatches([5], 8, seed=0)) == [5]
+
+
+def test_step_sizes():
+    assert default_lr(200, 4) == 1 / 200
+    assert default_lr(1000, 4) == 1 / 1000
+    assert default_lr(1000, 3) == 2 / 1000
+
+
+def test_sign_steps_decay_to_zero_and_stay_in_the_clipping_limits():
+    fmt = make_format(torch.randn(4, 16), ARGS)
+    fmt.make_trainable(tune_clipping=True)
+    optimizer = SignSGD([fmt], iters=4, lr=0.1, minmax_lr=0.8)
+    moved = []
+    for _ in range(4):
+        before = fmt.rounding.detach().clone()
+        fmt.rounding.grad = torch.full_like(fmt.rounding, -3.0)
+        for factor, sign in zip(fmt.clipping, (1.0, -1.0), strict=True):
+            factor.grad = torch.full_like(factor, sign)
+        optimizer.step()
+        moved.append((fmt.rounding - before).max().item())
+    assert moved == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert fmt.clipping[0].min() == 0.0
+    assert fmt.clipping[1].max() == 1.0
+
+
+def test_padding_with_nan_counts_for_nothing():
+    output, target = torch.ones(1, 3, 2), torch.zeros(1, 3, 2)
+    output[0, 2] = float("nan")
+    output.requires_grad_()
+    mask = torch.tensor([[True, True, False]])
+    loss = squared_error(output, target, mask)
+    loss.backward()
+    assert loss.item() == 4.0
+    assert output.grad.tolist() == [[[2.0, 2.0], [2.0, 2.0], [0.0, 0.0]]]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(32, 32, bias=False)
+
+    def forward(self, x):
+        return self.linear(x).tanh()
+
+
+def problem(num_samples: int = 12):
+    torch.manual_seed(0)
+    block = Block()
+    mix = torch.randn(32, 32) * torch.logspace(0, -2, 32)[:, None]  # activations are correlated
+    inputs = [torch.randn(1, 24, 32) @ mix for _ in range(num_samples)]
+    with torch.no_grad():
+        targets = [block(x) for x in inputs]
+    group = BlockGroup([block], [[BlockCall((), {}) for _ in inputs]])
+    formats = {block.linear: make_format(block.linear.weight, ARGS)}
+    return group, formats, inputs, targets, [None] * num_samples
+
+
+def test_what_is_kept_has_the_reported_loss():
+    group, formats, inputs, targets, masks = problem()
+    config = TuningConfig(iters=40, batch_size=4)
+    result = tune(group, formats, inputs, targets, masks, config)
+    assert result.best_loss < 0.8 * result.initial_loss
+    _, holdout = split_holdout(12, config.holdout_fraction, config.seed)
+    weights = {layer: weight.dequantized for layer, weight in result.weights.items()}
+    outputs = group.run(inputs, 4, weights)
+    errors = [(outputs[index] - targets[index]).square().mean() for index in holdout]
+    assert torch.stack(errors).mean().item() == pytest.approx(result.best_loss, rel=1e-4)
+
+
+def test_the_last_iterate_is_a_candidate():
+    config = TuningConfig(iters=7, batch_size=4, holdout_evaluations=1)
+    result = tune(*problem(), config)
+    assert result.best_iteration == 7
+
+
+def test_nothing_is_kept_that_is_worse_than_the_start():
+    # A huge step only does harm; the initial rounding stays.
+    result = tune(*problem(), TuningConfig(iters=3, batch_size=4, lr=50.0))
+    assert result.best_iteration == 0
+    assert result.best_loss == result.initial_loss
+
+
+def test_batches_and_accumulation_give_the_same_gradient():
+    once = tune(*problem(), TuningConfig(iters=1, batch_size=10, holdout_evaluations=1))
+    twice = tune(
+        *problem(),
+        TuningConfig(iters=1, batch_size=5, gradient_accumulate_steps=2, holdout_evaluations=1),
+    )
+    for a, b in zip(once.weights.values(), twice.weights.values(), strict=True):
+        assert (a.values != b.values).float().mean() < 0.01
+
+
+def test_block_and_parameters_are_left_as_they_were():
+    group, formats, *data = problem()
+    (block,) = group.blocks
+    weight = block.linear.weight.detach().clone()
+    tune(group, formats, *data, TuningConfig(iters=3, batch_size=4))
+    assert torch.equal(block.linear.weight, weight)
+    assert block.linear.weight.requires_grad
+    assert block.linear.weight.grad is None
+    assert "forward" not in block.linear.__dict__

@@ -1,0 +1,99 @@
+"""One vLLM engine: start it on a checkpoint, ask everything, stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.model_executor.layers.linear import LinearBase
+
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Answers:
+    """
+    What an engine said.
+
+    :param kernels: class names of the kernels that run the quantized layers
+    :param logprobs: per prompt, of each token after the first given the tokens before it
+    :param continuations: per prompt, the greedy tokens
+    :param texts: the same, as text
+    :param weights: per linear layer of the blocks asked for, its weight as the engine applies
+        it, shape [out, in]; q, k, v and gate, up are fused
+    """
+
+    kernels: set[str]
+    logprobs: list[list[float]]
+    continuations: list[list[int]]
+    texts: list[str]
+    weights: dict[str, torch.Tensor]
+
+
+def kernels_in_use(model: torch.nn.Module) -> set[str]:
+    """:return: class names of the kernels of the compressed-tensors layers"""
+    schemes = (getattr(module, "scheme", None) for module in model.modules())
+    return {type(scheme.kernel).__name__ for scheme in schemes if scheme is not None}
+
+
+def applied_weights(model: torch.nn.Module, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """
+    Multiply the identity by each linear layer: whatever layout its kernel chose, the product is
+    the transposed weight, and exact, because every sum has one term that is not zero.
+    """
+    weights = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LinearBase) and name.startswith(prefixes):
+            identity = torch.eye(layer.input_size, dtype=layer.params_dtype)
+            weights[name] = layer.quant_method.apply(layer, identity, None).t().contiguous()
+    return weights
+
+
+def token_logprobs(positions: list, token_ids: list[int]) -> list[float]:
+    """
+    :param positions: vLLM's prompt log-probabilities; the first token has none
+    :return: the log-probability of each prompt token after the first
+    """
+    following = zip(positions[1:], token_ids[1:], strict=True)
+    return [candidates[token].logprob for candidates, token in following]
+
+
+def ask_engine(
+    checkpoint: Path, dtype: str, prompts: list[list[int]], blocks: Iterable[int]
+) -> Answers:
+    """
+    :param prompts: token ids
+    :param blocks: the decoder blocks whose weights to return
+    """
+    llm = LLM(
+        str(checkpoint),
+        dtype=dtype,
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_seqs=len(prompts),
+        enable_prefix_caching=False,
+    )
+    try:
+        outputs = llm.generate(
+            [{"prompt_token_ids": token_ids} for token_ids in prompts],
+            SamplingParams(
+                temperature=0, prompt_logprobs=1, max_tokens=NEW_TOKENS, ignore_eos=True
+            ),
+            use_tqdm=False,
+        )
+        prefixes = tuple(f"model.layers.{block}." for block in blocks)
+        return Answers(
+            kernels=llm.apply_model(kernels_in_use)[0],
+            logprobs=[
+                token_logprobs(output.prompt_logprobs, token_ids)
+                for output, token_ids in zip(outputs, prompts, strict=True)
+            ],
+            continuations=[list(output.outputs[0].token_ids) for output in outputs],
+            texts=[output.outputs[0].text for output in outputs],
+            weights=llm.apply_model(lambda model: applied_weights(model, prefixes))[0],
+        )
+    finally:
+        llm.llm_engine.engine_core.shutdown()
