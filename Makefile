@@ -10,7 +10,7 @@ OUTPUT ?= output
 TORCH ?= torch==2.13.0
 RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 
-.PHONY: install quickstart test lint typecheck test-slow test-vllm build clean
+.PHONY: install quickstart test lint typecheck test-slow test-vllm bench-accuracy build clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,10 @@ test-vllm: install $(VLLM_VENV)/.installed
 	rm -rf $(OUTPUT)/vllm
 	$(RUN) tests/vllm/make_checkpoints.py "$$($(RUN) examples/smollm2.py | tail -1)" $(OUTPUT)/vllm
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm --checkpoints "$(abspath $(OUTPUT))/vllm"
+
+# TEXT is a JSON-lines file with fields text and split (calib or eval).
+bench-accuracy: install
+	$(RUN) benchmarks/accuracy.py --text "$(TEXT)" --output $(OUTPUT)/accuracy.json $(ARGS)
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -34,7 +34,7 @@ evaluation = torch.tensor(text.select(range(held_out))["input_ids"])
 dataset = text.select(range(held_out, samples))
 
 # 3. Recipe
-settings = {"iters": 2} if tiny else {"preset": "light"}
+settings = {"iters": 2} if tiny else {"iters": 50, "batch_size": 4}
 recipe = load_recipe("w2a16_autoround", **settings)
 
 # 4. Quantize

@@ -130,7 +130,7 @@ class BlockCapture:
 class ImportanceCapture:
     """
     Sums ``x_j^2`` per input channel of each layer over all calibration tokens: the importance
-    h_j of SignRoundV2 (https://arxiv.org/abs/2512.04746, section 3.3).
+    h_j of SignRoundV2 (https://arxiv.org/abs/2512.04746).
     """
 
     def __init__(self) -> None:

@@ -71,7 +71,7 @@ def self_generated(
     """
     Text that the full-precision model writes itself, for machines without calibration data:
     each sample starts with a random token of the vocabulary and is sampled from the model's own
-    distribution (LLM-QAT, https://arxiv.org/abs/2305.17888, section 3.1).
+    distribution (LLM-QAT, https://arxiv.org/abs/2305.17888).
 
     :param model: full-precision causal language model
     :param tokenizer: its tokenizer

@@ -1,7 +1,7 @@
 """
 Integer weights of 2 to 8 bits, symmetric and asymmetric, per group or per channel.
 
-SignRound (https://arxiv.org/abs/2309.05516, section 3) learns three things for a weight W that
+SignRound (https://arxiv.org/abs/2309.05516) learns three things for a weight W that
 is cut into groups along its input dimension:
 
 - V, one number per weight, is added before rounding: ``q = clamp(round(W / s + V) + z)``;
@@ -129,7 +129,7 @@ def integer_fake_quantize(
     weight: Tensor, rounding: Tensor | None, scale: Tensor, zero_point: Tensor, num_bits: int
 ) -> Tensor:
     """
-    ``s * (clamp(round(W / s + V) + z) - z)``, differentiable in V, s and z (SignRound, eq. 3).
+    ``s * (clamp(round(W / s + V) + z) - z)``, differentiable in V, s and z (SignRound).
 
     :param weight: (..., groups, group_size), float32
     :param rounding: V, same shape, or None for rounding to nearest
@@ -169,7 +169,7 @@ class IntegerFormat(RoundingFormat):
             self.w_max = self.weight.amax(-1).clamp_(min=0)
         else:
             self.w_min, self.w_max = initial_range
-        # A searched range may also grow (SignRoundV2, section 3.3); the observed one only shrinks.
+        # A searched range may also grow (SignRoundV2); the observed one only shrinks.
         self.clipping_limit = 2.0 if self.searched else 1.0
 
     def make_trainable(self, tune_clipping: bool) -> None:

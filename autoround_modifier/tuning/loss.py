@@ -9,8 +9,8 @@ __all__ = ["squared_error"]
 
 def squared_error(output: Tensor, target: Tensor, token_mask: Tensor | None) -> Tensor:
     """
-    Sum of squared differences over the tokens that count, in float32 (SignRound, eq. 1, before
-    the division by their number).
+    Sum of squared differences over the tokens that count, in float32; divided by their number
+    it is the loss of SignRound (https://arxiv.org/abs/2309.05516).
 
     :param output: (batch, tokens, hidden)
     :param target: same shape

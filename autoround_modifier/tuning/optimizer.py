@@ -1,4 +1,4 @@
-"""Sign-gradient descent: ``p <- p - lr * sign(dL/dp)`` (SignRound, section 3.2)."""
+"""Sign-gradient descent: ``p <- p - lr * sign(dL/dp)`` (SignRound, https://arxiv.org/abs/2309.05516)."""
 
 from __future__ import annotations
 
