@@ -20,11 +20,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from autoround_modifier.calibration.capture import (
-    BlockCapture,
-    CapturedBlock,
-    ImportanceCapture,
-)
+from autoround_modifier.calibration.capture import BlockCapture, ImportanceCapture
 from autoround_modifier.calibration.samples import fingerprint
 from autoround_modifier.export import write_back
 from autoround_modifier.formats import QuantizedWeight, RoundingFormat, make_format
@@ -200,10 +196,14 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
     ) -> None:
         blocks = [module for module in modules if module in self._blocks]
+        # The sequential pipeline delivers the blocks of one subgraph, to be tuned together; the
+        # basic pipeline delivers the whole model at once.
+        groups = [[block] for block in blocks] if state.model in modules else [blocks]
         try:
             if blocks and self._capture is not None:
                 with self._model_attention(state.model), HooksMixin.disable_hooks():
-                    self._tune_blocks(blocks)
+                    for group in groups:
+                        self._tune_blocks(group)
             ran = self._pending.intersection(modules)
             self._search_layers([layer for layer in self._layers if layer in ran])
         except Exception:
@@ -265,7 +265,9 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             return
         group = BlockGroup(blocks, [one.calls for one in samples])
         targets = samples[-1].outputs
-        inputs = self._quantized_inputs(name, samples[0])
+        inputs = self._quantized_inputs(name, samples[0].inputs)
+        for one in samples:
+            one.inputs = []  # only the inputs of the quantized chain are needed from here on
 
         in_group = {layer for block in blocks for layer in block.modules()}
         layers = [x for x in self._layers if x in in_group and isinstance(x, nn.Linear)]
@@ -292,21 +294,21 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             self._chain = group.run(inputs, self.batch_size, dequantized)
             self._chain_fingerprints = [fingerprint(target) for target in targets]
 
-    def _quantized_inputs(self, name: str, first: CapturedBlock) -> list[Tensor]:
+    def _quantized_inputs(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
         """
         The output of the quantized blocks before this one, if this block's full-precision input
         is the full-precision output of those; its own full-precision input otherwise.
         """
         if not self._chain:
-            return first.inputs
+            return inputs
         chain, self._chain = self._chain, []
-        if [fingerprint(hidden) for hidden in first.inputs] == self._chain_fingerprints:
+        if [fingerprint(hidden) for hidden in inputs] == self._chain_fingerprints:
             return chain
         logger.info(
             f"{name}: its input is not the output of the block before it; it is tuned on "
             "full-precision inputs"
         )
-        return first.inputs
+        return inputs
 
     def _tuning_config(self) -> TuningConfig:
         names = TuningConfig.__dataclass_fields__

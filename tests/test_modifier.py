@@ -159,6 +159,14 @@ def test_two_blocks_per_group():
     assert all(report.best_loss < report.initial_loss for report in recipe.block_reports)
 
 
+def test_the_basic_pipeline_tunes_block_by_block():
+    expected = all_integers(quantize(tiny_llama(), modifier()))
+    recipe = modifier()
+    model = quantize(tiny_llama(), recipe, pipeline="basic")
+    assert [report.name for report in recipe.block_reports] == ["model.layers.0", "model.layers.1"]
+    assert_same(expected, all_integers(model))
+
+
 def test_each_block_is_tuned_on_the_quantized_chain():
     chained, unchained = modifier(), modifier(enable_quanted_input=False)
     first = all_integers(quantize(tiny_llama(), chained))

@@ -1,0 +1,41 @@
+"""The whole way on a real model: SmolLM2-135M, all blocks, few iterations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import integers, quantized_layers, saved_integers, saved_tensors
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from autoround_modifier import load_recipe, oneshot, self_generated
+from autoround_modifier.evaluation import compare
+
+
+@pytest.mark.smollm2
+def test_two_bits_end_to_end(tmp_path):
+    from smollm2 import save_smollm2
+
+    folder = save_smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    text = self_generated(original, tokenizer, num_samples=24, max_seq_length=64)
+    evaluation = torch.tensor(text.select(range(8))["input_ids"])
+    dataset = text.select(range(8, 24))
+
+    kl = {}
+    for name, fields in {"rtn": {"preset": "rtn"}, "tuned": {"iters": 10, "batch_size": 8}}.items():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        recipe = load_recipe("w2a16_autoround", **fields)
+        data = None if name == "rtn" else dataset
+        oneshot(model=model, tokenizer=tokenizer, dataset=data, recipe=recipe)
+        kl[name] = compare(original, model, evaluation).kl
+    assert kl["tuned"] < 0.7 * kl["rtn"]
+
+    before = {name: integers(layer) for name, layer in quantized_layers(model).items()}
+    assert len(before) == 210
+    model.save_pretrained(tmp_path, save_compressed=True)
+    tensors = saved_tensors(tmp_path)
+    for name, values in before.items():
+        assert torch.equal(saved_integers(tensors, name, 2), values)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert compare(original, reloaded, evaluation).kl == pytest.approx(kl["tuned"], rel=0.02)
