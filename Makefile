@@ -23,6 +23,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 quickstart: install
+	rm -rf $(OUTPUT)/quickstart
 	$(RUN) examples/quickstart.py --output $(OUTPUT)/quickstart
 
 test: install

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import llmcompressor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from autoround_modifier.calibration import text_dataset
-from autoround_modifier.errors import OutputExistsError
+from autoround_modifier.errors import CalibrationError, OutputExistsError, RecipeError
 from autoround_modifier.recipes import check_recipe, find_recipe
 
 __all__ = ["oneshot"]
@@ -25,13 +26,14 @@ def oneshot(
     **kwargs: Any,
 ) -> PreTrainedModel:
     """
-    `llmcompressor.oneshot` with the same arguments, and three things more: ``recipe`` may be the
-    name of a shipped recipe, ``dataset`` may be a text or JSON-lines file, and an output folder
-    that is not empty is refused before anything runs.
+    `llmcompressor.oneshot` with the same arguments, and some things more: ``recipe`` may be the
+    name of a shipped recipe, ``dataset`` may be a text or JSON-lines file, mistakes are refused
+    before anything runs, and the calibration samples are not shuffled unless asked for
+    (LLM-Compressor shuffles them by an unseeded generator, so that another run may take others).
 
     :param model: model, or name or path of one
-    :param recipe: path, name of a shipped recipe (``"w2a16_autoround"``), YAML text, modifier, or
-        a list of modifiers
+    :param recipe: path, name of a shipped recipe (``"w2a16_autoround"``), YAML text, `Recipe`,
+        modifier, or a list of modifiers
     :param dataset: whatever `llmcompressor.oneshot` takes, or the path of a ``.txt``, ``.json``
         or ``.jsonl`` file, which `text_dataset` cuts into samples of ``max_seq_length`` tokens
     :param output_dir: where to save; nothing is saved if None
@@ -40,6 +42,7 @@ def oneshot(
     :return: the quantized model
     :raises OutputExistsError: if ``output_dir`` holds files
     :raises RecipeError: if the recipe is not found, is empty, or has fields that do not exist
+    :raises CalibrationError: if the dataset is empty
     """
     if output_dir is not None and not overwrite_output_dir:
         folder = Path(output_dir)
@@ -48,12 +51,12 @@ def oneshot(
                 f"{folder} exists and is not empty; choose another `output_dir`, or pass "
                 "`overwrite_output_dir=True`"
             )
-    if isinstance(recipe, (str, Path)) and "\n" not in str(recipe):
-        path = find_recipe(recipe)
-        check_recipe(path)
-        recipe = str(path)
+    recipe = _checked(recipe)
     if isinstance(dataset, (str, Path)) and Path(dataset).is_file():
         dataset = _read_text(Path(dataset), model, kwargs)
+    if isinstance(dataset, Sized) and not isinstance(dataset, str) and len(dataset) == 0:
+        raise CalibrationError("the calibration dataset is empty")
+    kwargs.setdefault("shuffle_calibration_samples", False)
     return llmcompressor.oneshot(
         model=model,
         recipe=recipe,
@@ -61,6 +64,20 @@ def oneshot(
         output_dir=None if output_dir is None else str(output_dir),
         **kwargs,
     )
+
+
+def _checked(recipe: Any) -> Any:
+    """:return: the recipe, with names of shipped recipes resolved"""
+    if recipe is None:
+        raise RecipeError("no recipe: nothing would be quantized")
+    if not isinstance(recipe, (str, Path)):
+        return recipe
+    if "\n" in str(recipe):
+        check_recipe(str(recipe), "recipe")
+        return recipe
+    path = find_recipe(recipe)
+    check_recipe(path.read_text(encoding="utf-8"), str(path))
+    return str(path)
 
 
 def _read_text(path: Path, model: str | PreTrainedModel, kwargs: dict[str, Any]) -> Any:

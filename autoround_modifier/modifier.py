@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.utils import match_named_modules, patch_attr
+import torch
+from compressed_tensors.offload import is_distributed
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    is_preset_scheme,
+)
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from compressed_tensors.utils import is_match, match_named_modules, patch_attr
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.calibration import apply_calibration_status
@@ -21,11 +28,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoround_modifier.calibration.capture import BlockCapture, ImportanceCapture
-from autoround_modifier.calibration.samples import fingerprint
+from autoround_modifier.calibration.samples import call_token_mask, fingerprint
+from autoround_modifier.errors import NonFiniteError, RecipeError
 from autoround_modifier.export import write_back
 from autoround_modifier.formats import QuantizedWeight, RoundingFormat, make_format
 from autoround_modifier.initialization import search_range
-from autoround_modifier.presets import PRESETS
+from autoround_modifier.presets import PRESET_FIELDS, PRESETS
 from autoround_modifier.report import BlockReport
 from autoround_modifier.tuning import BlockGroup, TuningConfig, tune
 from autoround_modifier.validation import (
@@ -65,7 +73,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
       chain; quantize targets outside of blocks by the scale search
     - on_calibration_end: quantize targets that never ran, remove hooks, freeze
 
-    Targets, schemes and ``ignore`` are those of `QuantizationMixin`.
+    Targets, schemes and ``ignore`` are those of `QuantizationMixin`. Its observers have no part in
+    weights that are tuned, and are refused.
 
     :param preset: ``best`` (1000 iterations, 512 samples), ``default`` (200, 128), ``light``
         (50, 128, lr 5e-3), ``opt_rtn`` (scale search, no tuning) or ``rtn`` (rounding to nearest,
@@ -76,7 +85,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     :param minmax_lr: step size of the clipping factors alpha and beta; defaults to ``lr``
     :param batch_size: calibration samples in each batch
     :param gradient_accumulate_steps: batches in each step
-    :param num_calibration_samples: largest number of calibration samples used
+    :param num_calibration_samples: largest number of calibration samples tuned on; the importance
+        of input channels is summed over all that the pipeline runs
     :param scale_search: start from the best scale of a search instead of the minimum and maximum
         of each group; the search weighs errors by the importance of their input channel
     :param enable_minmax_tuning: learn alpha and beta, not only V
@@ -110,6 +120,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     _blocks: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _capture: BlockCapture | None = PrivateAttr(default=None)
     _importance: ImportanceCapture = PrivateAttr(default_factory=ImportanceCapture)
+    _token_mask: Tensor | None = PrivateAttr(default=None)
     _chain: list[Tensor] = PrivateAttr(default_factory=list)
     _chain_fingerprints: list[int] = PrivateAttr(default_factory=list)
     _attention: str | None = PrivateAttr(default=None)
@@ -123,10 +134,28 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             raise ValueError(f"unknown preset `{value}`; use one of {', '.join(PRESETS)}")
         return value
 
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _known_scheme(cls, value: Any) -> Any:
+        for name in [value] if isinstance(value, str) else value or ():
+            if not is_preset_scheme(name):
+                raise ValueError(
+                    f"unknown scheme `{name}`; use one of {', '.join(PRESET_SCHEMES)}, or "
+                    "`config_groups`"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _refuse_fields_without_effect(self) -> AutoRoundModifier:
+        for name in ("weight_observer", "observer", "bypass_divisibility_checks"):
+            if getattr(self, name):
+                raise ValueError(f"`{name}` has no effect on AutoRoundModifier; remove it")
+        return self
+
     @model_validator(mode="after")
     def _resolve_preset(self) -> AutoRoundModifier:
         preset = PRESETS[self.preset]
-        for name in ("iters", "lr", "num_calibration_samples", "scale_search"):
+        for name in PRESET_FIELDS:
             if getattr(self, name) is None:
                 setattr(self, name, getattr(preset, name))
         if self.iters and not self.num_calibration_samples:
@@ -153,7 +182,13 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         :raises SchemeError: if a scheme is not supported or does not fit its layer
         :raises CalibrationError: if data is needed and there is none
         :raises NonFiniteError: if a targeted weight has NaN or infinity
+        :raises RuntimeError: if several processes share the work
         """
+        if is_distributed():
+            raise RuntimeError(
+                "AutoRoundModifier does not run in several processes: each would tune on its own "
+                "share of the data, and the results would differ. Start one process."
+            )
         model = state.model
         schemes = resolve_schemes(model, self.resolved_config)
         check_layers(schemes)
@@ -167,10 +202,12 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         self._pending = set(self._layers)
         targets = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         self._blocks = {block: name for name, block in match_named_modules(model, targets)}
-        self._attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        self._warn_of_gaps(model)
+        self._attention = attention_for_tuning(model)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._check_schemes_are_still_ours()
         named_layers = ((name, layer) for layer, name in self._layers.items())
         if targets_embeddings(state.model, named_layers):
             untie_word_embeddings(state.model)
@@ -179,18 +216,16 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         if not self.requires_calibration_data:
             return
 
+        for block in self._blocks:
+            self.register_hook(block, self._enter_block(state), "forward_pre", with_kwargs=True)
         if self.iters:
             self._capture = BlockCapture(self._blocks, self.num_calibration_samples)
             for block in self._blocks:
-                self.register_hook(block, self._record_block(state), "forward", with_kwargs=True)
+                self.register_hook(block, self._record_block(), "forward", with_kwargs=True)
         in_blocks = {layer for block in self._blocks for layer in block.modules()}
-        enter_block: Callable[..., None] = self._enter_block
-        for block in self._blocks:
-            self.register_hook(block, enter_block, "forward_pre", with_kwargs=True)
-        record: Callable[..., None] = self._importance.record
         for layer in self._layers:
             if self.scale_search or layer not in in_blocks:
-                self.register_hook(layer, record, "forward_pre")
+                self.register_hook(layer, self._record_layer(), "forward_pre")
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
@@ -199,47 +234,105 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         # The sequential pipeline delivers the blocks of one subgraph, to be tuned together; the
         # basic pipeline delivers the whole model at once.
         groups = [[block] for block in blocks] if state.model in modules else [blocks]
-        try:
+        with self._clean_up_on_failure():
             if blocks and self._capture is not None:
                 with self._model_attention(state.model), HooksMixin.disable_hooks():
                     for group in groups:
                         self._tune_blocks(group)
             ran = self._pending.intersection(modules)
             self._search_layers([layer for layer in self._layers if layer in ran])
-        except Exception:
-            logger.error(
-                f"AutoRound stopped with {len(self._layers) - len(self._pending)} of "
-                f"{len(self._layers)} layers quantized. The model in memory is partly quantized: "
-                "load it again before the next attempt. Nothing was saved."
-            )
-            raise
 
     def on_calibration_end(self, state: State, event: Event | None, **kwargs: Any) -> None:
         self._search_layers([layer for layer in self._layers if layer in self._pending])
-        self.remove_hooks()
+        self._release()
         QuantizationMixin.end_calibration(self, state.model)
-        if self._progress is not None:
-            self._progress.close()
-        self._capture, self._progress, self._chain = None, None, []
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         if not self.ended_:
             self.on_calibration_end(state, None)
         return True
 
+    def _check_schemes_are_still_ours(self) -> None:
+        taken = [
+            name
+            for layer, name in self._layers.items()
+            if layer.quantization_scheme.weights != self._weight_args[layer]  # type: ignore[union-attr]
+        ]
+        if taken:
+            raise RecipeError(
+                "another modifier of the recipe quantizes the same layers: "
+                f"{', '.join(taken[:8])}. Add them to `ignore` of one of the two."
+            )
+
+    def _warn_of_gaps(self, model: nn.Module) -> None:
+        """Say what a user may not have meant: layers left out, blocks that hide padding."""
+        left_out = [
+            name
+            for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear)
+            and getattr(layer, "quantization_scheme", None) is None
+            and any(name.startswith(f"{block}.") for block in self._blocks.values())
+            and not is_match(name, layer, self.ignore)
+        ]
+        if left_out:
+            logger.info(
+                f"{len(left_out)} linear layers inside of blocks are neither targeted nor ignored "
+                f"and stay as they are: {', '.join(left_out[:4])}..."
+            )
+        blind = {
+            type(block).__name__
+            for block in self._blocks
+            if "attention_mask" not in inspect.signature(block.forward).parameters
+        }
+        if blind and self.requires_calibration_data:
+            logger.warning(
+                f"{', '.join(sorted(blind))} receive no `attention_mask`: padding in the "
+                "calibration data would count as text"
+            )
+
     # ------------------------------------------------------------------ capture
 
-    def _record_block(self, state: State) -> Callable[..., None]:
-        def record(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _enter_block(self, state: State) -> Callable[..., None]:
+        def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
             masks = state.loss_masks
             loss_mask = masks[state.current_batch_idx] if masks else None
+            self._token_mask = call_token_mask(block, args, kwargs, loss_mask)
+
+        return enter
+
+    def _record_block(self) -> Callable[..., None]:
+        def record(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             assert self._capture is not None
-            self._capture.record(block, args, kwargs, output, loss_mask)
+            with self._clean_up_on_failure():
+                self._capture.record(block, args, kwargs, output, self._token_mask)
 
         return record
 
-    def _enter_block(self, block: nn.Module, args: Any, kwargs: Any) -> None:
-        self._importance.enter_block(args, kwargs)
+    def _record_layer(self) -> Callable[..., None]:
+        def record(layer: nn.Module, args: Any) -> None:
+            self._importance.record(layer, args, self._token_mask)
+
+        return record
+
+    def _release(self) -> None:
+        """Drop hooks and everything captured."""
+        self.remove_hooks()
+        if self._progress is not None:
+            self._progress.close()
+        self._capture, self._progress, self._chain = None, None, []
+
+    @contextlib.contextmanager
+    def _clean_up_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._release()
+            logger.error(
+                f"AutoRound stopped with {len(self._layers) - len(self._pending)} of "
+                f"{len(self._layers)} layers quantized. The model in memory is partly quantized: "
+                "load it again before the next attempt. Nothing was saved."
+            )
+            raise
 
     @contextlib.contextmanager
     def _model_attention(self, model: nn.Module) -> Iterator[None]:
@@ -260,8 +353,13 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         name = ", ".join(self._blocks[block] for block in blocks)
         captured = [self._capture.pop(block) for block in blocks]
         samples = [one for one in captured if one is not None]
+        in_group = {layer for block in blocks for layer in block.modules()}
+        layers = [x for x in self._layers if x in in_group and isinstance(x, nn.Linear)]
+        if not layers and not self._chain:
+            return  # nothing to tune, and nothing quantized before it
         if len(samples) < len(blocks):
-            logger.warning(f"{name}: not run by the calibration data, so not tuned")
+            if layers:
+                logger.warning(f"{name}: not run once for each sample, so not tuned")
             return
         group = BlockGroup(blocks, [one.calls for one in samples])
         targets = samples[-1].outputs
@@ -269,20 +367,21 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         for one in samples:
             one.inputs = []  # only the inputs of the quantized chain are needed from here on
 
-        in_group = {layer for block in blocks for layer in block.modules()}
-        layers = [x for x in self._layers if x in in_group and isinstance(x, nn.Linear)]
         weights: dict[nn.Linear, QuantizedWeight] = {}
         if layers:
             formats = {layer: self._initial_format(layer, self.scale_search) for layer in layers}
-            result = tune(
-                group,
-                formats,
-                inputs,
-                targets,
-                samples[-1].masks,
-                self._tuning_config(),
-                self._advance_progress(len(blocks)),
-            )
+            try:
+                result = tune(
+                    group,
+                    formats,
+                    inputs,
+                    targets,
+                    samples[-1].masks,
+                    self._tuning_config(),
+                    self._advance_progress(len(blocks)),
+                )
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{name}: {error}; load the model in bfloat16") from error
             weights = result.weights
             for layer, weight in weights.items():
                 self._write_back(layer, weight)
@@ -331,7 +430,13 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         args = self._weight_args[layer]
         found = None
         if search:
-            found = search_range(layer.weight, args, self._importance.pop(layer))
+            importance = self._importance.pop(layer)
+            if importance is not None and not torch.isfinite(importance).all():
+                raise NonFiniteError(
+                    f"{self._layers[layer]}: the calibration inputs have NaN or infinity. Check "
+                    "the calibration text, or load the model in bfloat16 or float32."
+                )
+            found = search_range(layer.weight, args, importance)
         return make_format(layer.weight, args, found)
 
     def _search_layers(self, layers: list[Layer]) -> None:
@@ -351,3 +456,15 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
                 f"step, because {weight.dequantized.dtype} cannot carry them to the checkpoint"
             )
         self._pending.discard(layer)
+
+
+def attention_for_tuning(model: nn.Module) -> str | None:
+    """
+    :return: the model's attention implementation, or None where another than that of the
+        calibration pass (eager) would compute something else
+    """
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if config is not None else None
+    if getattr(text_config, "attn_logit_softcapping", None):
+        return None  # SDPA has no soft-capping
+    return getattr(config, "_attn_implementation", None)

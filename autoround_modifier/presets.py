@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-__all__ = ["PRESETS", "Preset"]
+__all__ = ["PRESETS", "PRESET_FIELDS", "Preset"]
 
 
 @dataclass(frozen=True)
@@ -30,3 +30,5 @@ PRESETS: dict[str, Preset] = {
     "opt_rtn": Preset(iters=0, num_calibration_samples=128, scale_search=True),
     "rtn": Preset(iters=0, num_calibration_samples=0),
 }
+
+PRESET_FIELDS = tuple(field.name for field in fields(Preset))

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.modifier import AutoRoundModifier
+from autoround_modifier.presets import PRESET_FIELDS
 
 __all__ = ["check_recipe", "find_recipe", "list_recipes", "load_recipe"]
 
@@ -54,31 +55,43 @@ def load_recipe(recipe: str | Path, **fields: Any) -> Recipe:
     :raises RecipeError: if the recipe is not found or is not sound
     """
     path = find_recipe(recipe)
-    check_recipe(path)
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for stage in content.values():
-        for group in stage.values():
-            if AutoRoundModifier.__name__ in group:
-                group[AutoRoundModifier.__name__].update(fields)
+    text = path.read_text(encoding="utf-8")
+    check_recipe(text, str(path))
+    content = yaml.safe_load(text)
+    bodies = [
+        group[AutoRoundModifier.__name__]
+        for stage in content.values()
+        for group in stage.values()
+        if AutoRoundModifier.__name__ in group
+    ]
+    if not bodies:
+        raise RecipeError(f"{path}: has no AutoRoundModifier whose fields could be replaced")
+    for body in bodies:
+        if "preset" in fields:  # a saved recipe spells out what its preset stood for
+            for name in PRESET_FIELDS:
+                body.pop(name, None)
+        body.update(fields)
     return Recipe.from_dict(content)
 
 
-def check_recipe(path: Path) -> None:
+def check_recipe(text: str, source: str) -> None:
     """
     Refuse what LLM-Compressor would read as an empty recipe or fail on without saying where.
 
+    :param text: the recipe, YAML
+    :param source: its file, for error messages
     :raises RecipeError: with the file and the line
     """
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        modifiers = list(_modifiers(path, root))
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        modifiers = list(_modifiers(source, root))
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+        raise RecipeError(f"{source}: not valid YAML: {error}") from error
     if not modifiers:
-        raise RecipeError(f"{path}: no modifiers; {_LAYOUT}")
+        raise RecipeError(f"{source}: no modifiers; {_LAYOUT}")
     for line, name, body in modifiers:
         if not isinstance(body, dict):
-            raise RecipeError(f"{path}:{line}: `{name}` has no fields; write `{name}: {{}}`")
+            raise RecipeError(f"{source}:{line}: `{name}` has no fields; write `{name}: {{}}`")
         if name == AutoRoundModifier.__name__:
             try:
                 AutoRoundModifier(**body)
@@ -86,7 +99,7 @@ def check_recipe(path: Path) -> None:
                 problems = "; ".join(
                     ".".join(map(str, item["loc"])) + ": " + item["msg"] for item in error.errors()
                 )
-                raise RecipeError(f"{path}:{line}: `{name}`: {problems}") from error
+                raise RecipeError(f"{source}:{line}: `{name}`: {problems}") from error
 
 
 _LAYOUT = (
@@ -95,24 +108,24 @@ _LAYOUT = (
 )
 
 
-def _modifiers(path: Path, root: yaml.Node | None) -> Iterator[tuple[int, str, Any]]:
+def _modifiers(source: str, root: yaml.Node | None) -> Iterator[tuple[int, str, Any]]:
     """Yield (line, modifier name, fields) for each modifier of a recipe."""
     for stage_key, stage in _items(root):
         if not stage_key.value.endswith("_stage"):
             raise RecipeError(
-                f"{path}:{_line(stage_key)}: `{stage_key.value}` is not a stage: {_LAYOUT}"
+                f"{source}:{_line(stage_key)}: `{stage_key.value}` is not a stage: {_LAYOUT}"
             )
         for group_key, group in _items(stage):
             if not group_key.value.endswith("_modifiers"):
                 raise RecipeError(
-                    f"{path}:{_line(group_key)}: `{group_key.value}` is not a group of "
+                    f"{source}:{_line(group_key)}: `{group_key.value}` is not a group of "
                     f"modifiers: {_LAYOUT}"
                 )
             seen: set[str] = set()
             for key, value in _items(group):
                 if key.value in seen:
                     raise RecipeError(
-                        f"{path}:{_line(key)}: a second `{key.value}` in one group would replace "
+                        f"{source}:{_line(key)}: a second `{key.value}` in one group would replace "
                         "the first; put it into a group of its own"
                     )
                 seen.add(key.value)

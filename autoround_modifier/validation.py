@@ -20,8 +20,6 @@ from autoround_modifier.formats import unsupported_reason
 
 __all__ = ["check_calibration_data", "check_layers", "resolve_schemes"]
 
-COMMON_GROUP_SIZES = (256, 128, 96, 64, 48, 32, 16)
-
 Layer = nn.Linear | nn.Embedding
 Schemes = dict[str, tuple[Layer, QuantizationScheme]]
 
@@ -79,7 +77,7 @@ def check_layers(schemes: Schemes) -> None:
             columns = module.weight.shape[-1]
         args = scheme.weights
         if args.strategy == QuantizationStrategy.GROUP and columns % args.group_size:
-            sizes = [size for size in COMMON_GROUP_SIZES if columns % size == 0]
+            sizes = [size for size in range(256, 15, -8) if columns % size == 0]
             indivisible.append(
                 f"{name}: {columns} input features, group_size {args.group_size}"
                 + (f"; {', '.join(map(str, sizes))} would divide" if sizes else "")

@@ -23,8 +23,8 @@ attention = {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size"
 mlp = {"num_bits": 2, "symmetric": False, "strategy": "group", "group_size": 64}
 recipe = AutoRoundModifier(
     config_groups={
-        "attention": {"targets": [r"re:.*self_attn\.(q|k|v|o)_proj$"], "weights": attention},
-        "mlp": {"targets": [r"re:.*mlp\.(gate|up|down)_proj$"], "weights": mlp},
+        "attention": {"targets": [r"re:.*self_attn\..*_proj$"], "weights": attention},
+        "mlp": {"targets": [r"re:.*mlp\..*_proj$"], "weights": mlp},
     },
     **settings,
 )

@@ -77,9 +77,11 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     """Arguments that every example takes: ``model``, ``output`` and ``tiny``."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", type=Path, help="checkpoint; defaults to the packaged SmolLM2")
-    parser.add_argument("--output", type=Path, required=True, help="where to save; must not exist")
+    parser.add_argument("--output", type=Path, required=True, help="where to save; a new folder")
     parser.add_argument("--tiny", action="store_true", help="two blocks, two iterations: a test")
     arguments = parser.parse_args()
+    if arguments.output.exists() and any(arguments.output.iterdir()):
+        parser.error(f"{arguments.output} exists and is not empty")
     arguments.model = arguments.model or save_smollm2(num_layers=2 if arguments.tiny else None)
     return arguments
 

@@ -15,7 +15,6 @@ from conftest import (
     token_samples,
     weight_scheme,
 )
-from datasets import Dataset
 
 from autoround_modifier import AutoRoundModifier, oneshot
 from autoround_modifier.errors import (
@@ -59,9 +58,10 @@ def groups(**kwargs) -> dict:
 
 FIELD_ROWS = [
     Row("unknown preset", {"preset": "bset"}, ValueError, ("bset", "best", "opt_rtn")),
-    Row("unknown scheme", {"scheme": "W9A99"}, ValueError, ("preset scheme",)),
+    Row("unknown scheme", {"scheme": "W9A99"}, ValueError, ("W9A99", "W4A16", "config_groups")),
     Row("unknown field", {"iterations": 5}, ValueError, ("iterations",)),
     Row("negative iters", {"iters": -1}, ValueError, ("iters", "greater than or equal to 0")),
+    Row("observer", {"weight_observer": "mse"}, ValueError, ("weight_observer", "no effect")),
     Row("batch of nothing", {"batch_size": 0}, ValueError, ("batch_size",)),
     Row(
         "tuning on no samples",
@@ -175,17 +175,39 @@ def test_before_the_first_forward(row):
 
 
 def test_empty_dataset():
+    recipe = AutoRoundModifier(**groups(), iters=2)
     empty = token_samples().select([])
-    with pytest.raises((CalibrationError, ValueError), match=r"empty|num_samples"):
-        quantize(tiny_llama(), AutoRoundModifier(**groups(), iters=2), empty)
+    with pytest.raises(CalibrationError, match="dataset is empty"):
+        oneshot(model=tiny_llama(), recipe=recipe, dataset=empty, processor=tiny_tokenizer())
 
 
-def test_nan_in_an_activation_names_the_block():
+def test_no_recipe():
+    with pytest.raises(RecipeError, match="no recipe"):
+        oneshot(model=tiny_llama(), dataset=token_samples(), processor=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("fields", [{"iters": 2}, {"preset": "opt_rtn"}], ids=["tuned", "opt_rtn"])
+def test_infinity_in_an_activation_names_the_place(fields, log):
     model = tiny_llama()
     model.model.layers[1].input_layernorm.weight.data.fill_(float("inf"))
-    recipe = AutoRoundModifier(**groups(), iters=2, ignore=["lm_head"])
-    with pytest.raises(NonFiniteError, match=r"model\.layers\.1.*sample 0"):
+    recipe = AutoRoundModifier(**groups(), **fields, ignore=["lm_head"])
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1"):
         quantize(model, recipe)
+    assert any("7 of 14 layers quantized" in line for line in log)
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    assert sum(hooks) == 0
+
+
+def test_two_quantizers_on_the_same_layers():
+    recipe = """
+quant_stage:
+  first_modifiers:
+    AutoRoundModifier: {iters: 2, ignore: [lm_head], scheme: W4A16, targets: ["re:.*down_proj$"]}
+  second_modifiers:
+    GPTQModifier: {ignore: [lm_head], scheme: W8A16, targets: ["re:.*down_proj$"]}
+"""
+    with pytest.raises(RecipeError, match=r"another modifier.*model\.layers\.0\.mlp\.down_proj"):
+        quantize(tiny_llama(), recipe)
 
 
 def test_an_output_folder_with_files_is_not_overwritten(tmp_path):
@@ -230,10 +252,11 @@ def test_recipe_files(name, tmp_path):
     text, place, remedy = RECIPES[name]
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(RecipeError) as raised:
-        quantize(tiny_llama(), str(path))
-    assert place in str(raised.value)
-    assert remedy in str(raised.value)
+    for recipe in (str(path), text):
+        with pytest.raises(RecipeError) as raised:
+            quantize(tiny_llama(), recipe)
+        assert place.removeprefix("recipe.yaml") in str(raised.value)
+        assert remedy in str(raised.value)
 
 
 def test_unknown_recipe_name_lists_the_shipped_ones():
@@ -264,8 +287,3 @@ def test_text_without_the_right_field(tmp_path):
     path.write_text('{"body": "w1 w2"}\n')
     with pytest.raises(CalibrationError, match=r"data\.jsonl:1: no field `text`.*body"):
         quantize(tiny_llama(), AutoRoundModifier(**groups(), iters=2), str(path), max_seq_length=4)
-
-
-def test_dataset_of_one_short_row_still_runs():
-    data = Dataset.from_dict({"input_ids": [[1, 2, 3]], "attention_mask": [[1, 1, 1]]})
-    quantize(tiny_llama(), AutoRoundModifier(**groups(), iters=2, ignore=["lm_head"]), data)

@@ -12,6 +12,7 @@ from autoround_modifier import self_generated, text_dataset
 from autoround_modifier.calibration.capture import ImportanceCapture
 from autoround_modifier.calibration.samples import (
     BlockCall,
+    call_token_mask,
     content_key,
     fingerprint,
     split_call,
@@ -67,7 +68,7 @@ def test_samples_of_other_lengths_do_not_stack():
     assert call.signature(short) != BlockCall((), {"flag": False}).signature(short)
 
 
-@pytest.mark.parametrize("kind", ["additive", "bool", "two-dimensional"])
+@pytest.mark.parametrize("kind", ["additive", "bool", "two-dimensional", "with a bias"])
 @pytest.mark.parametrize(
     "real", [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]], ids=["right padding", "left padding"]
 )
@@ -78,6 +79,7 @@ def test_token_mask(kind, real):
         "bool": causal[:, None],
         "additive": torch.zeros(1, 1, 5, 5).masked_fill(~causal[:, None], torch.finfo().min),
         "two-dimensional": counts.long(),
+        "with a bias": torch.randn(1, 4, 5, 5).masked_fill(~causal[:, None], torch.finfo().min),
     }[kind]
     assert torch.equal(token_mask(mask, 5), counts)
 
@@ -105,13 +107,42 @@ def test_fingerprint_is_of_the_content():
     assert fingerprint(hidden) != fingerprint(hidden + 1)
 
 
+class Masked(torch.nn.Module):
+    def forward(self, hidden, attention_mask=None):
+        return hidden
+
+
+def test_call_token_mask_by_position_and_by_name():
+    hidden, padding = torch.randn(1, 3, 2), torch.tensor([[1, 1, 0]])
+    expected = torch.tensor([[True, True, False]])
+    assert torch.equal(call_token_mask(Masked(), (hidden, padding), {}, None), expected)
+    by_name = {"hidden_states": hidden, "attention_mask": padding}
+    assert torch.equal(call_token_mask(Masked(), (), by_name, None), expected)
+    assert call_token_mask(Masked(), (hidden,), {}, None) is None
+
+
+def test_call_token_mask_with_a_loss_mask():
+    hidden, padding = torch.randn(1, 3, 2), torch.tensor([[1, 1, 0]])
+    loss_mask = torch.tensor([[0, 1, 1, 1]])  # may be longer than the batch, which is truncated
+    both = call_token_mask(Masked(), (hidden, padding), {}, loss_mask)
+    assert both.tolist() == [[False, True, False]]
+    assert call_token_mask(Masked(), (hidden,), {}, loss_mask).tolist() == [[False, True, True]]
+
+
+def test_arguments_that_differ_are_not_stacked():
+    hidden = torch.randn(1, 4, 8)
+    positions = [torch.arange(12).view(3, 4), torch.arange(12).flip(0).view(3, 4)]
+    same, other = (BlockCall((), {"positions": value}) for value in positions)
+    assert same.signature(hidden) != other.signature(hidden)
+    again = BlockCall((), {"positions": positions[0].clone()})
+    assert same.signature(hidden) == again.signature(hidden)
+
+
 def test_importance_sums_squares_of_real_tokens():
     layer = torch.nn.Linear(3, 2)
     capture = ImportanceCapture()
     x = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]])
-    capture.enter_block((x,), {"attention_mask": torch.tensor([[1, 0]])})
-    capture.record(layer, (x,))
-    capture.enter_block((x,), {"attention_mask": torch.tensor([[1, 1]])})
+    capture.record(layer, (x,), torch.tensor([[True, False]]))
     capture.record(layer, (x,))
     assert capture.pop(layer).tolist() == [1 + 1 + 16, 4 + 4 + 25, 9 + 9 + 36]
     assert capture.pop(layer) is None

@@ -13,7 +13,8 @@ from conftest import ROOT, quantize, tiny_llama
 from helpers import quantized_layers
 from llmcompressor.recipe import Recipe
 
-from autoround_modifier import AutoRoundModifier, find_recipe, list_recipes
+from autoround_modifier import AutoRoundModifier, find_recipe, list_recipes, load_recipe
+from autoround_modifier.errors import RecipeError
 from autoround_modifier.recipes import check_recipe
 
 SHIPPED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
@@ -51,7 +52,7 @@ def test_a_file_wins_over_a_name(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_loads(name):
     path = find_recipe(name)
-    check_recipe(path)
+    check_recipe(path.read_text(), str(path))
     modifiers = Recipe.create_instance(str(path)).modifiers
     tuned = [modifier for modifier in modifiers if isinstance(modifier, AutoRoundModifier)]
     assert len(tuned) == 1
@@ -59,6 +60,25 @@ def test_loads(name):
     first_line = path.read_text().splitlines()[0]
     for scheme in tuned[0].resolved_config.config_groups.values():
         assert f"{scheme.weights.num_bits}-bit" in path.read_text(), first_line
+
+
+def test_fields_of_a_shipped_recipe_are_replaced():
+    (modifier,) = load_recipe("w2a16_autoround", preset="light", seed=7).modifiers
+    assert (modifier.iters, modifier.lr, modifier.seed) == (50, 5e-3, 7)
+    assert load_recipe("w2a16_autoround", iters=3).modifiers[0].iters == 3
+
+
+def test_a_preset_replaces_what_a_saved_recipe_spells_out(tmp_path):
+    quantize(tiny_llama(), load_recipe("w4a16_autoround", iters=2), output_dir=tmp_path / "out")
+    (modifier,) = load_recipe(tmp_path / "out" / "recipe.yaml", preset="light").modifiers
+    assert modifier.iters == 50
+
+
+def test_a_recipe_without_autoround_has_no_fields_to_replace(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a_stage:\n  b_modifiers:\n    GPTQModifier: {scheme: W4A16}\n")
+    with pytest.raises(RecipeError, match="no AutoRoundModifier"):
+        load_recipe(path, iters=2)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -105,7 +105,8 @@ def test_transformers_reloads(num_bits, symmetric, tmp_path):
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     torch.testing.assert_close(reloaded(ids).logits, expected, rtol=0, atol=1e-2)
     reloaded.to("cpu")
-    assert torch.isfinite(reloaded.to(torch.float32)(ids).logits).all()
+    in_float32 = reloaded.to(torch.float32)(ids).logits
+    assert (in_float32 - expected.float()).norm() < 0.02 * expected.float().norm()
 
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     fresh.save_pretrained(tmp_path / "second")

@@ -39,3 +39,24 @@ def test_two_bits_end_to_end(tmp_path):
         assert torch.equal(saved_integers(tensors, name, 2), values)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert compare(original, reloaded, evaluation).kl == pytest.approx(kl["tuned"], rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_presets_in_order():
+    """At 4 bits: light is better than opt_rtn, and that is better than rtn."""
+    from smollm2 import save_smollm2
+
+    folder = save_smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    text = self_generated(original, tokenizer, num_samples=64, max_seq_length=128)
+    evaluation = torch.tensor(text.select(range(16))["input_ids"])
+    dataset = text.select(range(16, 64))
+    kl = {}
+    for preset in ("rtn", "opt_rtn", "light"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        recipe = load_recipe("w4a16_autoround", preset=preset)
+        oneshot(model=model, tokenizer=tokenizer, dataset=dataset, recipe=recipe)
+        kl[preset] = compare(original, model, evaluation).kl
+    assert kl["light"] < kl["opt_rtn"] < kl["rtn"]

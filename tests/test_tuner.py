@@ -79,16 +79,25 @@ class Block(nn.Module):
         return self.linear(x).tanh()
 
 
-def problem(num_samples: int = 12):
+def problem(num_samples: int = 12, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
-    block = Block()
+    block = Block().to(dtype)
     mix = torch.randn(32, 32) * torch.logspace(0, -2, 32)[:, None]  # activations are correlated
-    inputs = [torch.randn(1, 24, 32) @ mix for _ in range(num_samples)]
+    inputs = [(torch.randn(1, 24, 32) @ mix).to(dtype) for _ in range(num_samples)]
     with torch.no_grad():
         targets = [block(x) for x in inputs]
     group = BlockGroup([block], [[BlockCall((), {}) for _ in inputs]])
     formats = {block.linear: make_format(block.linear.weight, ARGS)}
     return group, formats, inputs, targets, [None] * num_samples
+
+
+def test_small_errors_do_not_underflow_in_half_precision():
+    group, formats, inputs, targets, masks = problem(2, torch.float16)
+    inputs = [x.repeat(1, 400, 1) * 1e-3 for x in inputs]  # many tokens, small outputs
+    targets = group.run(inputs, 1, {})
+    tune(group, formats, inputs, targets, masks, TuningConfig(iters=2, batch_size=1, lr=0.5))
+    (fmt,) = formats.values()
+    assert (fmt.rounding != 0).float().mean() > 0.9
 
 
 def test_what_is_kept_has_the_reported_loss():

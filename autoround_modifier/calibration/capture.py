@@ -14,7 +14,6 @@ from autoround_modifier.calibration.samples import (
     content_key,
     output_hidden,
     split_call,
-    token_mask,
 )
 from autoround_modifier.errors import NonFiniteError
 
@@ -48,8 +47,8 @@ class BlockCapture:
     """
     Forward hooks that record what blocks see, one sample per row of each batch.
 
-    The first captured block fixes which samples are used and in which order: sorted by content,
-    the first ``num_samples`` of them. So no result depends on the order of the pipeline.
+    The first block that is taken out fixes which samples are used and in which order: sorted by
+    content, the first ``num_samples`` of them. So no result depends on the pipeline's order.
 
     :param names: name of each block that is recorded
     :param num_samples: largest number of samples to keep; None for all
@@ -66,6 +65,7 @@ class BlockCapture:
         self.num_samples = num_samples
         self.offload_device = offload_device
         self.order: list[int] | None = None
+        self.num_recorded = 0
         self._blocks: dict[nn.Module, CapturedBlock] = {}
 
     @torch.no_grad()
@@ -75,12 +75,12 @@ class BlockCapture:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Any,
-        loss_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
     ) -> None:
         """
         Record one call of a block.
 
-        :param loss_mask: (batch, tokens), 0 for tokens that shall not count in the loss
+        :param token_mask: (batch, tokens), bool, False for tokens that shall not count
         :raises NonFiniteError: if the output holds NaN or infinity
         """
         captured = self._blocks.setdefault(block, CapturedBlock())
@@ -88,10 +88,7 @@ class BlockCapture:
         outputs = output_hidden(output)
         for row, (hidden, call) in enumerate(split_call(args, kwargs)):
             out = outputs[row : row + 1]
-            mask = token_mask(call.kwargs.get("attention_mask"), hidden.shape[1])
-            if loss_mask is not None:
-                counts = loss_mask[row : row + 1, : hidden.shape[1]].bool().to(hidden.device)
-                mask = counts if mask is None else mask & counts
+            mask = None if token_mask is None else token_mask[row : row + 1]
             real = out if mask is None else out[mask]
             if not torch.isfinite(real).all():
                 raise NonFiniteError(
@@ -109,9 +106,15 @@ class BlockCapture:
             captured.masks.append(None if mask is None else offload(mask))
 
     def pop(self, block: nn.Module) -> CapturedBlock | None:
-        """:return: what was recorded for a block, in canonical order; None if it did not run"""
+        """
+        :return: what was recorded for a block, in canonical order; None if it did not run, or not
+            once for each sample, like the blocks of a vision tower beside those of a language model
+        """
         captured = self._blocks.pop(block, None)
         if captured is None:
+            return None
+        self.num_recorded = self.num_recorded or len(captured.inputs)
+        if len(captured.inputs) != self.num_recorded:
             return None
         if self.order is None:
             keys = [
@@ -135,25 +138,27 @@ class ImportanceCapture:
 
     def __init__(self) -> None:
         self._sums: dict[nn.Module, Tensor] = {}
-        self._mask: Tensor | None = None
-
-    def enter_block(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take the token mask of the block whose layers run next, so that padding is left out."""
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(hidden, Tensor):
-            self._mask = token_mask(kwargs.get("attention_mask"), hidden.shape[1])
 
     @torch.no_grad()
-    def record(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        """Add one batch of inputs, (..., in_features)."""
+    def record(
+        self, layer: nn.Module, args: tuple[Any, ...], token_mask: Tensor | None = None
+    ) -> None:
+        """
+        Add one batch of inputs, (..., in_features).
+
+        :param token_mask: (batch, tokens), bool, False for tokens that shall not count; without
+            effect on layers that see tokens in another arrangement, such as routed experts
+        """
         if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
             return
         x = args[0].detach()
-        if self._mask is not None and x.shape[:-1] == self._mask.shape:
-            x = x[self._mask]
-        squares = x.flatten(0, -2).float().square().sum(0)
+        if token_mask is not None and x.shape[:-1] == token_mask.shape:
+            x = x[token_mask]
+        # float64, so that the order of the batches does not show in the result
+        squares = x.flatten(0, -2).float().square().sum(0).double()
         self._sums[layer] = self._sums[layer] + squares if layer in self._sums else squares
 
     def pop(self, layer: nn.Module) -> Tensor | None:
         """:return: (in_features,), float32; None if the layer saw no tokens"""
-        return self._sums.pop(layer, None)
+        total = self._sums.pop(layer, None)
+        return None if total is None else total.float()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import (
     tree_flatten,
     tree_leaves,
@@ -20,6 +21,7 @@ from torch.utils._pytree import (
 
 __all__ = [
     "BlockCall",
+    "call_token_mask",
     "content_key",
     "fingerprint",
     "output_hidden",
@@ -45,8 +47,12 @@ class BlockCall:
 
     def signature(self, hidden: Tensor) -> tuple[Any, ...]:
         """:return: what two samples must share to be stacked into one batch"""
+        return (tuple(hidden.shape[1:]), *self._arguments_signature)
+
+    @cached_property
+    def _arguments_signature(self) -> tuple[Any, ...]:
         leaves, structure = tree_flatten((self.args, self.kwargs))
-        return (tuple(hidden.shape[1:]), str(structure), *map(_describe, leaves))
+        return (str(structure), *map(_describe, leaves))
 
     @staticmethod
     def stack(calls: list[BlockCall], hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -117,7 +123,7 @@ def token_mask(attention_mask: Any, num_tokens: int) -> Tensor | None:
         return None
     if mask.ndim == 4 and mask.shape[-1] == mask.shape[-2] == num_tokens:
         mask = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        mask = mask if mask.dtype == torch.bool else mask == 0
+        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     elif mask.ndim == 2 and mask.shape[-1] == num_tokens:
         mask = mask.bool()
     else:
@@ -125,10 +131,32 @@ def token_mask(attention_mask: Any, num_tokens: int) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
+def call_token_mask(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss_mask: Tensor | None
+) -> Tensor | None:
+    """
+    Which tokens of a block call count: those that are not padding and that the dataset's
+    ``loss_mask`` does not exclude.
+
+    :param loss_mask: (batch, at least num_tokens), 0 for tokens that shall not count, or None
+    :return: (batch, num_tokens), bool; None if every token counts
+    """
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        return None
+    names = list(inspect.signature(block.forward).parameters)
+    attention_mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
+    mask = token_mask(attention_mask, hidden.shape[1])
+    if loss_mask is None:
+        return mask
+    counts = loss_mask[:, : hidden.shape[1]].bool().to(hidden.device)
+    return counts if mask is None else mask & counts
+
+
 def content_key(hidden: Tensor, mask: Tensor | None) -> bytes:
     """
-    A key of a sample's content. Sorting by it makes every result independent of the order in
-    which the pipeline delivered the samples. What stands in padding does not count.
+    A key of a tensor's content. Samples are sorted by that of their hidden states, so that the
+    order in which the pipeline delivered them does not count; neither does what is in padding.
     """
     real = hidden if mask is None else hidden[mask]
     data = real.detach().cpu().contiguous().view(torch.uint8).numpy()
@@ -152,7 +180,8 @@ def stackable(
 
 def _describe(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return tuple(value.shape)
+        # What is not per sample is passed on once for the whole batch, so it must be the same.
+        return tuple(value.shape) if _per_sample(value) else content_key(value, None)
     return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
 
 
@@ -161,8 +190,8 @@ def _stack(leaves: list[Any], device: torch.device) -> Any:
     first = leaves[0]
     if not isinstance(first, Tensor):
         return first
-    if first.ndim < 2 or first.shape[0] != 1:
-        return first.to(device)
-    if all(leaf is first for leaf in leaves):
-        return first.expand(len(leaves), *first.shape[1:]).to(device)
-    return torch.cat(leaves).to(device)
+    return (torch.cat(leaves) if _per_sample(first) else first).to(device)
+
+
+def _per_sample(value: Tensor) -> bool:
+    return value.ndim > 1 and value.shape[0] == 1

@@ -8,6 +8,7 @@ different minibatches; and the last iterate is a candidate like the others.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from autoround_modifier.errors import NonFiniteError
 from autoround_modifier.formats import QuantizedWeight, RoundingFormat
 from autoround_modifier.tuning.block import BlockGroup
 from autoround_modifier.tuning.loss import squared_error
@@ -22,6 +24,9 @@ from autoround_modifier.tuning.optimizer import SignSGD
 from autoround_modifier.tuning.sampling import minibatches, split_holdout
 
 __all__ = ["TuningConfig", "TuningResult", "tune"]
+
+# Only signs of gradients are used, so scaling the loss is free; it keeps float16 from underflow.
+LOSS_SCALE = 1024.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ def tune(
     :param config: settings
     :param on_iteration: called after each step, for progress bars
     :return: the best candidate on the held-out samples
+    :raises NonFiniteError: if the blocks give NaN or infinity with the initial rounding
     """
     started = time.perf_counter()
     train, holdout = split_holdout(len(inputs), config.holdout_fraction, config.seed)
@@ -91,13 +97,14 @@ def tune(
             total += loss.detach()
         return total
 
-    def holdout_loss() -> Tensor:
+    @torch.no_grad()
+    def holdout_loss() -> float:
         weights = {layer: fmt.forward() for layer, fmt in formats.items()}
-        with torch.no_grad(), group.weights(weights):
+        with group.weights(weights):
             batches = range(0, len(holdout), config.batch_size)
             losses = [batch_loss(holdout[i : i + config.batch_size]) for i in batches]
             num_elements = _num_tokens(targets, masks, holdout) * targets[0].shape[-1]
-            return torch.stack(losses).sum() / num_elements
+            return float(torch.stack(losses).sum() / num_elements)
 
     with group.frozen(), torch.enable_grad():
         for fmt in formats.values():
@@ -105,7 +112,9 @@ def tune(
         optimizer = SignSGD(list(formats.values()), config.iters, config.lr, config.minmax_lr)
         batches = minibatches(train, config.batch_size, config.seed)
 
-        initial_loss = best_loss = float(_no_grad(holdout_loss))
+        initial_loss = best_loss = holdout_loss()
+        if not math.isfinite(initial_loss):
+            raise NonFiniteError("the output of the quantized block has NaN or infinity")
         best_iteration = 0
         best = {layer: fmt.quantized() for layer, fmt in formats.items()}
 
@@ -117,7 +126,7 @@ def tune(
             with group.weights(leaves):
                 for _ in range(config.gradient_accumulate_steps):
                     samples = next(batches)
-                    batch_loss(samples, 1.0 / _num_tokens(targets, masks, samples))
+                    batch_loss(samples, LOSS_SCALE / _num_tokens(targets, masks, samples))
             used = [layer for layer in leaves if leaves[layer].grad is not None]
             if used:
                 torch.autograd.backward(
@@ -127,7 +136,7 @@ def tune(
             on_iteration()
 
             if iteration in evaluate_at:
-                loss = float(_no_grad(holdout_loss))
+                loss = holdout_loss()
                 if loss < best_loss:
                     best_loss, best_iteration = loss, iteration
                     best = {layer: fmt.quantized() for layer, fmt in formats.items()}
@@ -135,11 +144,6 @@ def tune(
     return TuningResult(
         best, initial_loss, best_loss, best_iteration, time.perf_counter() - started
     )
-
-
-@torch.no_grad()
-def _no_grad(fn: Callable[[], Tensor]) -> Tensor:
-    return fn()
 
 
 def _evaluation_points(iters: int, evaluations: int) -> set[int]:
