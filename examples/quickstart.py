@@ -3,7 +3,6 @@
 make quickstart
 """
 
-import math
 import time
 from pathlib import Path
 
@@ -27,9 +26,9 @@ model, tokenizer = load(arguments.model)
 original, _ = load(arguments.model)
 
 # 2. Calibrate: on text that the model writes itself, so no download is needed
-samples, length = (12, 16) if tiny else (160, 256)
-text = self_generated(model, tokenizer, num_samples=samples, max_seq_length=length)
-held_out = math.ceil(samples / 5)  # calibration never sees these samples
+samples, length = (12, 16) if tiny else (96, 256)
+text = self_generated(model, tokenizer, samples, length, batch_size=samples)
+held_out = samples // 3  # calibration never sees these samples
 evaluation = torch.tensor(text.select(range(held_out))["input_ids"])
 dataset = text.select(range(held_out, samples))
 
