@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from compressed_tensors.quantization import (
     is_preset_scheme,
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
-from compressed_tensors.utils import is_match, match_named_modules, patch_attr
+from compressed_tensors.utils import match_named_modules, patch_attr
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.calibration import apply_calibration_status
@@ -28,18 +27,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoround_modifier.calibration.capture import BlockCapture, ImportanceCapture
-from autoround_modifier.calibration.samples import call_token_mask, fingerprint
-from autoround_modifier.errors import NonFiniteError, RecipeError
+from autoround_modifier.calibration.chain import QuantizedChain
+from autoround_modifier.calibration.samples import call_token_mask
+from autoround_modifier.errors import NonFiniteError
 from autoround_modifier.export import write_back
 from autoround_modifier.formats import QuantizedWeight, RoundingFormat, make_format
 from autoround_modifier.initialization import search_range
 from autoround_modifier.presets import PRESET_FIELDS, PRESETS
 from autoround_modifier.report import BlockReport
-from autoround_modifier.tuning import BlockGroup, TuningConfig, tune
+from autoround_modifier.tuning import BlockGroup, TuningConfig, attention_for_tuning, tune
 from autoround_modifier.validation import (
     Layer,
     check_calibration_data,
     check_layers,
+    check_schemes_unchanged,
+    gaps,
     resolve_schemes,
 )
 
@@ -121,8 +123,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     _capture: BlockCapture | None = PrivateAttr(default=None)
     _importance: ImportanceCapture = PrivateAttr(default_factory=ImportanceCapture)
     _token_mask: Tensor | None = PrivateAttr(default=None)
-    _chain: list[Tensor] = PrivateAttr(default_factory=list)
-    _chain_fingerprints: list[int] = PrivateAttr(default_factory=list)
+    _chain: QuantizedChain = PrivateAttr(default_factory=QuantizedChain)
     _attention: str | None = PrivateAttr(default=None)
     _progress: tqdm | None = PrivateAttr(default=None)
     _reports: list[BlockReport] = PrivateAttr(default_factory=list)
@@ -202,12 +203,13 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         self._pending = set(self._layers)
         targets = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         self._blocks = {block: name for name, block in match_named_modules(model, targets)}
-        self._warn_of_gaps(model)
+        for gap in gaps(model, self._blocks, self.ignore):
+            logger.warning(gap)
         self._attention = attention_for_tuning(model)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        self._check_schemes_are_still_ours()
+        check_schemes_unchanged(self._layers, self._weight_args)
         named_layers = ((name, layer) for layer, name in self._layers.items())
         if targets_embeddings(state.model, named_layers):
             untie_word_embeddings(state.model)
@@ -252,44 +254,6 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             self.on_calibration_end(state, None)
         return True
 
-    def _check_schemes_are_still_ours(self) -> None:
-        taken = [
-            name
-            for layer, name in self._layers.items()
-            if layer.quantization_scheme.weights != self._weight_args[layer]  # type: ignore[union-attr]
-        ]
-        if taken:
-            raise RecipeError(
-                "another modifier of the recipe quantizes the same layers: "
-                f"{', '.join(taken[:8])}. Add them to `ignore` of one of the two."
-            )
-
-    def _warn_of_gaps(self, model: nn.Module) -> None:
-        """Say what a user may not have meant: layers left out, blocks that hide padding."""
-        left_out = [
-            name
-            for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear)
-            and getattr(layer, "quantization_scheme", None) is None
-            and any(name.startswith(f"{block}.") for block in self._blocks.values())
-            and not is_match(name, layer, self.ignore)
-        ]
-        if left_out:
-            logger.info(
-                f"{len(left_out)} linear layers inside of blocks are neither targeted nor ignored "
-                f"and stay as they are: {', '.join(left_out[:4])}..."
-            )
-        blind = {
-            type(block).__name__
-            for block in self._blocks
-            if "attention_mask" not in inspect.signature(block.forward).parameters
-        }
-        if blind and self.requires_calibration_data:
-            logger.warning(
-                f"{', '.join(sorted(blind))} receive no `attention_mask`: padding in the "
-                "calibration data would count as text"
-            )
-
     # ------------------------------------------------------------------ capture
 
     def _enter_block(self, state: State) -> Callable[..., None]:
@@ -319,7 +283,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         self.remove_hooks()
         if self._progress is not None:
             self._progress.close()
-        self._capture, self._progress, self._chain = None, None, []
+        self._capture, self._progress, self._chain = None, None, QuantizedChain()
 
     @contextlib.contextmanager
     def _clean_up_on_failure(self) -> Iterator[None]:
@@ -390,24 +354,19 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
         if self.enable_quanted_input:
             dequantized = {layer: weight.dequantized for layer, weight in weights.items()}
-            self._chain = group.run(inputs, self.batch_size, dequantized)
-            self._chain_fingerprints = [fingerprint(target) for target in targets]
+            self._chain.advance(group.run(inputs, self.batch_size, dequantized), targets)
 
     def _quantized_inputs(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
-        """
-        The output of the quantized blocks before this one, if this block's full-precision input
-        is the full-precision output of those; its own full-precision input otherwise.
-        """
+        """What the blocks will see after quantization; their own inputs where the chain ends."""
         if not self._chain:
             return inputs
-        chain, self._chain = self._chain, []
-        if [fingerprint(hidden) for hidden in inputs] == self._chain_fingerprints:
-            return chain
-        logger.info(
-            f"{name}: its input is not the output of the block before it; it is tuned on "
-            "full-precision inputs"
-        )
-        return inputs
+        chained = self._chain.take(inputs)
+        if chained is None:
+            logger.info(
+                f"{name}: its input is not the output of the block before it; it is tuned on "
+                "full-precision inputs"
+            )
+        return inputs if chained is None else chained
 
     def _tuning_config(self) -> TuningConfig:
         names = TuningConfig.__dataclass_fields__
@@ -456,15 +415,3 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
                 f"step, because {weight.dequantized.dtype} cannot carry them to the checkpoint"
             )
         self._pending.discard(layer)
-
-
-def attention_for_tuning(model: nn.Module) -> str | None:
-    """
-    :return: the model's attention implementation, or None where another than that of the
-        calibration pass (eager) would compute something else
-    """
-    config = getattr(model, "config", None)
-    text_config = config.get_text_config() if config is not None else None
-    if getattr(text_config, "attn_logit_softcapping", None):
-        return None  # SDPA has no soft-capping
-    return getattr(config, "_attn_implementation", None)

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization import (
+    QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
     QuantizationStrategy,
 )
-from compressed_tensors.utils import match_named_modules
+from compressed_tensors.utils import is_match, match_named_modules
 from compressed_tensors.utils.match import match_targets
 from torch import nn
 
 from autoround_modifier.errors import CalibrationError, NonFiniteError, RecipeError, SchemeError
 from autoround_modifier.formats import unsupported_reason
 
-__all__ = ["check_calibration_data", "check_layers", "resolve_schemes"]
+__all__ = [
+    "check_calibration_data",
+    "check_layers",
+    "check_schemes_unchanged",
+    "gaps",
+    "resolve_schemes",
+]
 
 Layer = nn.Linear | nn.Embedding
 Schemes = dict[str, tuple[Layer, QuantizationScheme]]
@@ -95,6 +104,51 @@ def check_layers(schemes: Schemes) -> None:
         )
     if non_finite:
         raise NonFiniteError(f"weights with NaN or infinity: {_listed(non_finite)}")
+
+
+def check_schemes_unchanged(names: dict[Layer, str], args: dict[Layer, QuantizationArgs]) -> None:
+    """
+    :param names: the layers to quantize
+    :param args: the arguments each was given when the recipe was initialised
+    :raises RecipeError: if another modifier has replaced some of them since
+    """
+    taken = [name for layer, name in names.items() if _weight_args(layer) != args[layer]]
+    if taken:
+        raise RecipeError(
+            "another modifier of the recipe quantizes the same layers: "
+            f"{_listed(taken)}. Add them to `ignore` of one of the two."
+        )
+
+
+def gaps(model: nn.Module, blocks: dict[nn.Module, str], ignore: list[str]) -> Iterator[str]:
+    """Yield a sentence for each thing that works but may not be meant."""
+    left_out = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and _weight_args(layer) is None
+        and any(name.startswith(f"{block}.") for block in blocks.values())
+        and not is_match(name, layer, ignore)
+    ]
+    if left_out:
+        yield (
+            f"{len(left_out)} linear layers inside of blocks are neither targeted nor ignored and "
+            f"stay as they are: {_listed(left_out)}"
+        )
+    blind = {
+        type(block).__name__
+        for block in blocks
+        if "attention_mask" not in inspect.signature(block.forward).parameters
+    }
+    if blind:
+        yield (
+            f"{', '.join(sorted(blind))} receive no `attention_mask`: padding in the calibration "
+            "data would count as text"
+        )
+
+
+def _weight_args(layer: nn.Module) -> QuantizationArgs | None:
+    return getattr(getattr(layer, "quantization_scheme", None), "weights", None)
 
 
 def check_calibration_data(dataloader: object, reason: str) -> None:

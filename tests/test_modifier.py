@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from autoround_modifier import PRESETS, AutoRoundModifier
 from autoround_modifier.evaluation import compare
-from autoround_modifier.modifier import attention_for_tuning
+from autoround_modifier.tuning import attention_for_tuning
 
 
 def modifier(num_bits: int = 2, symmetric: bool = True, **fields) -> AutoRoundModifier:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from autoround_modifier.calibration.samples import BlockCall, output_hidden, stackable
 
-__all__ = ["BlockGroup"]
+__all__ = ["BlockGroup", "attention_for_tuning"]
 
 
 class BlockGroup:
@@ -104,3 +104,15 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         return F.linear(x, weight, bias)
 
     return forward
+
+
+def attention_for_tuning(model: nn.Module) -> str | None:
+    """
+    :return: the model's attention implementation, or None where another than that of the
+        calibration pass (eager) would compute something else
+    """
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if config is not None else None
+    if getattr(text_config, "attn_logit_softcapping", None):
+        return None  # SDPA has no soft-capping
+    return getattr(config, "_attn_implementation", None)
