@@ -52,6 +52,7 @@ def save_smollm2(directory: str | Path | None = None, num_layers: int | None = N
     gguf_file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
     tokenizer.chat_template = tokenizer.chat_template or CHATML
+    tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces before punctuation
     # GGUF has one field for both; the model card names them apart.
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.bfloat16)
