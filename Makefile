@@ -43,7 +43,8 @@ $(VLLM_VENV)/.installed:
 test-vllm: install $(VLLM_VENV)/.installed
 	rm -rf $(OUTPUT)/vllm
 	$(RUN) tests/vllm/make_checkpoints.py "$$($(RUN) examples/smollm2.py | tail -1)" $(OUTPUT)/vllm
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm --checkpoints "$(abspath $(OUTPUT))/vllm"
+	$(VLLM_VENV)/bin/python -m pytest -c tests/vllm/pytest.ini --confcutdir tests/vllm tests/vllm \
+		--checkpoints="$(abspath $(OUTPUT))/vllm"
 
 # TEXT is a JSON-lines file with fields text and split (calib or eval).
 bench-accuracy: install
