@@ -38,11 +38,13 @@ from autoround_modifier.report import BlockReport
 from autoround_modifier.tuning import BlockGroup, TuningConfig, attention_for_tuning, tune
 from autoround_modifier.validation import (
     Layer,
+    blocks_without_mask,
     check_calibration_data,
     check_layers,
     check_schemes_unchanged,
-    gaps,
+    listed,
     resolve_schemes,
+    uncovered_layers,
 )
 
 __all__ = ["AutoRoundModifier"]
@@ -203,8 +205,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         self._pending = set(self._layers)
         targets = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         self._blocks = {block: name for name, block in match_named_modules(model, targets)}
-        for gap in gaps(model, self._blocks, self.ignore):
-            logger.warning(gap)
+        self._say_what_may_not_be_meant(model)
         self._attention = attention_for_tuning(model)
         return True
 
@@ -253,6 +254,20 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         if not self.ended_:
             self.on_calibration_end(state, None)
         return True
+
+    def _say_what_may_not_be_meant(self, model: nn.Module) -> None:
+        left_out = uncovered_layers(model, self._blocks, self.ignore)
+        if left_out:
+            logger.info(
+                f"{len(left_out)} linear layers inside of blocks are neither targeted nor ignored "
+                f"and stay as they are: {listed(left_out)}"
+            )
+        blind = blocks_without_mask(self._blocks)
+        if blind and self.requires_calibration_data:
+            logger.warning(
+                f"{listed(blind)} receive no `attention_mask`: padding in the calibration data "
+                "would count as text"
+            )
 
     # ------------------------------------------------------------------ capture
 

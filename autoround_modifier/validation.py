@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from compressed_tensors.offload import disable_onloading
@@ -22,11 +22,13 @@ from autoround_modifier.errors import CalibrationError, NonFiniteError, RecipeEr
 from autoround_modifier.formats import unsupported_reason
 
 __all__ = [
+    "blocks_without_mask",
     "check_calibration_data",
     "check_layers",
     "check_schemes_unchanged",
-    "gaps",
+    "listed",
     "resolve_schemes",
+    "uncovered_layers",
 ]
 
 Layer = nn.Linear | nn.Embedding
@@ -55,13 +57,13 @@ def resolve_schemes(model: nn.Module, config: QuantizationConfig) -> Schemes:
             wrong.append(name)
     if wrong:
         raise RecipeError(
-            f"targets match modules that are neither Linear nor Embedding: {_listed(wrong)}. "
+            f"targets match modules that are neither Linear nor Embedding: {listed(wrong)}. "
             "Target the linear layers inside them."
         )
     if not matched:
         raise RecipeError(
             f"no module matches targets {list(by_target)} after ignoring {config.ignore}. Modules "
-            f"of this model are named like {_listed(_example_names(model))}."
+            f"of this model are named like {listed(_example_names(model))}."
         )
     return {
         name: (module, by_target[match_targets(name, module, by_target)[0]])
@@ -95,7 +97,7 @@ def check_layers(schemes: Schemes) -> None:
             non_finite.append(name)
 
     if unsupported:
-        reasons = [f"{reason}: {_listed(names)}" for reason, names in unsupported.items()]
+        reasons = [f"{reason}: {listed(names)}" for reason, names in unsupported.items()]
         raise SchemeError("AutoRoundModifier cannot quantize these layers: " + "; ".join(reasons))
     if indivisible:
         raise SchemeError(
@@ -103,7 +105,7 @@ def check_layers(schemes: Schemes) -> None:
             "use `strategy: channel`, or add the layers to `ignore`:\n  " + "\n  ".join(indivisible)
         )
     if non_finite:
-        raise NonFiniteError(f"weights with NaN or infinity: {_listed(non_finite)}")
+        raise NonFiniteError(f"weights with NaN or infinity: {listed(non_finite)}")
 
 
 def check_schemes_unchanged(names: dict[Layer, str], args: dict[Layer, QuantizationArgs]) -> None:
@@ -116,13 +118,15 @@ def check_schemes_unchanged(names: dict[Layer, str], args: dict[Layer, Quantizat
     if taken:
         raise RecipeError(
             "another modifier of the recipe quantizes the same layers: "
-            f"{_listed(taken)}. Add them to `ignore` of one of the two."
+            f"{listed(taken)}. Add them to `ignore` of one of the two."
         )
 
 
-def gaps(model: nn.Module, blocks: dict[nn.Module, str], ignore: list[str]) -> Iterator[str]:
-    """Yield a sentence for each thing that works but may not be meant."""
-    left_out = [
+def uncovered_layers(
+    model: nn.Module, blocks: dict[nn.Module, str], ignore: list[str]
+) -> list[str]:
+    """:return: linear layers inside of blocks that are neither targeted nor ignored"""
+    return [
         name
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
@@ -130,21 +134,16 @@ def gaps(model: nn.Module, blocks: dict[nn.Module, str], ignore: list[str]) -> I
         and any(name.startswith(f"{block}.") for block in blocks.values())
         and not is_match(name, layer, ignore)
     ]
-    if left_out:
-        yield (
-            f"{len(left_out)} linear layers inside of blocks are neither targeted nor ignored and "
-            f"stay as they are: {_listed(left_out)}"
-        )
+
+
+def blocks_without_mask(blocks: Iterable[nn.Module]) -> list[str]:
+    """:return: class names of blocks that take no attention mask, by which padding is known"""
     blind = {
         type(block).__name__
         for block in blocks
         if "attention_mask" not in inspect.signature(block.forward).parameters
     }
-    if blind:
-        yield (
-            f"{', '.join(sorted(blind))} receive no `attention_mask`: padding in the calibration "
-            "data would count as text"
-        )
+    return sorted(blind)
 
 
 def _weight_args(layer: nn.Module) -> QuantizationArgs | None:
@@ -171,7 +170,8 @@ def check_calibration_data(dataloader: object, reason: str) -> None:
         raise CalibrationError("the calibration dataset is empty")
 
 
-def _listed(names: list[str], limit: int = 8) -> str:
+def listed(names: list[str], limit: int = 8) -> str:
+    """:return: names for a message, the first few of many"""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 

@@ -138,6 +138,13 @@ def test_arguments_that_differ_are_not_stacked():
     assert same.signature(hidden) == again.signature(hidden)
 
 
+def test_a_number_among_the_arguments():
+    hidden = torch.randn(1, 4, 8)
+    calls = [BlockCall((), {"layer_scale": torch.tensor(value)}) for value in (0.5, 0.5, 0.7)]
+    signatures = [call.signature(hidden) for call in calls]
+    assert signatures[0] == signatures[1] != signatures[2]
+
+
 def test_importance_sums_squares_of_real_tokens():
     layer = torch.nn.Linear(3, 2)
     capture = ImportanceCapture()

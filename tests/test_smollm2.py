@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import integers, quantized_layers, saved_integers, saved_tensors
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from autoround_modifier import load_recipe, oneshot, self_generated
 from autoround_modifier.evaluation import compare
 
 
-@pytest.mark.smollm2
-def test_two_bits_end_to_end(tmp_path):
-    from smollm2 import save_smollm2
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Folder, original model and tokenizer."""
+    from smollm2 import load, save_smollm2
 
     folder = save_smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return folder, *load(folder)
+
+
+@pytest.mark.smollm2
+def test_two_bits_end_to_end(smollm2, tmp_path):
+    folder, original, tokenizer = smollm2
     text = self_generated(original, tokenizer, num_samples=24, max_seq_length=64)
     evaluation = torch.tensor(text.select(range(8))["input_ids"])
     dataset = text.select(range(8, 24))
@@ -43,13 +50,9 @@ def test_two_bits_end_to_end(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-def test_presets_in_order():
+def test_presets_in_order(smollm2):
     """At 4 bits: light is better than opt_rtn, and that is better than rtn."""
-    from smollm2 import save_smollm2
-
-    folder = save_smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    folder, original, tokenizer = smollm2
     text = self_generated(original, tokenizer, num_samples=64, max_seq_length=128)
     evaluation = torch.tensor(text.select(range(16))["input_ids"])
     dataset = text.select(range(16, 64))

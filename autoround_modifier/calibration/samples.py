@@ -159,7 +159,7 @@ def content_key(hidden: Tensor, mask: Tensor | None) -> bytes:
     order in which the pipeline delivered them does not count; neither does what is in padding.
     """
     real = hidden if mask is None else hidden[mask]
-    data = real.detach().cpu().contiguous().view(torch.uint8).numpy()
+    data = real.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
     return hashlib.blake2b(data.data, digest_size=16).digest()
 
 

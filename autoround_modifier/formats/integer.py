@@ -163,14 +163,13 @@ class IntegerFormat(RoundingFormat):
         self.dtype = weight.dtype
         self.shape = weight.shape
         self.weight = group_weight(weight, args)
-        self.searched = initial_range is not None
         if initial_range is None:
             self.w_min = self.weight.amin(-1).clamp_(max=0)
             self.w_max = self.weight.amax(-1).clamp_(min=0)
         else:
             self.w_min, self.w_max = initial_range
         # A searched range may also grow (SignRoundV2); the observed one only shrinks.
-        self.clipping_limit = 2.0 if self.searched else 1.0
+        self.clipping_limit = 1.0 if initial_range is None else 2.0
 
     def make_trainable(self, tune_clipping: bool) -> None:
         self.rounding = torch.zeros_like(self.weight).requires_grad_()
