@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.offload import is_distributed
@@ -93,12 +93,18 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         of input channels is summed over all that the pipeline runs
     :param scale_search: start from the best scale of a search instead of the minimum and maximum
         of each group; the search weighs errors by the importance of their input channel
+    :param loss: what tuning minimises between a block's output and the full-precision one:
+        ``relative``, the squared error of each token as a share of its squared length; ``mse``, the
+        mean squared error (SignRound); ``filtered``, the same without the largest 0.1 % of the
+        differences (SignRoundV2, for less than 4 bits)
     :param enable_minmax_tuning: learn alpha and beta, not only V
     :param enable_quanted_input: feed each block the output of the quantized blocks before it,
         not that of the full-precision ones
     :param holdout_fraction: share of the samples on which candidates are compared; they are
         never tuned on
     :param holdout_evaluations: number of candidates compared, evenly spaced, the last among them
+    :param enable_torch_compile: quantize by compiled code while tuning; the results are the same.
+        By default where there is enough to tune to make up for the compilation
     :param seed: fixes every random choice
     """
 
@@ -112,10 +118,12 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     gradient_accumulate_steps: int = Field(default=1, ge=1)
     num_calibration_samples: int | None = Field(default=None, ge=0)
     scale_search: bool | None = None
+    loss: Literal["relative", "mse", "filtered"] | None = None
     enable_minmax_tuning: bool = True
     enable_quanted_input: bool = True
     holdout_fraction: float = Field(default=0.125, ge=0, le=0.5)
     holdout_evaluations: int = Field(default=10, ge=1)
+    enable_torch_compile: bool | None = None
     seed: int = 42
 
     _layers: dict[Layer, str] = PrivateAttr(default_factory=dict)

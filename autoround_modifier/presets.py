@@ -15,12 +15,14 @@ class Preset:
     :param lr: step size of V; None for ``1 / iters`` (see `tuning.optimizer.default_lr`)
     :param scale_search: search each group's scale before tuning, weighted by the importance of
         its input channels (SignRoundV2)
+    :param loss: a name in `tuning.loss.LOSSES`
     """
 
     iters: int
     num_calibration_samples: int
     lr: float | None = None
     scale_search: bool = False
+    loss: str = "mse"
 
 
 PRESETS: dict[str, Preset] = {

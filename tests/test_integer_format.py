@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from autoround_modifier.formats.integer import (
     IntegerFormat,
     asymmetric_qparams,
-    integer_fake_quantize,
+    integer_quantize,
     integer_range,
     symmetric_scale,
 )
@@ -73,52 +73,96 @@ def test_parity_with_compressed_tensors(num_bits, symmetric, group_size, rows, g
     torch.testing.assert_close(ours.dequantized, again, rtol=0, atol=0)
 
 
+def tuned_format(symmetric: bool, dtype: torch.dtype, fused: bool = False) -> IntegerFormat:
+    """A format some way into tuning: V and the clipping factors have moved."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 64, generator=generator).to(dtype)
+    fmt = IntegerFormat(weight, args_of(3, symmetric))
+    fmt.make_trainable(tune_clipping=True, fused=fused)
+    fmt.rounding.uniform_(-0.5, 0.5, generator=generator)
+    for factor in fmt.clipping:
+        factor.uniform_(0.5, 1.0, generator=generator)
+    return fmt
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_forward_is_what_is_saved(symmetric, dtype):
-    weight = torch.randn(16, 64).to(dtype)
-    fmt = IntegerFormat(weight, args_of(3, symmetric))
-    fmt.make_trainable(tune_clipping=True)
-    with torch.no_grad():
-        fmt.rounding.uniform_(-0.5, 0.5)
-        for factor in fmt.clipping:
-            factor.uniform_(0.5, 1.0)
-    saved = fmt.quantized()
-    assert fmt.forward().dtype == dtype
-    torch.testing.assert_close(fmt.forward(), saved.dequantized, rtol=0, atol=0)
-    assert torch.equal(saved.scale.float(), fmt.qparams()[0].squeeze(-1))  # no hidden precision
+def test_dequantized_is_made_of_what_is_saved(symmetric, dtype):
+    saved = tuned_format(symmetric, dtype).quantized()
+    assert saved.dequantized.dtype == saved.scale.dtype == dtype
+    again = dequantize(saved.values, saved.scale, saved.zero_point, args=args_of(3, symmetric))
+    torch.testing.assert_close(saved.dequantized, again, rtol=0, atol=0)
 
 
 def surrogate(weight, rounding, scale, zero_point, num_bits):
     """The same function without rounding: what the straight-through gradient pretends."""
     q_min, q_max = integer_range(num_bits)
-    q = (weight / scale + rounding + zero_point).clamp(q_min, q_max)
-    return scale * (q - zero_point)
+    return (weight / scale + rounding + zero_point).clamp(q_min, q_max)
 
 
 @pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
-def test_gradients_of_v_and_zero_point(num_bits):
+def test_gradients_of_v_scale_and_zero_point(num_bits):
     torch.manual_seed(0)
-    weight = torch.randn(6, 2, 16)
-    scale = torch.full((6, 2, 1), 2.5 / 2**num_bits)  # clips some weights
-    zero_point = torch.randint(-1, 2, (6, 2, 1)).float()
+    weight = torch.randn(12, 16)
+    scale = torch.full((12, 1), 2.5 / 2**num_bits)  # clips some weights
+    zero_point = torch.randint(-1, 2, (12, 1)).float()
     # V that moves each weight onto an integer: there the surrogate equals the rounded function
     rounding = (weight / scale).round() - weight / scale
-    cotangent = torch.randn(6, 2, 16)
-    inputs = [rounding, scale, zero_point]
+    cotangent = torch.randn(12, 16)
     grads = []
-    for fn in (integer_fake_quantize, surrogate):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        fn(weight, *leaves, num_bits).backward(cotangent)
+    for fn in (integer_quantize, surrogate):
+        leaves = [x.clone().requires_grad_() for x in (rounding, scale, zero_point)]
+        _, scale_leaf, zero_point_leaf = leaves
+        ((fn(weight, *leaves, num_bits) - zero_point_leaf) * scale_leaf).backward(cotangent)
         grads.append([leaf.grad for leaf in leaves])
     for ours, expected in zip(*grads, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_clipping_factors_receive_gradients():
-    for symmetric in (True, False):
-        fmt = IntegerFormat(torch.randn(4, 64), args_of(2, symmetric))
-        fmt.make_trainable(tune_clipping=True)
-        fmt.forward().square().sum().backward()
-        assert any(factor.grad.abs().sum() > 0 for factor in fmt.clipping)
-        assert fmt.rounding.grad.abs().sum() > 0
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_step_follows_the_sign_of_a_numeric_gradient(symmetric):
+    """V and the clipping factors against differences of the function they are stepped on."""
+    fmt = tuned_format(symmetric, torch.float32)
+    cotangent = torch.randn(48, 64)
+    before = [fmt.rounding.clone(), *(factor.clone() for factor in fmt.clipping)]
+    fmt.descend(cotangent, torch.tensor(2.0**-6), torch.tensor(2.0**-6))
+    v_step, alpha_step, beta_step = (
+        (old - new).float() / 2.0**-6
+        for old, new in zip(before, [fmt.rounding, *fmt.clipping], strict=True)
+    )
+    saved = tuned_format(symmetric, torch.float32).quantized()
+    inside = (saved.values > -4) & (saved.values < 3)
+    scale = saved.scale.repeat_interleave(32, dim=1)
+    expected = (cotangent * scale).sign()
+    assert torch.equal(v_step.view(48, 64).round()[inside], expected[inside])
+    for step in (alpha_step, beta_step):
+        assert set(step.round().unique().tolist()) <= {-1.0, 0.0, 1.0}
+        assert step.any()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_fused_and_plain_agree(symmetric):
+    """The same integers; the same step, but for sums of a group that are next to zero."""
+    plain, fused = (tuned_format(symmetric, torch.bfloat16, fused=flag) for flag in (False, True))
+    gradient = torch.randn(48, 64).bfloat16()
+    for fmt in (plain, fused):
+        fmt.descend(gradient, torch.tensor(0.02), torch.tensor(0.02))
+    assert torch.equal(plain.rounding, fused.rounding)
+    for ours, theirs in zip(plain.clipping, fused.clipping, strict=True):
+        assert (ours != theirs).float().mean() < 0.05
+        theirs.copy_(ours)
+    ours, theirs = plain.quantized(), fused.quantized()
+    for name in ("values", "scale", "zero_point", "dequantized"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def test_slices_change_nothing(monkeypatch):
+    whole = tuned_format(False, torch.bfloat16)
+    monkeypatch.setattr("autoround_modifier.formats.integer.SLICE_ELEMENTS", 7 * 32)
+    sliced = tuned_format(False, torch.bfloat16)
+    gradient = torch.randn(48, 64)
+    sliced.descend(gradient, torch.tensor(0.1), torch.tensor(0.1))
+    values = sliced.quantized().values
+    monkeypatch.undo()
+    whole.descend(gradient, torch.tensor(0.1), torch.tensor(0.1))
+    assert torch.equal(whole.quantized().values, values)

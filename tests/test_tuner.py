@@ -12,7 +12,7 @@ from torch import nn
 from autoround_modifier.calibration.samples import BlockCall
 from autoround_modifier.formats import make_format
 from autoround_modifier.tuning import BlockGroup, TuningConfig, tune
-from autoround_modifier.tuning.loss import squared_error
+from autoround_modifier.tuning.loss import filtered_error, relative_error, squared_error
 from autoround_modifier.tuning.optimizer import SignSGD, default_lr
 from autoround_modifier.tuning.sampling import minibatches, split_holdout
 
@@ -47,16 +47,23 @@ def test_sign_steps_decay_to_zero_and_stay_in_the_clipping_limits():
     fmt.make_trainable(tune_clipping=True)
     optimizer = SignSGD([fmt], iters=4, lr=0.1, minmax_lr=0.8)
     moved = []
+    gradient = torch.randn(4, 16)
     for _ in range(4):
-        before = fmt.rounding.detach().clone()
-        fmt.rounding.grad = torch.full_like(fmt.rounding, -3.0)
-        for factor, sign in zip(fmt.clipping, (1.0, -1.0), strict=True):
-            factor.grad = torch.full_like(factor, sign)
-        optimizer.step()
-        moved.append((fmt.rounding - before).max().item())
-    assert moved == pytest.approx([0.1, 0.075, 0.05, 0.025])
-    assert fmt.clipping[0].min() == 0.0
-    assert fmt.clipping[1].max() == 1.0
+        before = fmt.rounding.clone()
+        optimizer.step([gradient])
+        moved.append((fmt.rounding - before).abs().max().item())
+    assert moved == pytest.approx([0.1, 0.075, 0.05, 0.025], abs=1e-3)
+    for factor in fmt.clipping:
+        assert factor.min() >= 0.0
+        assert factor.max() <= 1.0
+    assert min(factor.min() for factor in fmt.clipping) == 0.0  # 0.8 + 0.6: beyond the limit
+
+
+def test_a_weight_without_gradient_stays():
+    fmt = make_format(torch.randn(4, 16), ARGS)
+    fmt.make_trainable(tune_clipping=True)
+    SignSGD([fmt], iters=4).step([None])
+    assert not fmt.rounding.any()
 
 
 def test_padding_with_nan_counts_for_nothing():
@@ -66,8 +73,31 @@ def test_padding_with_nan_counts_for_nothing():
     mask = torch.tensor([[True, True, False]])
     loss = squared_error(output, target, mask)
     loss.backward()
-    assert loss.item() == 4.0
-    assert output.grad.tolist() == [[[2.0, 2.0], [2.0, 2.0], [0.0, 0.0]]]
+    assert loss.item() == 2.0
+    assert output.grad.tolist() == [[[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]]
+
+
+def test_relative_error_weighs_tokens_alike():
+    target = torch.tensor([[[3.0, 4.0], [3000.0, 4000.0], [0.0, 0.0]]])
+    mask = torch.tensor([[True, True, False]])
+    output = (target * 1.1).requires_grad_()
+    loss = relative_error(output, target, mask)
+    assert loss.item() == pytest.approx(2 * 0.1**2, rel=1e-4)
+    target[0, 2] = float("nan")
+    loss = relative_error(output, target, mask)
+    loss.backward()
+    assert loss.item() == pytest.approx(2 * 0.1**2, rel=1e-4)
+    assert torch.isfinite(output.grad).all()
+
+
+def test_filtered_error_drops_the_largest_thousandth():
+    target = torch.zeros(1, 20, 100)
+    output = torch.ones(1, 20, 100)
+    output[0, 3, 7], output[0, 9, 1] = -500.0, 300.0  # the two of 2,000
+    loss = filtered_error(output.requires_grad_(), target, None)
+    loss.backward()
+    assert loss.item() == pytest.approx((2000 - 2) / 100)
+    assert output.grad[0, 3, 7] == output.grad[0, 9, 1] == 0
 
 
 class Block(nn.Module):

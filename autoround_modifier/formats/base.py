@@ -1,4 +1,4 @@
-"""What every numeric family gives the tuner: a differentiable quantize-dequantize of one weight."""
+"""What every numeric family gives the tuner: quantization of one weight, and a step downhill."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class RoundingFormat(ABC):
     """
     The tuned state of one weight. Before `make_trainable` it rounds to nearest.
 
+    :ivar num_bits: bits of one value
     :ivar rounding: V, or None
     :ivar clipping: alpha and beta, or empty
     :ivar clipping_limit: upper limit of alpha and beta; the lower one is 0
@@ -44,13 +45,23 @@ class RoundingFormat(ABC):
         self.clipping: list[Tensor] = []
 
     @abstractmethod
-    def make_trainable(self, tune_clipping: bool) -> None:
-        """Create V (zeros) and, if asked for, alpha and beta (ones) as leaf tensors."""
+    def make_trainable(self, tune_clipping: bool, fused: bool = False) -> None:
+        """
+        Create V (zeros) and, if asked for, alpha and beta (ones).
 
-    @abstractmethod
-    def forward(self) -> Tensor:
-        """:return: the dequantized weight (out_features, in_features), differentiable"""
+        :param fused: compute with `torch.compile`; the values are the same, sooner
+        """
 
     @abstractmethod
     def quantized(self) -> QuantizedWeight:
-        """:return: the weight as it would be saved now; its values are those of `forward`"""
+        """:return: the weight as it would be saved now, in tensors of its own"""
+
+    @abstractmethod
+    def descend(self, gradient: Tensor, rounding_lr: Tensor, clipping_lr: Tensor) -> None:
+        """
+        One sign-gradient step, in place: ``p <- p - lr * sign(dL/dp)`` for V, alpha and beta.
+
+        :param gradient: dL/dW of the dequantized weight, (out_features, in_features)
+        :param rounding_lr: step size of V, scalar
+        :param clipping_lr: step size of alpha and beta, scalar
+        """

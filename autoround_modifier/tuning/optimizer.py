@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from autoround_modifier.formats import RoundingFormat
 
@@ -42,17 +43,13 @@ class SignSGD:
             self.step_sizes.append((rounding_lr, rounding_lr if minmax_lr is None else minmax_lr))
         self.iteration = 0
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update every parameter that has a gradient, and clear the gradients."""
+    def step(self, gradients: list[Tensor | None]) -> None:
+        """
+        :param gradients: of the loss by each dequantized weight; None leaves a weight as it is
+        """
         decay = 1.0 - self.iteration / self.iters
-        for fmt, (rounding_lr, minmax_lr) in zip(self.formats, self.step_sizes, strict=True):
-            if fmt.rounding is not None and fmt.rounding.grad is not None:
-                fmt.rounding.sub_(fmt.rounding.grad.sign_(), alpha=rounding_lr * decay)
-                fmt.rounding.grad = None
-            for factor in fmt.clipping:
-                if factor.grad is not None:
-                    factor.sub_(factor.grad.sign_(), alpha=minmax_lr * decay)
-                    factor.clamp_(0.0, fmt.clipping_limit)
-                    factor.grad = None
+        for fmt, lrs, gradient in zip(self.formats, self.step_sizes, gradients, strict=True):
+            if gradient is not None:
+                rounding_lr, clipping_lr = torch.tensor(lrs, device=gradient.device) * decay
+                fmt.descend(gradient, rounding_lr, clipping_lr)
         self.iteration += 1

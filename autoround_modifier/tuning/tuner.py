@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autoround_modifier.errors import NonFiniteError
 from autoround_modifier.formats import QuantizedWeight, RoundingFormat
 from autoround_modifier.tuning.block import BlockGroup
-from autoround_modifier.tuning.loss import squared_error
+from autoround_modifier.tuning.loss import LOSSES
 from autoround_modifier.tuning.optimizer import SignSGD
 from autoround_modifier.tuning.sampling import minibatches, split_holdout
 
@@ -27,6 +27,9 @@ __all__ = ["TuningConfig", "TuningResult", "tune"]
 
 # Only signs of gradients are used, so scaling the loss is free; it keeps float16 from underflow.
 LOSS_SCALE = 1024.0
+
+# Compilation takes seconds, once; below this many weights times steps it would not be made up for.
+FUSE_FROM = 5e7
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,11 @@ class TuningConfig:
     minmax_lr: float | None = None
     batch_size: int = 8
     gradient_accumulate_steps: int = 1
+    loss: str = "mse"
     enable_minmax_tuning: bool = True
     holdout_fraction: float = 0.125
     holdout_evaluations: int = 10
+    enable_torch_compile: bool | None = None
     seed: int = 42
 
 
@@ -48,7 +53,7 @@ class TuningConfig:
 class TuningResult:
     """
     :ivar weights: the best candidate, as it will be saved
-    :ivar initial_loss: mean squared error per element on the held-out samples before tuning
+    :ivar initial_loss: mean loss per token on the held-out samples before tuning
     :ivar best_loss: the same for the best candidate
     :ivar best_iteration: the iteration it comes from; 0 is the initial rounding
     :ivar seconds: time spent
@@ -85,61 +90,63 @@ def tune(
     started = time.perf_counter()
     train, holdout = split_holdout(len(inputs), config.holdout_fraction, config.seed)
     evaluate_at = _evaluation_points(config.iters, config.holdout_evaluations)
+    loss_function = LOSSES[config.loss]
+
+    num_tokens = [_num_tokens(target, mask) for target, mask in zip(targets, masks, strict=True)]
 
     def batch_loss(samples: list[int], backward_scale: float | None = None) -> Tensor:
+        """Mean over the tokens of these samples; with ``backward_scale``, its gradients as well."""
         total = torch.zeros((), device=group.device)
+        tokens = max(1, sum(num_tokens[index] for index in samples))
         for indices, hidden in group.microbatches(inputs, samples):
             target = torch.cat([targets[index].to(group.device) for index in indices])
             mask = _stack(masks, indices, target)
-            loss = squared_error(group.forward(hidden, indices), target, mask)
+            loss = loss_function(group.forward(hidden, indices), target, mask) / tokens
             if backward_scale is not None:
                 (loss * backward_scale).backward()
             total += loss.detach()
         return total
 
     @torch.no_grad()
-    def holdout_loss() -> float:
-        weights = {layer: fmt.forward() for layer, fmt in formats.items()}
+    def holdout_loss(candidate: dict[nn.Linear, QuantizedWeight]) -> float:
+        weights = {layer: weight.dequantized for layer, weight in candidate.items()}
         with group.weights(weights):
-            batches = range(0, len(holdout), config.batch_size)
-            losses = [batch_loss(holdout[i : i + config.batch_size]) for i in batches]
-            num_elements = _num_tokens(targets, masks, holdout) * targets[0].shape[-1]
-            return float(torch.stack(losses).sum() / num_elements)
+            starts = range(0, len(holdout), config.batch_size)
+            batches = [holdout[start : start + config.batch_size] for start in starts]
+            shares = [sum(num_tokens[index] for index in batch) for batch in batches]
+            losses = [batch_loss(batch) * n for batch, n in zip(batches, shares, strict=True)]
+            return float(torch.stack(losses).sum() / max(1, sum(shares)))
 
     with group.frozen(), torch.enable_grad():
         for fmt in formats.values():
-            fmt.make_trainable(config.enable_minmax_tuning)
+            fmt.make_trainable(config.enable_minmax_tuning, _fuse(config, formats))
         optimizer = SignSGD(list(formats.values()), config.iters, config.lr, config.minmax_lr)
         batches = minibatches(train, config.batch_size, config.seed)
 
-        initial_loss = best_loss = holdout_loss()
+        candidate = {layer: fmt.quantized() for layer, fmt in formats.items()}
+        best, best_iteration = candidate, 0
+        initial_loss = best_loss = holdout_loss(candidate)
         if not math.isfinite(initial_loss):
             raise NonFiniteError("the output of the quantized block has NaN or infinity")
-        best_iteration = 0
-        best = {layer: fmt.quantized() for layer, fmt in formats.items()}
 
         for iteration in range(1, config.iters + 1):
             # The quantized weights are leaves while samples accumulate gradients into them, so
             # each step quantizes once, however many samples it sees.
-            outputs = {layer: fmt.forward() for layer, fmt in formats.items()}
-            leaves = {layer: w.detach().requires_grad_() for layer, w in outputs.items()}
+            leaves = {
+                layer: weight.dequantized.detach().requires_grad_()
+                for layer, weight in candidate.items()
+            }
             with group.weights(leaves):
                 for _ in range(config.gradient_accumulate_steps):
-                    samples = next(batches)
-                    batch_loss(samples, LOSS_SCALE / _num_tokens(targets, masks, samples))
-            used = [layer for layer in leaves if leaves[layer].grad is not None]
-            if used:
-                torch.autograd.backward(
-                    [outputs[layer] for layer in used], [leaves[layer].grad for layer in used]
-                )
-            optimizer.step()
+                    batch_loss(next(batches), LOSS_SCALE)
+            optimizer.step([leaf.grad for leaf in leaves.values()])
+            candidate = {layer: fmt.quantized() for layer, fmt in formats.items()}
             on_iteration()
 
             if iteration in evaluate_at:
-                loss = holdout_loss()
+                loss = holdout_loss(candidate)
                 if loss < best_loss:
-                    best_loss, best_iteration = loss, iteration
-                    best = {layer: fmt.quantized() for layer, fmt in formats.items()}
+                    best, best_loss, best_iteration = candidate, loss, iteration
 
     return TuningResult(
         best, initial_loss, best_loss, best_iteration, time.perf_counter() - started
@@ -161,10 +168,12 @@ def _stack(masks: list[Tensor | None], indices: list[int], like: Tensor) -> Tens
     return torch.cat(rows)
 
 
-def _num_tokens(targets: list[Tensor], masks: list[Tensor | None], samples: list[int]) -> int:
-    """:return: number of tokens that count in these samples, at least 1"""
-    tokens = 0
-    for index in samples:
-        mask = masks[index]
-        tokens += targets[index].shape[1] if mask is None else int(mask.sum())
-    return max(1, tokens)
+def _num_tokens(target: Tensor, mask: Tensor | None) -> int:
+    """:return: number of tokens that count in one sample"""
+    return target.shape[1] if mask is None else int(mask.sum())
+
+
+def _fuse(config: TuningConfig, formats: dict[nn.Linear, RoundingFormat]) -> bool:
+    if config.enable_torch_compile is not None:
+        return config.enable_torch_compile
+    return config.iters * sum(layer.weight.numel() for layer in formats) >= FUSE_FROM

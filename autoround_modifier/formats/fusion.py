@@ -1,0 +1,41 @@
+"""Fusion of elementwise functions into one pass over memory, where there is a compiler."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from loguru import logger
+
+__all__ = ["fused"]
+
+Result = TypeVar("Result")
+
+
+def fused(function: Callable[..., Result]) -> Callable[..., Result]:
+    """
+    :param function: takes tensors whose first dimension may vary from call to call, and options
+    :return: the same function through `torch.compile`, from its first call on; where that fails,
+        as on a machine without a C++ compiler, the function as it is, with one warning
+    """
+    compiled: Callable[..., Result] | None = None
+
+    @functools.wraps(function)
+    def call(*args: object, **kwargs: object) -> Result:
+        nonlocal compiled
+        if compiled is None:
+            compiled = torch.compile(function, options={"emulate_precision_casts": True})
+        try:
+            return compiled(*args, **kwargs)
+        except Exception as error:  # whatever the compiler's reason: the plain function decides
+            if compiled is not function:
+                logger.warning(
+                    "torch.compile is not available, so tuning takes longer: "
+                    f"{str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
+                )
+            compiled = function
+            return function(*args, **kwargs)
+
+    return call
