@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +21,14 @@ class Divergence:
     :param top1: share of tokens at which both models rank the same token first
     :param perplexity: of the quantized model
     :param reference_perplexity: of the original
+    :param kl_per_sample: the divergence of each sample
     """
 
     kl: float
     top1: float
     perplexity: float
     reference_perplexity: float
+    kl_per_sample: tuple[float, ...]
 
 
 @torch.no_grad()
@@ -52,11 +55,12 @@ def compare(reference: nn.Module | list[Tensor], model: nn.Module, samples: Tens
     """
     if isinstance(reference, nn.Module):
         reference = logits_of(reference, samples)
-    totals = torch.zeros(4, dtype=torch.float64)
-    for sample, wanted, got in zip(samples, reference, logits_of(model, samples), strict=True):
+    totals = torch.zeros(len(samples), 4, dtype=torch.float64)
+    rows = zip(samples, reference, logits_of(model, samples), strict=True)
+    for index, (sample, wanted, got) in enumerate(rows):
         p, q = (F.log_softmax(logits.float(), dim=-1) for logits in (wanted, got))
         labels = sample[1:, None].cpu()
-        totals += torch.stack(
+        totals[index] = torch.stack(
             [
                 (p.exp() * (p - q)).sum(),
                 (p.argmax(-1) == q.argmax(-1)).sum(),
@@ -64,7 +68,6 @@ def compare(reference: nn.Module | list[Tensor], model: nn.Module, samples: Tens
                 -p.gather(-1, labels).sum(),
             ]
         ).double()
-    kl, top1, nll, reference_nll = (totals / (samples.shape[0] * (samples.shape[1] - 1))).tolist()
-    return Divergence(
-        kl, top1, float(torch.tensor(nll).exp()), float(torch.tensor(reference_nll).exp())
-    )
+    means = totals / (samples.shape[1] - 1)
+    kl, top1, nll, reference_nll = means.mean(0).tolist()
+    return Divergence(kl, top1, math.exp(nll), math.exp(reference_nll), tuple(means[:, 0].tolist()))

@@ -1,11 +1,12 @@
 """
-Accuracy of each preset and scheme on a model, on text that calibration never saw.
+Accuracy of this package and its peers on a model, on text that calibration never saw.
 
     make bench-accuracy TEXT=path/to/text.jsonl
 
 ``TEXT`` is a JSON-lines file with a field ``text``; lines with ``"split": "calib"`` calibrate and
 lines with ``"split": "eval"`` evaluate. Each row runs in a process of its own, so that its peak
-memory is its own. Results are written as JSON, and printed as a Markdown table.
+memory is its own. Results are written to a JSON file after each row, and as a Markdown table
+beside it; rows that the file already holds do not run again.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from autoround_modifier import AutoRoundModifier, oneshot, self_generated, text_dataset
+from autoround_modifier import PRESETS, AutoRoundModifier, oneshot, self_generated, text_dataset
 from autoround_modifier.evaluation import compare
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -35,68 +37,106 @@ SCHEMES = {
     for symmetric in (True, False)
 }
 
+# What is compared, with the same number of steps on both sides.
+METHODS = [
+    "llmcompressor-rtn",
+    "llmcompressor-awq",
+    "llmcompressor-gptq",
+    "llmcompressor-autoround+iters=50",
+    "auto-round+iters=50",
+    "auto-round+iters=50+enable_alg_ext=true",
+    "opt_rtn",
+    "default+iters=50+scale_search=false+loss=mse",
+    "default+iters=50",
+]
 
-def run_row(arguments: argparse.Namespace) -> dict:
+
+def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration: str) -> dict:
     """Quantize once and measure; the only work of a child process."""
-    scheme, settings, calibration = arguments.row.split(",")
-    preset, *overrides = settings.split("+")
-    fields = {name: yaml.safe_load(value) for name, value in (x.split("=") for x in overrides)}
+    name, *overrides = method.split("+")
+    options = {key: yaml.safe_load(value) for key, value in (x.split("=") for x in overrides)}
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
     sizes = {"num_samples": arguments.samples, "max_seq_length": arguments.length}
-    if preset == "rtn":
-        dataset = None
-    elif calibration == "self":
-        dataset = self_generated(original, tokenizer, **sizes)
+    if calibration == "self":
+        dataset = self_generated(original, tokenizer, **sizes, seed=arguments.seed)
     else:
         dataset = text_dataset(arguments.text, tokenizer, **sizes, split="calib")
-    held_out = text_dataset(arguments.text, tokenizer, 40, 256, split="eval")
+    held_out = text_dataset(
+        arguments.text, tokenizer, arguments.eval_samples, arguments.length, split="eval"
+    )
 
     bits, symmetric = SCHEMES[scheme]
     weights = {
         "num_bits": bits,
+        "type": "int",
         "symmetric": symmetric,
         "strategy": "group",
         "group_size": arguments.group_size,
     }
-    recipe = AutoRoundModifier(
-        preset=preset,
-        ignore=["lm_head"],
-        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
-        **{"batch_size": arguments.batch_size, "seed": arguments.seed, **fields},
-    )
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
-    started = time.perf_counter()
-    oneshot(model=model, tokenizer=tokenizer, dataset=dataset, recipe=recipe)
+    if name in PRESETS:
+        settings = {"preset": name, "batch_size": arguments.batch_size, "seed": arguments.seed}
+        settings |= options
+        recipe = AutoRoundModifier(
+            ignore=["lm_head"],
+            config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
+            **settings,
+        )
+        started = time.perf_counter()
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            dataset=dataset if recipe.requires_calibration_data else None,
+            recipe=recipe,
+        )
+    else:
+        from peers import PEERS, Task  # imports much that our own rows shall not be charged with
+
+        task = Task(model, tokenizer, dataset, weights, arguments.batch_size, arguments.seed)
+        started = time.perf_counter()
+        settings = PEERS[name](task, **options)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB on Linux
     result = compare(original, model, torch.tensor(held_out["input_ids"]))
     return {
         "scheme": scheme,
-        "settings": settings,
-        "calibration": "none" if preset == "rtn" else calibration,
+        "method": method,
+        "calibration": calibration,
         "seed": arguments.seed,
         "kl": result.kl,
+        "kl_per_sample": list(result.kl_per_sample),
         "top1": result.top1,
         "perplexity": result.perplexity,
         "reference_perplexity": result.reference_perplexity,
         "seconds": seconds,
         "peak_mib": peak,
+        "settings": settings,
     }
 
 
 def markdown(results: list[dict]) -> str:
+    """One line for each scheme and method: means over seeds, in brackets the lowest and highest."""
     lines = [
-        "| scheme | settings | calibration | KL | top-1 | perplexity | seconds | peak MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| scheme | method | calibration | seeds | KL | KL of the worst text | top-1 | perplexity "
+        "| seconds | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [
-        f"| {row['scheme']} | {row['settings']} | {row['calibration']} | {row['kl']:.3f} | "
-        f"{row['top1']:.1%} | {row['perplexity']:.1f} | {row['seconds']:.0f} | "
-        f"{row['peak_mib']:.0f} |"
-        for row in results
-    ]
+    rows: dict[tuple, list[dict]] = {}
+    for row in results:
+        rows.setdefault((row["scheme"], row["method"], row["calibration"]), []).append(row)
+    for key, runs in rows.items():
+        kls = [row["kl"] for row in runs]
+        spread = f" ({min(kls):.3f} to {max(kls):.3f})" if len(runs) > 1 else ""
+        lines.append(
+            f"| {' | '.join(key)} | {len(runs)} | {mean(kls):.3f}{spread} "
+            f"| {mean(max(row['kl_per_sample']) for row in runs):.2f} "
+            f"| {mean(row['top1'] for row in runs):.1%} "
+            f"| {mean(row['perplexity'] for row in runs):.1f} "
+            f"| {mean(row['seconds'] for row in runs):.0f} "
+            f"| {mean(row['peak_mib'] for row in runs):.0f} |"
+        )
     return "\n".join(lines)
 
 
@@ -105,42 +145,57 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="checkpoint; defaults to the packaged SmolLM2")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument(
-        "--rows",
-        nargs="+",
-        default=[
-            "w2,rtn,text",
-            "w2,opt_rtn,text",
-            "w2,light,text",
-            "w2,default+iters=50,text",
-            "w2,default+iters=50,self",
-            "w2-asym,default+iters=50,text",
-            "w2-asym,default+iters=50+scale_search=true,text",
-            "w4,rtn,text",
-            "w4,light,text",
-        ],
-        help="scheme,preset[+field=value...],calibration; calibration is `text` or `self`",
+        "--schemes", nargs="+", default=["w2", "w2-asym", "w3", "w4"], choices=SCHEMES
     )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=METHODS,
+        help="a preset or a name in peers.py, with +field=value... appended",
+    )
+    parser.add_argument("--calibrations", nargs="+", default=["text"], choices=["text", "self"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--eval-samples", type=int, default=40)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", type=Path, default=Path("output/accuracy.json"))
-    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.model = arguments.model or save_smollm2()
     if arguments.row:
-        print("RESULT " + json.dumps(run_row(arguments)))
+        *row, seed = arguments.row
+        arguments.seed = int(seed)
+        print("RESULT " + json.dumps(run_row(arguments, *row)))
         return
 
-    results = []
-    for row in arguments.rows:
-        command = [sys.executable, __file__, *sys.argv[1:], "--row", row]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        (line,) = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
-        results.append(json.loads(line.removeprefix("RESULT ")))
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=1))
+    output = arguments.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(output.read_text()) if output.exists() else []
+    done = {(x["scheme"], x["method"], x["calibration"], x["seed"]) for x in results}
+    # Seed by seed, so that a run that is cut short has all methods of the first seeds.
+    wanted = [
+        (scheme, method, calibration, seed)
+        for seed in arguments.seeds
+        for scheme in arguments.schemes
+        for method in arguments.methods
+        for calibration in arguments.calibrations
+    ]
+    for row in wanted:
+        if row in done:
+            continue
+        command = [sys.executable, __file__, *sys.argv[1:], "--row", *map(str, row)]
+        child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        lines = [x for x in child.stdout.splitlines() if x.startswith("RESULT ")]
+        if child.returncode or not lines:
+            print(f"| {' | '.join(map(str, row))} | failed, see above |", flush=True)
+            continue
+        results.append(json.loads(lines[0].removeprefix("RESULT ")))
+        partial = output.with_suffix(".partial")
+        partial.write_text(json.dumps(results, indent=1))
+        partial.replace(output)
+        output.with_suffix(".md").write_text(markdown(results) + "\n")
         print(markdown(results[-1:]).splitlines()[-1], flush=True)
     print(markdown(results))
 

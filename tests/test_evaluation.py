@@ -30,5 +30,6 @@ def test_literal_values():
     nll = -(3 * math.log(0.75) + math.log(0.25)) / 4
     assert result.perplexity == pytest.approx(math.exp(nll), rel=1e-5)
     assert result.reference_perplexity == pytest.approx(2.0, rel=1e-5)
+    assert result.kl_per_sample == pytest.approx([result.kl] * 2)
     same = compare(Constant([0.3, 0.7]), Constant([0.3, 0.7]), samples)
     assert (same.kl, same.top1) == (pytest.approx(0.0, abs=1e-6), 1.0)
