@@ -10,7 +10,8 @@ OUTPUT ?= output
 TORCH ?= torch==2.13.0
 RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 
-.PHONY: install quickstart test lint typecheck test-slow test-vllm bench-accuracy build clean
+.PHONY: install quickstart test lint typecheck test-slow test-vllm bench-accuracy \
+	bench-ablation bench-speed build clean
 
 install: $(VENV)/.installed
 
@@ -46,9 +47,17 @@ test-vllm: install $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -c tests/vllm/pytest.ini --confcutdir tests/vllm tests/vllm \
 		--checkpoints="$(abspath $(OUTPUT))/vllm"
 
-# TEXT is a JSON-lines file with fields text and split (calib or eval).
+# TEXT is a JSON-lines file with fields text and split (calib or eval). Rows already in the output
+# are kept, so an interrupted run goes on where it stopped.
 bench-accuracy: install
 	$(RUN) benchmarks/accuracy.py --text "$(TEXT)" --output $(OUTPUT)/accuracy.json $(ARGS)
+
+bench-ablation: install
+	$(RUN) benchmarks/accuracy.py --suite ablation --schemes w2 w4 --text "$(TEXT)" \
+		--output $(OUTPUT)/ablation.json $(ARGS)
+
+bench-speed: install
+	$(RUN) benchmarks/speed.py --output $(OUTPUT)/speed.json $(ARGS)
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -49,6 +49,11 @@ from autoround_modifier.validation import (
 
 __all__ = ["AutoRoundModifier"]
 
+# Compiling takes some ten seconds, once: as long as this many weights, times the passes over them,
+# take longer without.
+COMPILE_FROM = 1e9
+SEARCH_PASSES = 30
+
 
 class AutoRoundModifier(Modifier, QuantizationMixin):
     """
@@ -81,8 +86,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     weights that are tuned, and are refused.
 
     :param preset: ``best`` (1000 iterations, 512 samples), ``default`` (200, 128), ``light``
-        (50, 128, lr 5e-3), ``opt_rtn`` (scale search, no tuning) or ``rtn`` (rounding to nearest,
-        no data). A field that is given overrides its preset.
+        (50, 128), ``opt_rtn`` (scale search, no tuning) or ``rtn`` (rounding to nearest, no data).
+        A field that is given overrides its preset.
     :param iters: sign-gradient steps per group of blocks; 0 tunes nothing
     :param lr: step size of V, the learned offset before rounding, in integer steps; it decays
         linearly to 0. Defaults to ``1 / iters``
@@ -91,8 +96,10 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     :param gradient_accumulate_steps: batches in each step
     :param num_calibration_samples: largest number of calibration samples tuned on; the importance
         of input channels is summed over all that the pipeline runs
-    :param scale_search: start from the best scale of a search instead of the minimum and maximum
-        of each group; the search weighs errors by the importance of their input channel
+    :param scale_search: start from the best scale of a search, which weighs errors by the
+        importance of their input channel, and tune it within [0, 2] of that (SignRoundV2,
+        https://arxiv.org/abs/2512.04746); false starts from the minimum and maximum of each
+        group, tuned within [0, 1]. With ``loss: mse`` that is SignRound as first published
     :param loss: what tuning minimises between a block's output and the full-precision one:
         ``relative``, the squared error of each token as a share of its squared length; ``mse``, the
         mean squared error (SignRound); ``filtered``, the same without the largest 0.1 % of the
@@ -135,6 +142,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     _token_mask: Tensor | None = PrivateAttr(default=None)
     _chain: QuantizedChain = PrivateAttr(default_factory=QuantizedChain)
     _attention: str | None = PrivateAttr(default=None)
+    _fused: bool = PrivateAttr(default=False)
     _progress: tqdm | None = PrivateAttr(default=None)
     _reports: list[BlockReport] = PrivateAttr(default_factory=list)
 
@@ -215,6 +223,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         self._blocks = {block: name for name, block in match_named_modules(model, targets)}
         self._say_what_may_not_be_meant(model)
         self._attention = attention_for_tuning(model)
+        self._fused = self._compilation_pays()
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -262,6 +271,12 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         if not self.ended_:
             self.on_calibration_end(state, None)
         return True
+
+    def _compilation_pays(self) -> bool:
+        if self.enable_torch_compile is not None:
+            return self.enable_torch_compile
+        passes = max(self.iters or 0, SEARCH_PASSES if self.scale_search else 0)
+        return passes * sum(layer.weight.numel() for layer in self._layers) >= COMPILE_FROM
 
     def _say_what_may_not_be_meant(self, model: nn.Module) -> None:
         left_out = uncovered_layers(model, self._blocks, self.ignore)
@@ -418,8 +433,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
                     f"{self._layers[layer]}: the calibration inputs have NaN or infinity. Check "
                     "the calibration text, or load the model in bfloat16 or float32."
                 )
-            found = search_range(layer.weight, args, importance)
-        return make_format(layer.weight, args, found)
+            found = search_range(layer.weight, args, importance, self._fused)
+        return make_format(layer.weight, args, found, self._fused)
 
     def _search_layers(self, layers: list[Layer]) -> None:
         """Quantize without tuning: by the scale search, or to nearest if nothing asks for more."""

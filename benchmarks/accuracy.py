@@ -37,18 +37,33 @@ SCHEMES = {
     for symmetric in (True, False)
 }
 
-# What is compared, with the same number of steps on both sides.
-METHODS = [
-    "llmcompressor-rtn",
-    "llmcompressor-awq",
-    "llmcompressor-gptq",
-    "llmcompressor-autoround+iters=50",
-    "auto-round+iters=50",
-    "auto-round+iters=50+enable_alg_ext=true",
-    "opt_rtn",
-    "default+iters=50+scale_search=false+loss=mse",
-    "default+iters=50",
-]
+# What is compared, with the same number of steps on both sides. The first setting of the ablation
+# is the whole; each of the others changes one thing.
+SUITES = {
+    "peers": [
+        "llmcompressor-rtn",
+        "llmcompressor-awq",
+        "llmcompressor-gptq",
+        "llmcompressor-autoround+iters=50",
+        "auto-round+iters=50",
+        "auto-round+iters=50+enable_alg_ext=true",
+        "opt_rtn",
+        "default+iters=50+scale_search=false+loss=mse",
+        "default+iters=50",
+    ],
+    "ablation": [
+        "default+iters=50",
+        "default+iters=50+scale_search=false",
+        "default+iters=50+loss=mse",
+        "default+iters=50+loss=filtered",
+        "default+iters=50+enable_minmax_tuning=false",
+        "default+iters=50+enable_quanted_input=false",
+        "default+iters=50+holdout_fraction=0",
+        "default+iters=50+lr=0.005",
+        "default+iters=25+batch_size=8",
+        "default+iters=100+batch_size=2",
+    ],
+}
 
 
 def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration: str) -> dict:
@@ -150,9 +165,9 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=METHODS,
-        help="a preset or a name in peers.py, with +field=value... appended",
+        help="a preset or a name in peers.py, with +field=value... appended; default: the suite's",
     )
+    parser.add_argument("--suite", default="peers", choices=SUITES)
     parser.add_argument("--calibrations", nargs="+", default=["text"], choices=["text", "self"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--group-size", type=int, default=64)
@@ -179,7 +194,7 @@ def main() -> None:
         (scheme, method, calibration, seed)
         for seed in arguments.seeds
         for scheme in arguments.schemes
-        for method in arguments.methods
+        for method in arguments.methods or SUITES[arguments.suite]
         for calibration in arguments.calibrations
     ]
     for row in wanted:

@@ -77,8 +77,8 @@ def tuned_format(symmetric: bool, dtype: torch.dtype, fused: bool = False) -> In
     """A format some way into tuning: V and the clipping factors have moved."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 64, generator=generator).to(dtype)
-    fmt = IntegerFormat(weight, args_of(3, symmetric))
-    fmt.make_trainable(tune_clipping=True, fused=fused)
+    fmt = IntegerFormat(weight, args_of(3, symmetric), fused=fused)
+    fmt.make_trainable(tune_clipping=True)
     fmt.rounding.uniform_(-0.5, 0.5, generator=generator)
     for factor in fmt.clipping:
         factor.uniform_(0.5, 1.0, generator=generator)

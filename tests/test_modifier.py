@@ -48,7 +48,9 @@ def test_presets():
         preset = AutoRoundModifier(preset=name)
         assert (preset.iters, preset.num_calibration_samples) == (iters, samples)
         assert preset.requires_calibration_data
-    assert AutoRoundModifier(preset="light").lr == 5e-3
+        assert preset.scale_search
+        assert preset.loss == "relative"
+        assert preset.lr is None
     assert AutoRoundModifier(preset="light", iters=7, lr=0.1).iters == 7
     assert not AutoRoundModifier(preset="rtn").requires_calibration_data
     opt_rtn = AutoRoundModifier(preset="opt_rtn")

@@ -55,6 +55,18 @@ def test_symmetric_search_is_close_to_brute_force():
     assert found.sum() < 1.02 * best.sum()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_fused_and_plain_find_the_same(symmetric):
+    torch.manual_seed(0)
+    weight, importance = torch.randn(48, 64).bfloat16(), torch.rand(64)
+    args = args_of(2, symmetric)
+    plain = search_range(weight, args, importance)
+    fused = search_range(weight, args, importance, fused=True)
+    ours, theirs = (error(weight, args, importance, found) for found in (plain, fused))
+    # Sums may round differently, and a tie then has another winner of the same error.
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
 def test_importance_counts():
     torch.manual_seed(0)
     weight = torch.randn(32, 64)

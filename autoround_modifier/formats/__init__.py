@@ -44,13 +44,15 @@ def make_format(
     weight: Tensor,
     args: QuantizationArgs,
     initial_range: tuple[Tensor, Tensor] | None = None,
+    fused: bool = False,
 ) -> RoundingFormat:
     """
     :param weight: (out_features, in_features), full precision
     :param args: how the weight is quantized; accepted by `unsupported_reason`
     :param initial_range: clipping range found by a search, (out_features, groups) each
+    :param fused: compute with `torch.compile`; the values are the same, sooner
     """
-    return IntegerFormat(weight, args, initial_range)
+    return IntegerFormat(weight, args, initial_range, fused)
 
 
 def _plain(value: object) -> object:

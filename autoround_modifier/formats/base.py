@@ -45,12 +45,8 @@ class RoundingFormat(ABC):
         self.clipping: list[Tensor] = []
 
     @abstractmethod
-    def make_trainable(self, tune_clipping: bool, fused: bool = False) -> None:
-        """
-        Create V (zeros) and, if asked for, alpha and beta (ones).
-
-        :param fused: compute with `torch.compile`; the values are the same, sooner
-        """
+    def make_trainable(self, tune_clipping: bool) -> None:
+        """Create V (zeros) and, if asked for, alpha and beta (ones)."""
 
     @abstractmethod
     def quantized(self) -> QuantizedWeight:

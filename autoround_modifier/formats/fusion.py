@@ -9,12 +9,12 @@ from typing import TypeVar
 import torch
 from loguru import logger
 
-__all__ = ["fused"]
+__all__ = ["fuse"]
 
 Result = TypeVar("Result")
 
 
-def fused(function: Callable[..., Result]) -> Callable[..., Result]:
+def fuse(function: Callable[..., Result]) -> Callable[..., Result]:
     """
     :param function: takes tensors whose first dimension may vary from call to call, and options
     :return: the same function through `torch.compile`, from its first call on; where that fails,
@@ -26,6 +26,7 @@ def fused(function: Callable[..., Result]) -> Callable[..., Result]:
     def call(*args: object, **kwargs: object) -> Result:
         nonlocal compiled
         if compiled is None:
+            # Rounding to a narrower dtype in between is part of the result: never leave it out.
             compiled = torch.compile(function, options={"emulate_precision_casts": True})
         try:
             return compiled(*args, **kwargs)

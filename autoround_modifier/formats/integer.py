@@ -21,10 +21,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 
 from autoround_modifier.formats.base import QuantizedWeight, RoundingFormat
-from autoround_modifier.formats.fusion import fused
+from autoround_modifier.formats.fusion import fuse
 
 __all__ = [
     "IntegerFormat",
+    "IntegerGrid",
     "asymmetric_qparams",
     "integer_quantize",
     "integer_range",
@@ -96,10 +97,10 @@ def integer_quantize(
     """
     ``clamp(round(W / s + V) + z)``, differentiable in V, s and z (SignRound).
 
-    :param weight: (groups, group_size), any float dtype
+    :param weight: (..., groups, group_size), any float dtype
     :param rounding: V, same shape, or None for rounding to nearest
-    :param scale: (groups, 1), float32, not zero
-    :param zero_point: (groups, 1), float32 holding integers
+    :param scale: (..., groups, 1), float32, not zero
+    :param zero_point: (..., groups, 1), float32 holding integers
     :return: same shape as ``weight``, float32 holding integers
     """
     x = weight.float() / scale
@@ -109,17 +110,26 @@ def integer_quantize(
 
 
 @dataclass(frozen=True)
-class _Grid:
+class IntegerGrid:
     """How groups are quantized; hashable, so that a compiled function can depend on it."""
 
     num_bits: int
     symmetric: bool
     dtype: torch.dtype  # of the saved scale and the dequantized weight
 
+    @classmethod
+    def of(cls, args: QuantizationArgs, dtype: torch.dtype) -> IntegerGrid:
+        assert args.num_bits is not None
+        return cls(args.num_bits, bool(args.symmetric), dtype)
+
     def qparams(
-        self, w_min: Tensor, w_max: Tensor, alpha: Tensor | None, beta: Tensor | None
+        self,
+        w_min: Tensor,
+        w_max: Tensor,
+        alpha: Tensor | None = None,
+        beta: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """:return: scale and zero point, (groups, 1), float32"""
+        """:return: scale and zero point of the ranges, (..., groups, 1), float32"""
         w_min = w_min if alpha is None else w_min * alpha
         w_max = w_max if beta is None else w_max * beta
         if self.symmetric:
@@ -131,7 +141,7 @@ class _Grid:
 
 
 def _quantize(
-    grid: _Grid,
+    grid: IntegerGrid,
     weight: Tensor,
     w_min: Tensor,
     w_max: Tensor,
@@ -147,7 +157,7 @@ def _quantize(
 
 
 def _descend(
-    grid: _Grid,
+    grid: IntegerGrid,
     gradient: Tensor,
     rounding_lr: Tensor,
     clipping_lr: Tensor,
@@ -176,8 +186,8 @@ def _descend(
         factor.sub_(clipping_lr * d_factor.sign()).clamp_(0.0, clipping_limit)
 
 
-_fused_quantize = fused(_quantize)
-_fused_descend = fused(_descend)
+_fused_quantize = fuse(_quantize)
+_fused_descend = fuse(_descend)
 
 
 class IntegerFormat(RoundingFormat):
@@ -188,6 +198,7 @@ class IntegerFormat(RoundingFormat):
     :param args: integer weight arguments with strategy ``group`` or ``channel``
     :param initial_range: (w_min, w_max), each (out_features, groups), float32: the range found by
         a search; None for the minimum and maximum of each group
+    :param fused: compute with `torch.compile`; the values are the same, sooner
     """
 
     def __init__(
@@ -195,10 +206,11 @@ class IntegerFormat(RoundingFormat):
         weight: Tensor,
         args: QuantizationArgs,
         initial_range: tuple[Tensor, Tensor] | None = None,
+        fused: bool = False,
     ):
         super().__init__()
-        self.num_bits = args.num_bits
-        self.grid = _Grid(args.num_bits, bool(args.symmetric), weight.dtype)
+        self.grid = IntegerGrid.of(args, weight.dtype)
+        self.num_bits = self.grid.num_bits
         self.shape = weight.shape
         self.weight = weight.detach().reshape(-1, group_size_of(weight, args))
         if initial_range is None:
@@ -208,13 +220,12 @@ class IntegerFormat(RoundingFormat):
             self.w_min, self.w_max = (bound.flatten() for bound in initial_range)
         # A searched range may also grow (SignRoundV2); the observed one only shrinks.
         self.clipping_limit = 1.0 if initial_range is None else 2.0
-        self.fused = False
+        self.fused = fused
 
-    def make_trainable(self, tune_clipping: bool, fused: bool = False) -> None:
+    def make_trainable(self, tune_clipping: bool) -> None:
         # float16 resolves V, which stays within about one integer step, to 1/2048 or finer
         self.rounding = torch.zeros_like(self.weight, dtype=torch.float16)
         self.clipping = [torch.ones_like(self.w_min) for _ in range(2)] if tune_clipping else []
-        self.fused = fused
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
@@ -259,11 +270,3 @@ def group_size_of(weight: Tensor, args: QuantizationArgs) -> int:
         assert args.group_size is not None
         return args.group_size
     return weight.shape[-1]
-
-
-def group_weight(weight: Tensor, args: QuantizationArgs) -> Tensor:
-    """
-    :param weight: (out_features, in_features)
-    :return: float32 copy, (out_features, groups, group_size); one group for strategy ``channel``
-    """
-    return weight.detach().float().unflatten(-1, (-1, group_size_of(weight, args)))

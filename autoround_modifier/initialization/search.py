@@ -17,11 +17,12 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from autoround_modifier.formats.fusion import fuse
 from autoround_modifier.formats.integer import (
-    asymmetric_qparams,
-    group_weight,
+    IntegerGrid,
+    group_size_of,
+    integer_quantize,
     integer_range,
-    symmetric_scale,
 )
 
 __all__ = ["search_range"]
@@ -29,55 +30,59 @@ __all__ = ["search_range"]
 SYMMETRIC_CANDIDATES = 12
 ASYMMETRIC_SHRINK = (1.0, 0.8, 0.6, 0.4)
 LEAST_SQUARES_STEPS = 6
-CHUNK_ELEMENTS = 2**17  # weights searched at once: small enough for the processor's cache
+SLICE_ELEMENTS = 2**17  # weights searched at once without fusion: they fit the processor's cache
 
 
 @torch.no_grad()
 def search_range(
-    weight: Tensor, args: QuantizationArgs, importance: Tensor | None = None
+    weight: Tensor,
+    args: QuantizationArgs,
+    importance: Tensor | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """
     :param weight: (out_features, in_features), full precision
     :param args: integer weight arguments, strategy ``group`` or ``channel``
     :param importance: (in_features,), h >= 0; None or all zeros weighs all channels alike
+    :param fused: compute with `torch.compile`; the values are the same, sooner
     :return: w_min and w_max, each (out_features, groups), float32: the best range of each group
     """
     if importance is None or not importance.any():
         importance = weight.new_ones(weight.shape[-1])
     # Scaled to mean 1; the small constant keeps groups of unused channels from being all ties.
     importance = importance.float() / importance.float().mean() + 1e-6
-    # Row by row nothing depends on the other rows; slices bound the memory of large layers.
-    rows = max(1, CHUNK_ELEMENTS // weight.shape[-1])
-    found = [_GroupSearch(part, args, importance).run() for part in weight.split(rows)]
+    # Row by row nothing depends on the other rows.
+    rows = weight.shape[0] if fused else max(1, SLICE_ELEMENTS // weight.shape[-1])
+    found = [_GroupSearch(part, args, importance, fused).run() for part in weight.split(rows)]
     return torch.cat([low for low, _ in found]), torch.cat([high for _, high in found])
 
 
 class _GroupSearch:
     """The search over some rows of a weight; tensors are (rows, groups[, group_size])."""
 
-    def __init__(self, weight: Tensor, args: QuantizationArgs, importance: Tensor):
-        self.args = args
-        self.dtype = weight.dtype
-        self.weight = group_weight(weight, args)
-        self.importance = importance.unflatten(-1, (-1, self.weight.shape[-1]))
-        self.q_min, self.q_max = integer_range(args.num_bits)
-        self.w_min = self.weight.amin(-1).clamp_(max=0)
-        self.w_max = self.weight.amax(-1).clamp_(min=0)
+    def __init__(self, weight: Tensor, args: QuantizationArgs, importance: Tensor, fused: bool):
+        self.grid = IntegerGrid.of(args, weight.dtype)
+        group_size = group_size_of(weight, args)
+        self.weight = weight.detach().unflatten(-1, (-1, group_size))
+        self.importance = importance.unflatten(-1, (-1, group_size))
+        self.error = _fused_weighted_error if fused else _weighted_error
+        self.least_squares = _fused_least_squares if fused else _least_squares
+        self.w_min = self.weight.amin(-1).float().clamp_(max=0)
+        self.w_max = self.weight.amax(-1).float().clamp_(min=0)
         self.best = (self.w_min, self.w_max)
         self.best_error = torch.full_like(self.w_min, torch.inf)
 
     def run(self) -> tuple[Tensor, Tensor]:
-        candidates = self._symmetric_grid if self.args.symmetric else self._asymmetric_grid
+        candidates = self._symmetric_grid if self.grid.symmetric else self._asymmetric_grid
         for low, high in candidates():
             self._try(low, high)
         for _ in range(LEAST_SQUARES_STEPS):
-            self._try(*self._least_squares(*self.best))
+            self._try(*self.least_squares(self.grid, self.weight, self.importance, *self.best))
         return self.best
 
     def _try(self, low: Tensor, high: Tensor) -> None:
         """Keep this range in the groups where its weighted squared error is the lowest so far."""
-        scale, _, steps = self._quantize(low, high)
-        error = (steps * scale).sub_(self.weight).square_().mul_(self.importance).sum(-1)
+        error = self.error(self.grid, self.weight, self.importance, low, high)
         better = error < self.best_error
         self.best_error = torch.where(better, error, self.best_error)
         self.best = (
@@ -85,25 +90,14 @@ class _GroupSearch:
             torch.where(better, high, self.best[1]),
         )
 
-    def _quantize(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """:return: scale and zero point, (rows, groups, 1), and q - z for each weight"""
-        if self.args.symmetric:
-            scale = symmetric_scale(low, high, self.args.num_bits, self.dtype)
-            zero_point = torch.zeros_like(scale)
-        else:
-            scale, zero_point = asymmetric_qparams(low, high, self.args.num_bits, self.dtype)
-        scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
-        q = (self.weight / scale).round_().add_(zero_point).clamp_(self.q_min, self.q_max)
-        return scale, zero_point, q.sub_(zero_point)
-
     def _symmetric_grid(self) -> Iterator[tuple[Tensor, Tensor]]:
         """
         ``s = g / -(2^(b-1) - d)``: the weight of largest magnitude g falls below, on or beyond the
         last integer. Both signs of the scale are tried: the grid has one integer more on one side.
         """
         yield self.w_min, self.w_max
-        levels = -self.q_min
-        spread = 0.9 if self.args.num_bits == 2 else 0.75
+        levels = 2 ** (self.grid.num_bits - 1)
+        spread = 0.9 if self.grid.num_bits == 2 else 0.75
         extreme = torch.where(self.w_max > -self.w_min, self.w_max, -self.w_min)
         zero = torch.zeros_like(extreme)
         for d in torch.linspace(-spread, spread, SYMMETRIC_CANDIDATES).tolist():
@@ -116,23 +110,48 @@ class _GroupSearch:
             for high in ASYMMETRIC_SHRINK:
                 yield self.w_min * low, self.w_max * high
 
-    def _least_squares(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range whose scale (and offset) fits the integers of this range best."""
-        _, zero_point, steps = self._quantize(low, high)
-        h, w = self.importance, self.weight
-        if self.args.symmetric:
-            numerator = (h * steps * w).sum(-1)
-            scale = numerator / (h * steps * steps).sum(-1).clamp_(min=1e-30)
-            reach = scale * -self.q_min
-            # A range below zero stands for a positive scale, one above zero for a negative scale.
-            return -reach.clamp(min=0), -reach.clamp(max=0)
-        total = h.sum(-1)
-        mean_steps, mean_w = (h * steps).sum(-1) / total, (h * w).sum(-1) / total
-        centred = steps - mean_steps.unsqueeze(-1)
-        covariance = (h * centred * w).sum(-1)
-        scale = covariance / (h * centred * centred).sum(-1).clamp_(min=1e-30)
-        offset = mean_w - scale * mean_steps  # w ~ scale * (q - z) + offset
-        zero = zero_point.squeeze(-1)
-        low_fit = offset + scale * (self.q_min - zero)
-        high_fit = offset + scale * (self.q_max - zero)
-        return low_fit.clamp(max=0), high_fit.clamp(min=0)
+
+def _quantize(
+    grid: IntegerGrid, weight: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:return: scale and zero point, (rows, groups, 1), and q - z for each weight"""
+    scale, zero_point = grid.qparams(low, high)
+    q = integer_quantize(weight, None, scale, zero_point, grid.num_bits)
+    return scale, zero_point, q - zero_point
+
+
+def _weighted_error(
+    grid: IntegerGrid, weight: Tensor, importance: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """:return: sum of h * (s (q - z) - w)^2 of each group, (rows, groups)"""
+    scale, _, steps = _quantize(grid, weight, low, high)
+    return (importance * (steps * scale - weight.float()).square()).sum(-1)
+
+
+def _least_squares(
+    grid: IntegerGrid, weight: Tensor, importance: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:return: the range whose scale (and offset) fits the integers of this range best"""
+    _, zero_point, steps = _quantize(grid, weight, low, high)
+    q_min, q_max = integer_range(grid.num_bits)
+    h, w = importance, weight.float()
+    if grid.symmetric:
+        numerator = (h * steps * w).sum(-1)
+        scale = numerator / (h * steps * steps).sum(-1).clamp(min=1e-30)
+        reach = scale * -q_min
+        # A range below zero stands for a positive scale, one above zero for a negative scale.
+        return -reach.clamp(min=0), -reach.clamp(max=0)
+    total = h.sum(-1)
+    mean_steps, mean_w = (h * steps).sum(-1) / total, (h * w).sum(-1) / total
+    centred = steps - mean_steps.unsqueeze(-1)
+    covariance = (h * centred * w).sum(-1)
+    scale = covariance / (h * centred * centred).sum(-1).clamp(min=1e-30)
+    offset = mean_w - scale * mean_steps  # w ~ scale * (q - z) + offset
+    zero = zero_point.squeeze(-1)
+    low_fit = offset + scale * (q_min - zero)
+    high_fit = offset + scale * (q_max - zero)
+    return low_fit.clamp(max=0), high_fit.clamp(min=0)
+
+
+_fused_weighted_error = fuse(_weighted_error)
+_fused_least_squares = fuse(_least_squares)

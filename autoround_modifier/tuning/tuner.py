@@ -28,9 +28,6 @@ __all__ = ["TuningConfig", "TuningResult", "tune"]
 # Only signs of gradients are used, so scaling the loss is free; it keeps float16 from underflow.
 LOSS_SCALE = 1024.0
 
-# Compilation takes seconds, once; below this many weights times steps it would not be made up for.
-FUSE_FROM = 5e7
-
 
 @dataclass(frozen=True)
 class TuningConfig:
@@ -45,7 +42,6 @@ class TuningConfig:
     enable_minmax_tuning: bool = True
     holdout_fraction: float = 0.125
     holdout_evaluations: int = 10
-    enable_torch_compile: bool | None = None
     seed: int = 42
 
 
@@ -119,7 +115,7 @@ def tune(
 
     with group.frozen(), torch.enable_grad():
         for fmt in formats.values():
-            fmt.make_trainable(config.enable_minmax_tuning, _fuse(config, formats))
+            fmt.make_trainable(config.enable_minmax_tuning)
         optimizer = SignSGD(list(formats.values()), config.iters, config.lr, config.minmax_lr)
         batches = minibatches(train, config.batch_size, config.seed)
 
@@ -171,9 +167,3 @@ def _stack(masks: list[Tensor | None], indices: list[int], like: Tensor) -> Tens
 def _num_tokens(target: Tensor, mask: Tensor | None) -> int:
     """:return: number of tokens that count in one sample"""
     return target.shape[1] if mask is None else int(mask.sum())
-
-
-def _fuse(config: TuningConfig, formats: dict[nn.Linear, RoundingFormat]) -> bool:
-    if config.enable_torch_compile is not None:
-        return config.enable_torch_compile
-    return config.iters * sum(layer.weight.numel() for layer in formats) >= FUSE_FROM
