@@ -101,9 +101,9 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         https://arxiv.org/abs/2512.04746); false starts from the minimum and maximum of each
         group, tuned within [0, 1]. With ``loss: mse`` that is SignRound as first published
     :param loss: what tuning minimises between a block's output and the full-precision one:
-        ``relative``, the squared error of each token as a share of its squared length; ``mse``, the
-        mean squared error (SignRound); ``filtered``, the same without the largest 0.1 % of the
-        differences (SignRoundV2, for less than 4 bits)
+        ``balanced``, the squared error as a share of the output's squared length, of each token
+        and of the whole sample; ``mse``, the mean squared error (SignRound); ``filtered``, the
+        same without the largest 0.1 % of the differences (SignRoundV2, for less than 4 bits)
     :param enable_minmax_tuning: learn alpha and beta, not only V
     :param enable_quanted_input: feed each block the output of the quantized blocks before it,
         not that of the full-precision ones
@@ -125,7 +125,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     gradient_accumulate_steps: int = Field(default=1, ge=1)
     num_calibration_samples: int | None = Field(default=None, ge=0)
     scale_search: bool | None = None
-    loss: Literal["relative", "mse", "filtered"] | None = None
+    loss: Literal["balanced", "mse", "filtered"] | None = None
     enable_minmax_tuning: bool = True
     enable_quanted_input: bool = True
     holdout_fraction: float = Field(default=0.125, ge=0, le=0.5)

@@ -22,7 +22,7 @@ class Preset:
     num_calibration_samples: int
     lr: float | None = None
     scale_search: bool = True
-    loss: str = "relative"
+    loss: str = "balanced"
 
 
 # Iterations and samples are those of the published recipes. The published `light` has lr 5e-3: too

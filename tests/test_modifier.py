@@ -49,7 +49,7 @@ def test_presets():
         assert (preset.iters, preset.num_calibration_samples) == (iters, samples)
         assert preset.requires_calibration_data
         assert preset.scale_search
-        assert preset.loss == "relative"
+        assert preset.loss == "balanced"
         assert preset.lr is None
     assert AutoRoundModifier(preset="light", iters=7, lr=0.1).iters == 7
     assert not AutoRoundModifier(preset="rtn").requires_calibration_data
@@ -181,7 +181,7 @@ def test_samples_of_different_lengths():
 
 
 def test_two_blocks_per_group():
-    recipe = modifier()
+    recipe = modifier(iters=30)
     quantize(tiny_llama(num_layers=4), recipe, sequential_targets_per_subgraph=2)
     names = [report.name for report in recipe.block_reports]
     assert names == ["model.layers.0, model.layers.1", "model.layers.2, model.layers.3"]

@@ -12,7 +12,7 @@ from torch import nn
 from autoround_modifier.calibration.samples import BlockCall
 from autoround_modifier.formats import make_format
 from autoround_modifier.tuning import BlockGroup, TuningConfig, tune
-from autoround_modifier.tuning.loss import filtered_error, relative_error, squared_error
+from autoround_modifier.tuning.loss import balanced_error, filtered_error, squared_error
 from autoround_modifier.tuning.optimizer import SignSGD, default_lr
 from autoround_modifier.tuning.sampling import minibatches, split_holdout
 
@@ -77,17 +77,30 @@ def test_padding_with_nan_counts_for_nothing():
     assert output.grad.tolist() == [[[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]]
 
 
-def test_relative_error_weighs_tokens_alike():
-    target = torch.tensor([[[3.0, 4.0], [3000.0, 4000.0], [0.0, 0.0]]])
+@pytest.mark.parametrize("padding", [0.0, float("nan")])
+def test_balanced_error_sees_ordinary_and_massive_tokens(padding):
+    target = torch.tensor([[[3.0, 4.0], [3000.0, 4000.0], [padding, padding]]])
     mask = torch.tensor([[True, True, False]])
-    output = (target * 1.1).requires_grad_()
-    loss = relative_error(output, target, mask)
-    assert loss.item() == pytest.approx(2 * 0.1**2, rel=1e-4)
-    target[0, 2] = float("nan")
-    loss = relative_error(output, target, mask)
-    loss.backward()
-    assert loss.item() == pytest.approx(2 * 0.1**2, rel=1e-4)
-    assert torch.isfinite(output.grad).all()
+    for token, of_sample in ((0, 0.0), (1, 1.0)):
+        output = target.clone()
+        output[0, token] *= 1.1
+        loss = balanced_error(output.requires_grad_(), target, mask)
+        loss.backward()
+        # Of two tokens one is wrong by a tenth: 1 % of its own energy. The massive one is all of
+        # the sample's energy as well, and the sum over tokens counts that share twice.
+        assert loss.item() == pytest.approx(0.1**2 * (1 + 2 * of_sample) / 2, rel=1e-3, abs=1e-7)
+        assert torch.isfinite(output.grad).all()
+
+
+def test_balanced_error_does_not_depend_on_the_batch():
+    generator = torch.Generator().manual_seed(0)
+    output, target = torch.randn(2, 3, 5, 8, generator=generator)
+    mask = torch.rand(3, 5, generator=generator) > 0.3
+    together = balanced_error(output, target, mask)
+    apart = [
+        balanced_error(output[i : i + 1], target[i : i + 1], mask[i : i + 1]) for i in range(3)
+    ]
+    torch.testing.assert_close(together, torch.stack(apart).sum())
 
 
 def test_filtered_error_drops_the_largest_thousandth():
