@@ -99,7 +99,7 @@ def test_rows_are_independent(monkeypatch):
 
     weight = torch.randn(40, 64)
     whole = search_range(weight, args_of(3, True))
-    monkeypatch.setattr(search, "CHUNK_ELEMENTS", 64 * 7)
+    monkeypatch.setattr(search, "SLICE_ELEMENTS", 64 * 7)
     sliced = search_range(weight, args_of(3, True))
     for a, b in zip(whole, sliced, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
