@@ -129,7 +129,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     enable_minmax_tuning: bool = True
     enable_quanted_input: bool = True
     holdout_fraction: float = Field(default=0.125, ge=0, le=0.5)
-    holdout_evaluations: int = Field(default=10, ge=1)
+    holdout_evaluations: int = Field(default=5, ge=1)
     enable_torch_compile: bool | None = None
     seed: int = 42
 

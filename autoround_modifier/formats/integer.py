@@ -32,7 +32,7 @@ __all__ = [
     "symmetric_scale",
 ]
 
-SLICE_ELEMENTS = 2**17
+SLICE_ELEMENTS = 2**17  # weights quantized at once without fusion: they fit the processor's cache
 
 
 def integer_range(num_bits: int) -> tuple[int, int]:

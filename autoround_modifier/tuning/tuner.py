@@ -41,7 +41,7 @@ class TuningConfig:
     loss: str = "mse"
     enable_minmax_tuning: bool = True
     holdout_fraction: float = 0.125
-    holdout_evaluations: int = 10
+    holdout_evaluations: int = 5
     seed: int = 42
 
 
