@@ -13,11 +13,14 @@ quantize, with everything imported and the model loaded. Then one thing at a tim
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -60,7 +63,10 @@ def one_block_llama(width: int) -> LlamaForCausalLM:
         max_position_embeddings=4096,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    folder = tempfile.mkdtemp()  # LLM-Compressor looks for the files of the model it is given
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
 def run(method: str, iters: int, shape: dict[str, int]) -> dict[str, float]:
