@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from statistics import mean
 
 import torch
 import yaml
+from child import report, run_child
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autoround_modifier import PRESETS, AutoRoundModifier, oneshot, self_generated, text_dataset
@@ -182,7 +182,7 @@ def main() -> None:
     if arguments.row:
         *row, seed = arguments.row
         arguments.seed = int(seed)
-        print("RESULT " + json.dumps(run_row(arguments, *row)))
+        report(run_row(arguments, *row))
         return
 
     output = arguments.output
@@ -200,13 +200,11 @@ def main() -> None:
     for row in wanted:
         if row in done:
             continue
-        command = [sys.executable, __file__, *sys.argv[1:], "--row", *map(str, row)]
-        child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        lines = [x for x in child.stdout.splitlines() if x.startswith("RESULT ")]
-        if child.returncode or not lines:
+        try:
+            results.append(run_child(__file__, *sys.argv[1:], "--row", *map(str, row)))
+        except RuntimeError:
             print(f"| {' | '.join(map(str, row))} | failed, see above |", flush=True)
             continue
-        results.append(json.loads(lines[0].removeprefix("RESULT ")))
         partial = output.with_suffix(".partial")
         partial.write_text(json.dumps(results, indent=1))
         partial.replace(output)

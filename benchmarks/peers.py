@@ -11,6 +11,7 @@ from typing import Any
 
 import llmcompressor
 import torch
+from auto_round import AutoRound  # the peer; the package itself never imports it
 from datasets import Dataset
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.autoround import AutoRoundModifier as BuiltInAutoRoundModifier
@@ -41,8 +42,6 @@ class Task:
 
 def auto_round(task: Task, **options: Any) -> dict[str, Any]:
     """Intel's library by itself; ``iters``, ``lr`` and ``enable_alg_ext`` are its own arguments."""
-    from auto_round import AutoRound  # the peer; the package itself never imports it
-
     tokens = torch.tensor(task.dataset["input_ids"])
     settings = {
         "scheme": "W4A16",  # the fields below override all of it

@@ -18,18 +18,25 @@ import contextlib
 import json
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from child import report, run_child
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 512
+WEIGHTS = {
+    "num_bits": 2,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "group",
+    "group_size": 64,
+}
 METHODS = [
     "floor",
     "ours-v1",
@@ -115,7 +122,7 @@ def ours(model, tokenizer, ids, method, iters, shape):
         iters=iters,
         batch_size=shape["batch"],
         ignore=["lm_head"],
-        config_groups={"group_0": group(weights(64))},
+        config_groups={"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
         enable_torch_compile="eager" not in method,
         **plain,
     )
@@ -124,41 +131,16 @@ def ours(model, tokenizer, ids, method, iters, shape):
 
 
 def peer(model, tokenizer, ids, method, iters, shape):
-    from auto_round import AutoRound  # the peer; the package itself never imports it
+    from peers import PEERS, Task  # not charged to our own rows
 
-    def work():
-        AutoRound(
-            model,
-            tokenizer=tokenizer,
-            dataset=list(ids.split(shape["batch"])),
-            device_map="cpu",
-            scheme="W4A16",
-            bits=2,
-            sym=True,
-            group_size=64,
-            iters=iters,
-            batch_size=shape["batch"],
-            nsamples=shape["samples"],
-            seqlen=shape["length"],
-            enable_alg_ext="alg_ext" in method,
-            enable_torch_compile="compile" in method,
-        ).quantize()
-
-    return work
-
-
-def weights(group_size: int) -> dict:
-    return {
-        "num_bits": 2,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": group_size,
+    dataset = Dataset.from_dict({"input_ids": ids.tolist()})
+    task = Task(model, tokenizer, dataset, WEIGHTS, shape["batch"], seed=42)
+    options = {
+        "iters": iters,
+        "enable_alg_ext": "alg_ext" in method,
+        "enable_torch_compile": "compile" in method,
     }
-
-
-def group(weights: dict) -> dict:
-    return {"targets": ["Linear"], "weights": weights}
+    return lambda: PEERS["auto-round"](task, **options)
 
 
 def current_rss() -> int:
@@ -183,11 +165,7 @@ def measure(method: str, shape: dict[str, int], iters: tuple[int, int]) -> dict:
 
 
 def child(method: str, iters: int, shape: dict[str, int]) -> dict[str, float]:
-    arguments = json.dumps([method, iters, shape])
-    command = [sys.executable, __file__, "--run", arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    (line,) = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
-    return json.loads(line.removeprefix("RESULT "))
+    return run_child(__file__, "--run", json.dumps([method, iters, shape]))
 
 
 def markdown(rows: list[dict]) -> str:
@@ -222,7 +200,7 @@ def main() -> None:
     if arguments.run:
         with contextlib.redirect_stdout(sys.stderr):
             result = run(*json.loads(arguments.run))
-        print("RESULT " + json.dumps(result))
+        report(result)
         return
 
     wanted = [(method, BASE) for method in arguments.methods]

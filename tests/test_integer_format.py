@@ -120,8 +120,8 @@ def test_gradients_of_v_scale_and_zero_point(num_bits):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_step_follows_the_sign_of_a_numeric_gradient(symmetric):
-    """V and the clipping factors against differences of the function they are stepped on."""
+def test_a_step_is_one_step_size_against_the_gradient(symmetric):
+    """V moves by the sign of gradient times scale, where it is not clipped."""
     fmt = tuned_format(symmetric, torch.float32)
     cotangent = torch.randn(48, 64)
     before = [fmt.rounding.clone(), *(factor.clone() for factor in fmt.clipping)]

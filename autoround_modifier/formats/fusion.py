@@ -9,7 +9,10 @@ from typing import TypeVar
 import torch
 from loguru import logger
 
-__all__ = ["fuse"]
+__all__ = ["SLICE_ELEMENTS", "fuse"]
+
+# Weights to compute with at once without fusion: what is computed on the way fits the cache.
+SLICE_ELEMENTS = 2**17
 
 Result = TypeVar("Result")
 

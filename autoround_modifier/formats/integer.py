@@ -21,7 +21,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 
 from autoround_modifier.formats.base import QuantizedWeight, RoundingFormat
-from autoround_modifier.formats.fusion import fuse
+from autoround_modifier.formats.fusion import SLICE_ELEMENTS, fuse
 
 __all__ = [
     "IntegerFormat",
@@ -31,8 +31,6 @@ __all__ = [
     "integer_range",
     "symmetric_scale",
 ]
-
-SLICE_ELEMENTS = 2**17  # weights quantized at once without fusion: they fit the processor's cache
 
 
 def integer_range(num_bits: int) -> tuple[int, int]:
@@ -139,6 +137,20 @@ class IntegerGrid:
             scale, zero_point = asymmetric_qparams(w_min, w_max, self.num_bits, self.dtype)
         return scale.unsqueeze(-1), zero_point.unsqueeze(-1)
 
+    def quantize(
+        self,
+        weight: Tensor,
+        w_min: Tensor,
+        w_max: Tensor,
+        rounding: Tensor | None = None,
+        alpha: Tensor | None = None,
+        beta: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:return: q - z of each weight, float32, and scale and zero point, (..., groups, 1)"""
+        scale, zero_point = self.qparams(w_min, w_max, alpha, beta)
+        q = integer_quantize(weight, rounding, scale, zero_point, self.num_bits)
+        return q - zero_point, scale, zero_point
+
 
 def _quantize(
     grid: IntegerGrid,
@@ -150,10 +162,9 @@ def _quantize(
     beta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:return: integers (int8), scale, zero point (int8) and dequantized weight of each group"""
-    scale, zero_point = grid.qparams(w_min, w_max, alpha, beta)
-    q = integer_quantize(weight, rounding, scale, zero_point, grid.num_bits)
-    dequantized = ((q - zero_point) * scale).to(grid.dtype)
-    return q.to(torch.int8), scale.to(grid.dtype), zero_point.to(torch.int8), dequantized
+    steps, scale, zero_point = grid.quantize(weight, w_min, w_max, rounding, alpha, beta)
+    values, dequantized = (steps + zero_point).to(torch.int8), (steps * scale).to(grid.dtype)
+    return values, scale.to(grid.dtype), zero_point.to(torch.int8), dequantized
 
 
 def _descend(
@@ -171,12 +182,9 @@ def _descend(
 ) -> None:
     """Update V, alpha and beta of each group in place; gradient: (groups, group_size)."""
 
-    def dequantize(
-        rounding: Tensor, alpha: Tensor | None = None, beta: Tensor | None = None
-    ) -> Tensor:
-        scale, zero_point = grid.qparams(w_min, w_max, alpha, beta)
-        q = integer_quantize(weight, rounding, scale, zero_point, grid.num_bits)
-        return (q - zero_point) * scale
+    def dequantize(rounding: Tensor, *clipping: Tensor) -> Tensor:
+        steps, scale, _ = grid.quantize(weight, w_min, w_max, rounding, *clipping)
+        return steps * scale
 
     clipping = [] if alpha is None or beta is None else [alpha, beta]
     _, pull_back = torch.func.vjp(dequantize, rounding.float(), *clipping)  # type: ignore[misc]

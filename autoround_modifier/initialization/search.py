@@ -17,11 +17,10 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from autoround_modifier.formats.fusion import fuse
+from autoround_modifier.formats.fusion import SLICE_ELEMENTS, fuse
 from autoround_modifier.formats.integer import (
     IntegerGrid,
     group_size_of,
-    integer_quantize,
     integer_range,
 )
 
@@ -30,7 +29,6 @@ __all__ = ["search_range"]
 SYMMETRIC_CANDIDATES = 12
 ASYMMETRIC_SHRINK = (1.0, 0.8, 0.6, 0.4)
 LEAST_SQUARES_STEPS = 6
-SLICE_ELEMENTS = 2**17  # weights searched at once without fusion: they fit the processor's cache
 
 
 @torch.no_grad()
@@ -111,20 +109,11 @@ class _GroupSearch:
                 yield self.w_min * low, self.w_max * high
 
 
-def _quantize(
-    grid: IntegerGrid, weight: Tensor, low: Tensor, high: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:return: scale and zero point, (rows, groups, 1), and q - z for each weight"""
-    scale, zero_point = grid.qparams(low, high)
-    q = integer_quantize(weight, None, scale, zero_point, grid.num_bits)
-    return scale, zero_point, q - zero_point
-
-
 def _weighted_error(
     grid: IntegerGrid, weight: Tensor, importance: Tensor, low: Tensor, high: Tensor
 ) -> Tensor:
     """:return: sum of h * (s (q - z) - w)^2 of each group, (rows, groups)"""
-    scale, _, steps = _quantize(grid, weight, low, high)
+    steps, scale, _ = grid.quantize(weight, low, high)
     return (importance * (steps * scale - weight.float()).square()).sum(-1)
 
 
@@ -132,7 +121,7 @@ def _least_squares(
     grid: IntegerGrid, weight: Tensor, importance: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
     """:return: the range whose scale (and offset) fits the integers of this range best"""
-    _, zero_point, steps = _quantize(grid, weight, low, high)
+    steps, _, zero_point = grid.quantize(weight, low, high)
     q_min, q_max = integer_range(grid.num_bits)
     h, w = importance, weight.float()
     if grid.symmetric:

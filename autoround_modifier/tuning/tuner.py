@@ -90,14 +90,16 @@ def tune(
 
     num_tokens = [_num_tokens(target, mask) for target, mask in zip(targets, masks, strict=True)]
 
+    def tokens_of(samples: list[int]) -> int:
+        return max(1, sum(num_tokens[index] for index in samples))
+
     def batch_loss(samples: list[int], backward_scale: float | None = None) -> Tensor:
-        """Mean over the tokens of these samples; with ``backward_scale``, its gradients as well."""
+        """Sum over the tokens of these samples; with ``backward_scale``, its gradients as well."""
         total = torch.zeros((), device=group.device)
-        tokens = max(1, sum(num_tokens[index] for index in samples))
         for indices, hidden in group.microbatches(inputs, samples):
             target = torch.cat([targets[index].to(group.device) for index in indices])
             mask = _stack(masks, indices, target)
-            loss = loss_function(group.forward(hidden, indices), target, mask) / tokens
+            loss = loss_function(group.forward(hidden, indices), target, mask)
             if backward_scale is not None:
                 (loss * backward_scale).backward()
             total += loss.detach()
@@ -108,10 +110,8 @@ def tune(
         weights = {layer: weight.dequantized for layer, weight in candidate.items()}
         with group.weights(weights):
             starts = range(0, len(holdout), config.batch_size)
-            batches = [holdout[start : start + config.batch_size] for start in starts]
-            shares = [sum(num_tokens[index] for index in batch) for batch in batches]
-            losses = [batch_loss(batch) * n for batch, n in zip(batches, shares, strict=True)]
-            return float(torch.stack(losses).sum() / max(1, sum(shares)))
+            losses = [batch_loss(holdout[start : start + config.batch_size]) for start in starts]
+            return float(torch.stack(losses).sum() / tokens_of(holdout))
 
     with group.frozen(), torch.enable_grad():
         for fmt in formats.values():
@@ -134,7 +134,8 @@ def tune(
             }
             with group.weights(leaves):
                 for _ in range(config.gradient_accumulate_steps):
-                    batch_loss(next(batches), LOSS_SCALE)
+                    samples = next(batches)
+                    batch_loss(samples, LOSS_SCALE / tokens_of(samples))
             optimizer.step([leaf.grad for leaf in leaves.values()])
             candidate = {layer: fmt.quantized() for layer, fmt in formats.items()}
             on_iteration()
