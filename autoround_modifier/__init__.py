@@ -12,12 +12,14 @@ from autoround_modifier.entrypoint import oneshot
 from autoround_modifier.modifier import AutoRoundModifier
 from autoround_modifier.presets import PRESETS
 from autoround_modifier.recipes import find_recipe, list_recipes, load_recipe
+from autoround_modifier.scale_distillation import ScaleDistillationModifier
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
     "AutoRoundModifier",
+    "ScaleDistillationModifier",
     "find_recipe",
     "list_recipes",
     "load_recipe",
@@ -26,4 +28,5 @@ __all__ = [
     "text_dataset",
 ]
 
-ModifierFactory.register("AutoRoundModifier", AutoRoundModifier)
+for _modifier in (AutoRoundModifier, ScaleDistillationModifier):
+    ModifierFactory.register(_modifier.__name__, _modifier)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.modifier import AutoRoundModifier
 from autoround_modifier.presets import PRESET_FIELDS
+from autoround_modifier.scale_distillation import ScaleDistillationModifier
 
 __all__ = ["check_recipe", "find_recipe", "list_recipes", "load_recipe"]
 
@@ -92,15 +93,17 @@ def check_recipe(text: str, source: str) -> None:
     for line, name, body in modifiers:
         if not isinstance(body, dict):
             raise RecipeError(f"{source}:{line}: `{name}` has no fields; write `{name}: {{}}`")
-        if name == AutoRoundModifier.__name__:
+        if name in _OURS:
             try:
-                AutoRoundModifier(**body)
+                _OURS[name](**body)
             except ValidationError as error:
                 problems = "; ".join(
                     ".".join(map(str, item["loc"])) + ": " + item["msg"] for item in error.errors()
                 )
                 raise RecipeError(f"{source}:{line}: `{name}`: {problems}") from error
 
+
+_OURS = {modifier.__name__: modifier for modifier in (AutoRoundModifier, ScaleDistillationModifier)}
 
 _LAYOUT = (
     "a recipe is `<name>_stage:`, in it `<name>_modifiers:`, in it `<Modifier>: {fields}`; "

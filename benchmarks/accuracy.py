@@ -22,9 +22,17 @@ from statistics import mean
 import torch
 import yaml
 from child import report, run_child
+from llmcompressor.modifiers import Modifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from autoround_modifier import PRESETS, AutoRoundModifier, oneshot, self_generated, text_dataset
+from autoround_modifier import (
+    PRESETS,
+    AutoRoundModifier,
+    ScaleDistillationModifier,
+    oneshot,
+    self_generated,
+    text_dataset,
+)
 from autoround_modifier.evaluation import compare
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -92,18 +100,29 @@ def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration
     }
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
     if name in PRESETS:
-        settings = {"preset": name, "batch_size": arguments.batch_size, "seed": arguments.seed}
-        settings |= options
-        recipe = AutoRoundModifier(
-            ignore=["lm_head"],
-            config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
-            **settings,
-        )
+        common = {"batch_size": arguments.batch_size, "seed": arguments.seed}
+        distillation = {
+            key.removeprefix("distillation."): options.pop(key)
+            for key in list(options)
+            if key.startswith("distillation.")
+        }
+        settings = {"preset": name, **common, **options}
+        recipe: list[Modifier] = [
+            AutoRoundModifier(
+                ignore=["lm_head"],
+                config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
+                **settings,
+            )
+        ]
+        needs_data = recipe[0].requires_calibration_data
+        if distillation:
+            settings["distillation"] = {**common, **distillation}
+            recipe.append(ScaleDistillationModifier(**settings["distillation"]))
         started = time.perf_counter()
         oneshot(
             model=model,
             tokenizer=tokenizer,
-            dataset=dataset if recipe.requires_calibration_data else None,
+            dataset=dataset if needs_data or distillation else None,
             recipe=recipe,
         )
     else:
@@ -165,7 +184,8 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        help="a preset or a name in peers.py, with +field=value... appended; default: the suite's",
+        help="a preset or a name in peers.py, with +field=value... appended, also "
+        "+distillation.field=value; default: the suite's",
     )
     parser.add_argument("--suite", default="peers", choices=SUITES)
     parser.add_argument("--calibrations", nargs="+", default=["text"], choices=["text", "self"])

@@ -1,0 +1,220 @@
+"""
+Trains the scales, and the gains and biases of the norms, end to end.
+
+Each step draws calibration batches and lowers the divergence of the quantized model's next-token
+distribution from the original's, by Adam with a cosine schedule. Training only the step sizes of a
+model whose integers are fixed is phase two of EfficientQAT (https://arxiv.org/abs/2407.11062,
+section 3.3), there against the text itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from llmcompressor.utils.helpers import eval_context
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
+
+from autoround_modifier.distillation.base import TrainedValue
+from autoround_modifier.distillation.norms import TrainedNorm
+from autoround_modifier.distillation.scales import TrainedScale
+from autoround_modifier.distillation.teacher import TeacherBatch, divergence, logits_of
+from autoround_modifier.errors import NonFiniteError
+from autoround_modifier.tuning.sampling import minibatches, split_holdout
+
+__all__ = ["DistillationConfig", "DistillationResult", "distill"]
+
+# Gradients of one step are noisy: a short memory of their size, and a few steps to form it.
+BETAS = (0.9, 0.95)
+WARMUP = 4
+# Far below the squares of gradients of a mean divergence, which Adam would otherwise damp.
+EPSILON = 1e-12
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Settings of `distill`; the fields of `ScaleDistillationModifier` explain them."""
+
+    iters: int = 50
+    lr: float = 0.005
+    norm_lr: float = 0.0025
+    batch_size: int = 4
+    gradient_checkpointing: bool = True
+    holdout_fraction: float = 0.125
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class DistillationResult:
+    """
+    :param initial_kl: divergence per token on the held-out samples before training, in nats
+    :param final_kl: the same after it
+    :param kept: whether the trained values are better, and so were kept
+    :param moved: integers that could not be saved beside the new scale and moved by one step
+    :param seconds: time spent
+    """
+
+    initial_kl: float
+    final_kl: float
+    kept: bool
+    moved: int
+    seconds: float
+
+
+def distill(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    scales: list[TrainedScale],
+    norms: list[nn.Parameter],
+    teacher: list[TeacherBatch],
+    config: DistillationConfig,
+    on_iteration: Callable[[], None] = lambda: None,
+) -> DistillationResult:
+    """
+    :param model: the quantized model; changed in place, or left as it was if training did not help
+    :param blocks: whose activations are computed again on the way back, to save memory
+    :param scales: of the layers to train
+    :param norms: gains and biases to train along
+    :param teacher: calibration batches with the original's predictions
+    :param config: settings
+    :param on_iteration: called after each step, for progress bars
+    :raises NonFiniteError: if the quantized model gives NaN or infinity
+    """
+    started = time.perf_counter()
+    train, holdout = split_holdout(len(teacher), config.holdout_fraction, config.seed)
+    trained: list[tuple[Sequence[TrainedValue], float]] = [(scales, config.lr)]
+    if config.norm_lr:
+        trained.append(([TrainedNorm(norm) for norm in norms], config.norm_lr))
+    values = [value for group, _ in trained for value in group]
+
+    def holdout_kl() -> float:
+        with torch.no_grad():
+            sums = [divergence(_logits(model, teacher[i]), teacher[i]) for i in holdout]
+        return float(torch.stack(sums).sum()) / sum(teacher[i].num_positions for i in holdout)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        stack.enter_context(torch.enable_grad())
+        for value in values:
+            stack.enter_context(value.trained())
+        initial_kl = holdout_kl()
+        if not math.isfinite(initial_kl):
+            raise NonFiniteError("the output of the quantized model has NaN or infinity")
+        if config.gradient_checkpointing:
+            stack.enter_context(_checkpointed(blocks))
+
+        optimizer = torch.optim.Adam(
+            [{"params": [value.factor for value in group], "lr": lr} for group, lr in trained],
+            betas=BETAS,
+            eps=EPSILON,
+        )
+        schedule = LambdaLR(optimizer, lambda step: _schedule(step, config.iters))
+        batches = minibatches(train, config.batch_size, config.seed)
+        try:
+            for _ in range(config.iters):
+                samples = next(batches)
+                positions = sum(teacher[index].num_positions for index in samples)
+                for batch in _stacked([teacher[index] for index in samples]):
+                    divergence(_logits(model, batch), batch, scale=1 / positions)
+                for value in values:
+                    value.pull_gradient()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                for value in values:
+                    value.apply()
+                on_iteration()
+            final_kl = holdout_kl()
+            kept = final_kl < initial_kl
+        except BaseException:
+            kept = False
+            raise
+        finally:
+            if not kept:
+                for value in values:
+                    value.reset()
+    moved = sum(scale.finish() for scale in scales)
+    return DistillationResult(initial_kl, final_kl, kept, moved, time.perf_counter() - started)
+
+
+def _logits(model: nn.Module, batch: TeacherBatch) -> Tensor:
+    return logits_of(model, batch.inputs)
+
+
+def _schedule(step: int, iters: int) -> float:
+    """Linear warm-up times cosine decay to 0."""
+    return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / iters))
+
+
+def _stacked(batches: list[TeacherBatch]) -> Iterator[TeacherBatch]:
+    """Yield batches that have the same shapes as one."""
+    groups: dict[tuple, list[TeacherBatch]] = {}
+    for index, batch in enumerate(batches):
+        groups.setdefault(_signature(batch) or (index,), []).append(batch)
+    for group in groups.values():
+        if len(group) == 1:
+            yield group[0]
+            continue
+        inputs = {key: torch.cat([batch.inputs[key] for batch in group]) for key in group[0].inputs}
+        masks = [batch.mask for batch in group]
+        yield TeacherBatch(
+            inputs,
+            torch.cat([batch.tokens for batch in group]),
+            torch.cat([batch.log_probs for batch in group]),
+            None if masks[0] is None else torch.cat([mask for mask in masks if mask is not None]),
+        )
+
+
+def _signature(batch: TeacherBatch) -> tuple | None:
+    """:return: what batches must share to be stacked; None if they cannot be"""
+    tensors = batch.inputs.values()
+    if any(not isinstance(x, Tensor) or x.ndim < 2 for x in tensors):
+        return None
+    if len({len(x) for x in tensors}) > 1:
+        return None  # a tensor whose first dimension is not the batch, such as image patches
+    shapes = ((key, x.shape, x.dtype) for key, x in sorted(batch.inputs.items()))
+    return (batch.mask is None, *shapes)
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for parameters, no dropout."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        with eval_context(model):
+            yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
+    """Keep only the inputs of blocks for the backward pass, and run each block again there."""
+    saved = {block: block.__dict__.get("forward") for block in blocks}
+
+    def forward_of(forward: Callable) -> Callable:
+        def forward_again(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+        return forward_again
+
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = forward_of(block.forward)
+        yield
+    finally:
+        for block, forward in saved.items():
+            if forward is None:
+                block.__dict__.pop("forward")
+            else:
+                block.__dict__["forward"] = forward
