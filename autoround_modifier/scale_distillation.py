@@ -10,6 +10,7 @@ import torch
 from compressed_tensors.offload import disable_offloading, is_distributed
 from compressed_tensors.quantization import (
     ActivationOrdering,
+    QuantizationArgs,
     QuantizationStatus,
     QuantizationStrategy,
     QuantizationType,
@@ -110,7 +111,10 @@ class ScaleDistillationModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
         :raises CalibrationError: if there is no calibration data
-        :raises RecipeError: if the model is quantized already
+        :raises RecipeError: if the model is quantized already, or no modifier before this one
+            quantizes linear layers
+        :raises SchemeError: if a scale cannot be trained
+        :raises NonFiniteError: if the original gives NaN or infinity
         :raises RuntimeError: if several processes share the work
         """
         if is_distributed():
@@ -130,6 +134,7 @@ class ScaleDistillationModifier(Modifier):
                 "ScaleDistillationModifier needs the original's predictions, but the model is "
                 f"quantized already: {listed(done)}. Quantize and distil in one recipe."
             )
+        trainable_layers(model)
         targets = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         self._blocks = [block for _, block in match_named_modules(model, targets)]
         logger.info("Recording the original's predictions")
@@ -140,11 +145,10 @@ class ScaleDistillationModifier(Modifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """
-        :raises RecipeError: if nothing is quantized
-        :raises SchemeError: if a scale cannot be trained
+        :raises NonFiniteError: if the quantized model gives NaN or infinity
         """
         model = state.model
-        scales = trainable_scales(model)
+        scales = [TrainedScale(layer, args) for layer, args in trainable_layers(model).items()]
         norms = trainable_norms(model)
         teacher, self._teacher = self._teacher, []
         with tqdm(total=self.iters, desc="Scale distillation", unit="it") as progress:
@@ -178,14 +182,15 @@ class ScaleDistillationModifier(Modifier):
         )
 
 
-def trainable_scales(model: nn.Module) -> list[TrainedScale]:
+def trainable_layers(model: nn.Module) -> dict[nn.Linear, QuantizationArgs]:
     """
-    :return: one for each quantized linear layer, without the embeddings
+    :return: quantized linear layers, without the embeddings, and how their weights are quantized
     :raises RecipeError: if there is none
     :raises SchemeError: naming the layers whose scales have a fixed grid, or whose activations are
         quantized
     """
-    scales, unsupported = [], []
+    layers: dict[nn.Linear, QuantizationArgs] = {}
+    unsupported = []
     for name, module in model.named_modules():
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is None or scheme.weights is None or not isinstance(module, nn.Linear):
@@ -199,20 +204,19 @@ def trainable_scales(model: nn.Module) -> list[TrainedScale]:
             or scheme.output_activations is not None
         ):
             unsupported.append(name)
-        else:
-            scales.append(TrainedScale(module, args))
+        layers[module] = args
     if unsupported:
         raise SchemeError(
             "ScaleDistillationModifier trains scales of integer weights by group, channel or "
             "tensor, without `actorder: group` and without quantized activations; not so: "
             f"{listed(unsupported)}"
         )
-    if not scales:
+    if not layers:
         raise RecipeError(
-            "ScaleDistillationModifier found no quantized linear layer; put it into a recipe with "
-            "a modifier that quantizes weights"
+            "ScaleDistillationModifier found no linear layer with a quantization scheme; put it "
+            "behind a modifier that quantizes weights, in the same recipe"
         )
-    return scales
+    return layers
 
 
 def trainable_norms(model: nn.Module) -> list[nn.Parameter]:

@@ -21,6 +21,7 @@ SHIPPED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 EXPECTED = {
     "w2a16_autoround",
     "w2a16_asym_autoround",
+    "w2a16_distilled_autoround",
     "w3a16_autoround",
     "w3a16_asym_autoround",
     "w4a16_autoround",
@@ -29,6 +30,7 @@ EXPECTED = {
     "w2a16_w4a16_mixed_autoround",
     "smoothquant_w4a16_autoround",
 }
+TUNED = ("AutoRoundModifier", "ScaleDistillationModifier")
 
 
 def test_every_promised_recipe_is_shipped():
@@ -62,6 +64,12 @@ def test_loads(name):
         assert f"{scheme.weights.num_bits}-bit" in path.read_text(), first_line
 
 
+def test_fields_of_both_modifiers_are_checked():
+    text = find_recipe("w2a16_distilled_autoround").read_text().replace("lr: 0.005", "rate: 0.005")
+    with pytest.raises(RecipeError, match=r"mine.yaml:17: `ScaleDistillationModifier`: rate"):
+        check_recipe(text, "mine.yaml")
+
+
 def test_fields_of_a_shipped_recipe_are_replaced():
     (modifier,) = load_recipe("w2a16_autoround", preset="light", seed=7).modifiers
     assert (modifier.iters, modifier.lr, modifier.seed) == (50, None, 7)
@@ -86,7 +94,8 @@ def test_runs(name, tmp_path):
     text = yaml.safe_load(find_recipe(name).read_text())
     for stage in text.values():
         for group in stage.values():
-            group["AutoRoundModifier"] |= {"iters": 2, "batch_size": 4}
+            for fields in (group[name] for name in group if name in TUNED):
+                fields |= {"iters": 2, "batch_size": 4}
     recipe = tmp_path / f"{name}.yaml"
     recipe.write_text(yaml.safe_dump(text, sort_keys=False))
     model = quantize(tiny_llama(), str(recipe), output_dir=tmp_path / "out")

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from compressed_tensors.offload import update_offload_parameter
 from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import quantize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,10 +27,10 @@ class TrainedScale(TrainedValue):
     """
     The scale of one quantized linear layer, trained while its integers stay what they are.
 
-    The layer's own weight always holds the dequantized values of the current scale, so that
-    training needs no second copy of it.
+    The layer's own weight always holds the dequantized values of the current scale; beside it stand
+    the integers, one byte each.
 
-    :param layer: with ``weight_scale`` and ``weight_zero_point``; its weight is on their grid
+    :param layer: with ``weight_scale`` and ``weight_zero_point``
     :param args: how the weight is quantized, strategy ``group``, ``channel`` or ``tensor``
     """
 
@@ -37,6 +38,10 @@ class TrainedScale(TrainedValue):
         self.layer = layer
         self.args = args
         scale = self.scale
+        zero_point = cast(Tensor, layer.weight_zero_point).detach()
+        self.zero_point = zero_point.clone()
+        # As saving will: compressed-tensors quantizes the weight again.
+        self.values = quantize(layer.weight.detach(), scale, zero_point, args, dtype=torch.int8)
         self.initial = scale.clone()
         self.unit = scale.float().abs().mean()
         self.factor = nn.Parameter(scale.float() / self.unit)
@@ -61,36 +66,28 @@ class TrainedScale(TrainedValue):
         return cast(Tensor, self.layer.weight_scale).detach()
 
     @torch.no_grad()
-    def _write(self, scale: Tensor) -> None:
-        weight = (self._steps() * _columns(scale.float())).to(self.layer.weight.dtype)
-        update_offload_parameter(self.layer, "weight", weight.view_as(self.layer.weight))
-        update_offload_parameter(self.layer, "weight_scale", scale)
-
-    @torch.no_grad()
     def finish(self) -> int:
         """
         Make sure that saving recovers the integers.
 
         :return: number of integers that had to move by one step
         """
-        zero_point = cast(Tensor, self.layer.weight_zero_point).detach()
-        values = self._steps() + _columns(zero_point.float())
         quantized = QuantizedWeight(
-            values.view_as(self.layer.weight).to(torch.int8),
-            self.scale.clone(),
-            zero_point.clone(),
-            self.layer.weight.detach().clone(),
+            self.values, self.scale.clone(), self.zero_point, self.layer.weight.detach().clone()
         )
         return write_back(self.layer, quantized, self.args)
 
-    def _steps(self) -> Tensor:
-        """:return: (out_features, groups, group_size), float32 integers: value minus zero point"""
-        scale = _columns(self.scale.float())
-        steps = (_groups(self.layer.weight.detach(), scale).float() / scale).round_()
-        return torch.where(scale == 0, 0.0, steps)
+    @torch.no_grad()
+    def _write(self, scale: Tensor) -> None:
+        columns = _columns(scale)
+        steps = _groups(self.values, columns) - _columns(self.zero_point.float())
+        weight = (steps * columns.float()).to(self.layer.weight.dtype)
+        update_offload_parameter(self.layer, "weight", weight.view_as(self.layer.weight))
+        update_offload_parameter(self.layer, "weight_scale", scale)
 
     @contextlib.contextmanager
     def trained(self) -> Iterator[None]:
+        self._write(self.initial)
         # Only the forward is exchanged, on the instance: hooks on the layer, such as online
         # rotations, stay in force.
         saved = self.layer.__dict__.get("forward")

@@ -61,13 +61,14 @@ def record_teacher(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[
                 f"the original's output has NaN or infinity in calibration batch {index}; load the "
                 "model in bfloat16 or float32"
             )
+        if not len(rows):
+            continue
         tokens, log_probs = [], []
         for part in rows.split(POSITIONS):
             top = F.log_softmax(part.float(), dim=-1).topk(min(TOP_K, part.shape[-1]))
             tokens.append(top.indices.int().cpu())
             log_probs.append(top.values.cpu())
-        if tokens:
-            recorded.append(TeacherBatch(inputs, torch.cat(tokens), torch.cat(log_probs), mask))
+        recorded.append(TeacherBatch(inputs, torch.cat(tokens), torch.cat(log_probs), mask))
     if not recorded:
         raise CalibrationError("the calibration data has no token that counts")
     return recorded

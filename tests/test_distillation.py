@@ -1,0 +1,305 @@
+"""Scales trained end to end: gradients, what stays fixed, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import quantize, tiny_llama, token_samples, weight_scheme
+from datasets import Dataset
+from helpers import integers, quantized_layers, saved_integers, saved_tensors
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from torch import nn
+from torch.nn import functional as F
+
+from autoround_modifier import AutoRoundModifier, ScaleDistillationModifier, oneshot
+from autoround_modifier.distillation import TeacherBatch, TrainedScale, distiller, teacher
+from autoround_modifier.errors import CalibrationError, NonFiniteError, RecipeError, SchemeError
+from autoround_modifier.evaluation import compare
+
+UNSEEN = torch.tensor(token_samples(8, 12, seed=99)["input_ids"])
+
+
+def rounded(num_bits: int = 2, symmetric: bool = True, group_size: int | None = 32):
+    """Quantizes fast."""
+    return AutoRoundModifier(
+        preset="opt_rtn",
+        ignore=["lm_head"],
+        config_groups={"group_0": weight_scheme(num_bits, symmetric, group_size)},
+    )
+
+
+def distilled(*modifiers, data=None, **fields):
+    """:return: the model and the modifier that distilled it"""
+    fields = {"iters": 20, "lr": 0.02, **fields}
+    last = ScaleDistillationModifier(**fields)
+    model = quantize(tiny_llama(), [*(modifiers or [rounded()]), last], data)
+    return model, last
+
+
+def scales(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: layer.weight_scale.clone() for name, layer in quantized_layers(model).items()}
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+# ------------------------------------------------------------------ divergence
+
+
+def batch_of(log_probs: torch.Tensor, kept: int, mask=None) -> TeacherBatch:
+    """:param log_probs: (positions, vocabulary)"""
+    top = log_probs.topk(kept)
+    return TeacherBatch({}, top.indices.int(), top.values, mask)
+
+
+@pytest.mark.parametrize("positions_at_once", [1, 2, 100])
+def test_divergence_of_all_tokens_is_exact(positions_at_once, monkeypatch):
+    monkeypatch.setattr(teacher, "POSITIONS", positions_at_once)
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.randn(2, 3, 5, generator=generator).log_softmax(-1)
+    logits = torch.randn(2, 3, 5, generator=generator, requires_grad=True)
+    exact = F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="sum")
+    (gradient,) = torch.autograd.grad(exact, logits)
+    value = teacher.divergence(logits, batch_of(wanted.flatten(0, 1), 5), scale=3.0)
+    torch.testing.assert_close(value, exact.detach())
+    torch.testing.assert_close(logits.grad, 3 * gradient)
+
+
+def test_tokens_that_are_not_kept_are_one_outcome():
+    wanted = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    got = torch.tensor([[[0.4, 0.3, 0.1, 0.2]]]).log()
+    merged = 0.5 * torch.tensor(0.5 / 0.4).log() + 0.2 * torch.tensor(0.2 / 0.3).log()
+    value = teacher.divergence(got, batch_of(wanted, 2))
+    torch.testing.assert_close(value, merged, rtol=1e-5, atol=1e-6)
+    exact = F.kl_div(got[0], wanted, log_target=True, reduction="sum")
+    assert value < exact
+
+
+def test_positions_without_a_token_do_not_count():
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.randn(1, 4, 5, generator=generator).log_softmax(-1)
+    logits = torch.randn(1, 4, 5, generator=generator)
+    mask = torch.tensor([[True, True, False, True]])
+    value = teacher.divergence(logits, batch_of(wanted[mask], 5, mask))
+    exact = F.kl_div(logits[mask].log_softmax(-1), wanted[mask], log_target=True, reduction="sum")
+    torch.testing.assert_close(value, exact)
+
+
+def test_padding_and_loss_masks_are_honoured():
+    model = tiny_llama()
+    ids = torch.randint(3, 100, (1, 6), generator=torch.Generator().manual_seed(0))
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]]),
+        "loss_mask": torch.tensor([[1, 1, 1, 0, 1, 1]]),
+    }
+    (recorded,) = teacher.record_teacher(model, [batch])
+    assert recorded.mask.tolist() == [[False, True, True, False, True, True]]
+    assert recorded.num_positions == 4
+    assert set(recorded.inputs) == {"input_ids", "attention_mask"}
+    with pytest.raises(CalibrationError, match="no token that counts"):
+        teacher.record_teacher(model, [batch | {"loss_mask": torch.zeros(1, 6)}])
+
+
+# ------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, None])
+def test_gradient_of_the_scale(symmetric, group_size):
+    model = quantize(tiny_llama(torch.float32), rounded(3, symmetric, group_size))
+    layer = model.model.layers[0].mlp.down_proj
+    trained = TrainedScale(layer, layer.quantization_scheme.weights)
+    x = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    with trained.trained():
+        layer(x).square().sum().backward()
+
+    values = integers(layer).float() - layer.weight_zero_point.float().repeat_interleave(
+        layer.in_features // layer.weight_scale.shape[1], dim=1
+    )
+    factor = trained.factor.detach().clone().requires_grad_()
+    scale = (factor * trained.unit).repeat_interleave(layer.in_features // factor.shape[1], dim=1)
+    y = x.detach().clone().requires_grad_()
+    F.linear(y, values * scale).square().sum().backward()
+    torch.testing.assert_close(trained.factor.grad, factor.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_keeps_its_sign():
+    model = quantize(tiny_llama(), rounded(2))
+    layer = model.model.layers[0].mlp.down_proj
+    before, first = integers(layer), layer.weight_scale.clone()
+    trained = TrainedScale(layer, layer.quantization_scheme.weights)
+    with torch.no_grad():
+        trained.factor.mul_(-1)
+    trained.apply()
+    assert trained.finish() == 0
+    assert torch.equal(layer.weight_scale.sign(), first.sign())
+    assert torch.equal(integers(layer), before)
+
+
+# ------------------------------------------------------------------ what changes, what does not
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("num_bits", [2, 4])
+def test_integers_and_zero_points_stay(num_bits, symmetric, tmp_path):
+    plain = quantized_layers(quantize(tiny_llama(), rounded(num_bits, symmetric)))
+    model, modifier = distilled(rounded(num_bits, symmetric), lr=0.01 / 2**num_bits)
+    assert modifier.result.kept
+    assert modifier.result.moved == 0
+    values = {}
+    for name, layer in quantized_layers(model).items():
+        values[name] = integers(layer)
+        assert torch.equal(layer.weight_zero_point, plain[name].weight_zero_point)
+        assert not torch.equal(layer.weight_scale, plain[name].weight_scale), name
+        assert torch.equal(values[name], integers(plain[name]))
+    model.save_pretrained(tmp_path)
+    tensors = saved_tensors(tmp_path)
+    for name, expected in values.items():
+        assert torch.equal(saved_integers(tensors, name, num_bits), expected)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_integers_that_bfloat16_cannot_carry_are_counted(symmetric):
+    model = quantize(tiny_llama(), rounded(8, symmetric))
+    layer = model.model.layers[0].mlp.up_proj
+    before = integers(layer)
+    trained = TrainedScale(layer, layer.quantization_scheme.weights)
+    with torch.no_grad():
+        trained.factor.mul_(1.01)
+    trained.apply()
+    moved = trained.finish()
+    difference = (integers(layer).int() - before).abs()
+    assert 0 < moved < 0.02 * before.numel()
+    assert (difference.max(), difference.sum()) == (1, moved)
+
+
+def test_comes_closer_on_text_it_never_saw():
+    data = token_samples(64)
+    before = compare(tiny_llama(), quantize(tiny_llama(), rounded(), data), UNSEEN).kl
+    model, modifier = distilled(data=data, iters=60)
+    assert compare(tiny_llama(), model, UNSEEN).kl < 0.9 * before
+    assert modifier.result.final_kl < 0.9 * modifier.result.initial_kl
+
+
+@pytest.mark.parametrize("first", ["gptq", "rounding"])
+def test_follows_other_modifiers(first):
+    groups = {"group_0": weight_scheme(3)}
+    other = {
+        "gptq": GPTQModifier(ignore=["lm_head"], config_groups=groups),
+        "rounding": QuantizationModifier(ignore=["lm_head"], config_groups=groups),
+    }[first]
+    model, modifier = distilled(other, data=token_samples(64), lr=0.005)
+    assert 0.1 < modifier.result.initial_kl < 1
+    assert modifier.result.final_kl < modifier.result.initial_kl
+    assert all(layer.weight_scale.isfinite().all() for layer in quantized_layers(model).values())
+
+
+def test_norms_are_trained_unless_told_otherwise():
+    original = tiny_llama().model.norm.weight
+    model, _ = distilled()
+    assert not torch.equal(model.model.norm.weight, original)
+    model, modifier = distilled(norm_lr=0, data=token_samples(64))
+    assert modifier.result.kept
+    assert torch.equal(model.model.norm.weight, original)
+
+
+def test_what_does_not_help_is_dropped(log):
+    plain = state(quantize(tiny_llama(), rounded()))
+    model, modifier = distilled(lr=50.0)
+    assert not modifier.result.kept
+    assert modifier.result.final_kl > modifier.result.initial_kl
+    for name, value in state(model).items():
+        assert torch.equal(value, plain[name]), name
+    assert any("not better, so dropped" in message for message in log)
+
+
+def test_a_failure_leaves_the_quantized_model(monkeypatch):
+    plain = state(quantize(tiny_llama(), rounded()))
+    seen = []
+    model = tiny_llama()
+
+    def fail(logits, batch, scale=None):
+        seen.append(scale)
+        if len(seen) > 8:
+            raise RuntimeError("out of memory")
+        return teacher.divergence(logits, batch, scale)
+
+    monkeypatch.setattr(distiller, "divergence", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        quantize(model, [rounded(), ScaleDistillationModifier(iters=20, lr=0.02)])
+    assert seen[-1] is not None  # it was in training
+    for name, value in state(model).items():
+        assert torch.equal(value, plain[name]), name
+    assert all(block.forward.__name__ != "forward_again" for block in model.model.layers)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_checkpointing_and_batches_do_not_change_the_result():
+    with_it, _ = distilled(gradient_checkpointing=True)
+    without, _ = distilled(gradient_checkpointing=False)
+    for name, scale in scales(with_it).items():
+        assert torch.equal(scale, scales(without)[name]), name
+
+
+def test_a_seed_fixes_the_result():
+    first, again, other = (scales(distilled(seed=seed)[0]) for seed in (1, 1, 2))
+    assert all(torch.equal(scale, again[name]) for name, scale in first.items())
+    assert any(not torch.equal(scale, other[name]) for name, scale in first.items())
+
+
+def test_samples_of_different_lengths():
+    rows = token_samples(16)
+    rows = [
+        {"input_ids": ids[: 6 + 3 * (index % 3)]} for index, ids in enumerate(rows["input_ids"])
+    ]
+    data = Dataset.from_list(
+        [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    )
+    _, modifier = distilled(data=data)
+    assert modifier.result.kept
+
+
+def test_batches_of_one_shape_are_stacked():
+    model = tiny_llama()
+    ids = torch.randint(3, 100, (5, 8), generator=torch.Generator().manual_seed(0))
+    short, patches = {"input_ids": ids[:1, :4]}, {"input_ids": ids[:1], "patches": ids[:3]}
+    batches = teacher.record_teacher(model, [{"input_ids": row[None]} for row in ids[:3]])
+    batches += teacher.record_teacher(model, [short])
+    odd = TeacherBatch(patches, batches[0].tokens, batches[0].log_probs, None)
+    stacked = list(distiller._stacked([*batches, odd]))
+    assert [len(batch.inputs["input_ids"]) for batch in stacked] == [3, 1, 1]
+    whole = teacher.divergence(model(**stacked[0].inputs).logits, stacked[0])
+    torch.testing.assert_close(whole, torch.zeros(()), atol=1e-3, rtol=0)
+
+
+# ------------------------------------------------------------------ refused
+
+
+def test_refuses_what_cannot_work():
+    with pytest.raises(CalibrationError, match="needs calibration data"):
+        oneshot(model=tiny_llama(), recipe=ScaleDistillationModifier())
+    for recipe in ([], [rounded()]):
+        with pytest.raises(RecipeError, match="no linear layer with a quantization scheme"):
+            quantize(tiny_llama(), [ScaleDistillationModifier(iters=1), *recipe])
+    with pytest.raises(RecipeError, match=r"quantized already.*q_proj.*in one recipe"):
+        quantize(quantize(tiny_llama(), rounded()), ScaleDistillationModifier(iters=1))
+    with pytest.raises(SchemeError, match=r"activations; not so: model.layers.0.self_attn.q_proj"):
+        quantize(
+            tiny_llama(),
+            [
+                QuantizationModifier(scheme="W8A8", targets=["Linear"], ignore=["lm_head"]),
+                ScaleDistillationModifier(iters=1),
+            ],
+        )
+
+
+def test_refuses_a_broken_original():
+    model = tiny_llama()
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(NonFiniteError, match="original's output"):
+        quantize(model, [rounded(), ScaleDistillationModifier(iters=1)])
