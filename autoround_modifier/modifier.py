@@ -391,7 +391,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             logger.info(str(self._reports[-1]))
 
         if self.enable_quanted_input:
-            dequantized = {layer: weight.dequantized for layer, weight in weights.items()}
+            dequantized = {layer: weight.dequantize() for layer, weight in weights.items()}
             self._chain.advance(group.run(inputs, self.batch_size, dequantized), targets)
 
     def _quantized_inputs(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
@@ -450,6 +450,6 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         if moved:
             logger.info(
                 f"{self._layers[layer]}: {moved} of {weight.values.numel()} integers moved by one "
-                f"step, because {weight.dequantized.dtype} cannot carry them to the checkpoint"
+                f"step, because {weight.scale.dtype} cannot carry them to the checkpoint"
             )
         self._pending.discard(layer)

@@ -149,7 +149,7 @@ def test_what_is_kept_has_the_reported_loss():
     result = tune(group, formats, inputs, targets, masks, config)
     assert result.best_loss < 0.8 * result.initial_loss
     _, holdout = split_holdout(12, config.holdout_fraction, config.seed)
-    weights = {layer: weight.dequantized for layer, weight in result.weights.items()}
+    weights = {layer: weight.dequantize() for layer, weight in result.weights.items()}
     outputs = group.run(inputs, 4, weights)
     errors = [(outputs[index] - targets[index]).square().mean() for index in holdout]
     assert torch.stack(errors).mean().item() == pytest.approx(result.best_loss, rel=1e-4)

@@ -38,10 +38,10 @@ class TrainedScale(TrainedValue):
         self.layer = layer
         self.args = args
         scale = self.scale
-        zero_point = cast(Tensor, layer.weight_zero_point).detach()
-        self.zero_point = zero_point.clone()
+        zero_point = cast(Tensor, layer.weight_zero_point).detach().clone()
         # As saving will: compressed-tensors quantizes the weight again.
-        self.values = quantize(layer.weight.detach(), scale, zero_point, args, dtype=torch.int8)
+        values = quantize(layer.weight.detach(), scale, zero_point, args, dtype=torch.int8)
+        self.quantized = QuantizedWeight(values, scale.clone(), zero_point)
         self.initial = scale.clone()
         self.unit = scale.float().abs().mean()
         self.factor = nn.Parameter(scale.float() / self.unit)
@@ -72,17 +72,12 @@ class TrainedScale(TrainedValue):
 
         :return: number of integers that had to move by one step
         """
-        quantized = QuantizedWeight(
-            self.values, self.scale.clone(), self.zero_point, self.layer.weight.detach().clone()
-        )
-        return write_back(self.layer, quantized, self.args)
+        return write_back(self.layer, self.quantized, self.args)
 
     @torch.no_grad()
     def _write(self, scale: Tensor) -> None:
-        columns = _columns(scale)
-        steps = _groups(self.values, columns) - _columns(self.zero_point.float())
-        weight = (steps * columns.float()).to(self.layer.weight.dtype)
-        update_offload_parameter(self.layer, "weight", weight.view_as(self.layer.weight))
+        self.quantized.scale = scale
+        update_offload_parameter(self.layer, "weight", self.quantized.dequantize())
         update_offload_parameter(self.layer, "weight_scale", scale)
 
     @contextlib.contextmanager

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from compressed_tensors.offload import update_offload_parameter
 from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+from compressed_tensors.quantization.lifecycle.forward import quantize
 from torch import Tensor, nn
 
 from autoround_modifier.formats import QuantizedWeight
@@ -39,7 +39,7 @@ def write_back(module: nn.Module, quantized: QuantizedWeight, args: Quantization
     :param quantized: what to write; updated where an integer cannot be saved
     :return: number of integers that had to move by one step
     """
-    weight = quantized.dequantized
+    weight = quantized.dequantize()
     scale, zero_point = quantized.scale, quantized.zero_point
 
     def saved(value: Tensor) -> Tensor:
@@ -55,9 +55,6 @@ def write_back(module: nn.Module, quantized: QuantizedWeight, args: Quantization
             wrong &= ~exact
         if wrong.any():
             quantized.values = saved(weight)
-            quantized.dequantized = dequantize(
-                quantized.values, scale, zero_point, args, dtype=weight.dtype
-            )
 
     update_offload_parameter(module, "weight", weight)
     update_offload_parameter(module, "weight_scale", scale)

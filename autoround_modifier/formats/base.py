@@ -18,13 +18,17 @@ class QuantizedWeight:
     :param values: (out_features, in_features), the integers, int8
     :param scale: (out_features, groups), the weight's dtype
     :param zero_point: (out_features, groups), int8; zeros if symmetric
-    :param dequantized: (out_features, in_features), the weight's dtype
     """
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor
-    dequantized: Tensor
+
+    def dequantize(self) -> Tensor:
+        """:return: ``(q - z) * s``, (out_features, in_features), the weight's dtype"""
+        groups = self.values.unflatten(-1, (self.scale.shape[-1], -1))
+        steps = groups.float() - self.zero_point.unsqueeze(-1)
+        return steps.mul_(self.scale.unsqueeze(-1)).to(self.scale.dtype).flatten(-2)
 
 
 class RoundingFormat(ABC):
@@ -51,6 +55,10 @@ class RoundingFormat(ABC):
     @abstractmethod
     def quantized(self) -> QuantizedWeight:
         """:return: the weight as it would be saved now, in tensors of its own"""
+
+    @abstractmethod
+    def dequantized(self) -> Tensor:
+        """:return: `quantized`, dequantized: (out_features, in_features), the weight's dtype"""
 
     @abstractmethod
     def descend(self, gradient: Tensor, rounding_lr: Tensor, clipping_lr: Tensor) -> None:

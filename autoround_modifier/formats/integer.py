@@ -152,19 +152,10 @@ class IntegerGrid:
         return q - zero_point, scale, zero_point
 
 
-def _quantize(
-    grid: IntegerGrid,
-    weight: Tensor,
-    w_min: Tensor,
-    w_max: Tensor,
-    rounding: Tensor | None = None,
-    alpha: Tensor | None = None,
-    beta: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:return: integers (int8), scale, zero point (int8) and dequantized weight of each group"""
-    steps, scale, zero_point = grid.quantize(weight, w_min, w_max, rounding, alpha, beta)
-    values, dequantized = (steps + zero_point).to(torch.int8), (steps * scale).to(grid.dtype)
-    return values, scale.to(grid.dtype), zero_point.to(torch.int8), dequantized
+def _dequantize(grid: IntegerGrid, *state: Tensor) -> Tensor:
+    """:return: dequantized weight of each group; the state are arguments of `grid.quantize`"""
+    steps, scale, _ = grid.quantize(*state)
+    return (steps * scale).to(grid.dtype)
 
 
 def _descend(
@@ -194,7 +185,7 @@ def _descend(
         factor.sub_(clipping_lr * d_factor.sign()).clamp_(0.0, clipping_limit)
 
 
-_fused_quantize = fuse(_quantize)
+_fused_dequantize = fuse(_dequantize)
 _fused_descend = fuse(_descend)
 
 
@@ -237,29 +228,33 @@ class IntegerFormat(RoundingFormat):
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
-        parts = [
-            (_fused_quantize if self.fused else _quantize)(self.grid, *state)
-            for state in self._slices()
-        ]
-        values, scale, zero_point, dequantized = (
-            torch.cat(column) if len(column) > 1 else column[0]
-            for column in zip(*parts, strict=True)
-        )
+        values, scales, zero_points = [], [], []
+        for state in self._slices(fused=False):  # seldom needed: not worth another compilation
+            steps, scale, zero_point = self.grid.quantize(*state)
+            values.append((steps + zero_point).to(torch.int8))
+            scales.append(scale.to(self.grid.dtype))
+            zero_points.append(zero_point.to(torch.int8))
         return QuantizedWeight(
-            values=values.view(self.shape),
-            scale=scale.view(self.shape[0], -1),
-            zero_point=zero_point.view(self.shape[0], -1),
-            dequantized=dequantized.view(self.shape),
+            values=torch.cat(values).view(self.shape),
+            scale=torch.cat(scales).view(self.shape[0], -1),
+            zero_point=torch.cat(zero_points).view(self.shape[0], -1),
         )
+
+    @torch.no_grad()
+    def dequantized(self) -> Tensor:
+        dequantize = _fused_dequantize if self.fused else _dequantize
+        parts = [dequantize(self.grid, *state) for state in self._slices(fused=self.fused)]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).view(self.shape)
 
     @torch.no_grad()
     def descend(self, gradient: Tensor, rounding_lr: Tensor, clipping_lr: Tensor) -> None:
         descend = _fused_descend if self.fused else _descend
         lrs = rounding_lr, clipping_lr, self.clipping_limit
-        for part, *state in self._slices(gradient.reshape(self.weight.shape)):
+        parts = self._slices(gradient.reshape(self.weight.shape), fused=self.fused)
+        for part, *state in parts:
             descend(self.grid, part, *lrs, *state)
 
-    def _slices(self, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def _slices(self, *more: Tensor, fused: bool) -> Iterator[tuple[Tensor, ...]]:
         """
         ``more`` and the state, cut along the groups. Without fusion every operation writes its
         result to memory; slices that fit the processor's cache make that several times faster.
@@ -268,7 +263,7 @@ class IntegerFormat(RoundingFormat):
         if self.rounding is not None:
             tensors += [self.rounding, *self.clipping]
         groups, group_size = self.weight.shape
-        rows = groups if self.fused else max(1, SLICE_ELEMENTS // group_size)
+        rows = groups if fused else max(1, SLICE_ELEMENTS // group_size)
         return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 

@@ -107,7 +107,7 @@ def tune(
 
     @torch.no_grad()
     def holdout_loss(candidate: dict[nn.Linear, QuantizedWeight]) -> float:
-        weights = {layer: weight.dequantized for layer, weight in candidate.items()}
+        weights = {layer: weight.dequantize() for layer, weight in candidate.items()}
         with group.weights(weights):
             starts = range(0, len(holdout), config.batch_size)
             losses = [batch_loss(holdout[start : start + config.batch_size]) for start in starts]
@@ -119,28 +119,25 @@ def tune(
         optimizer = SignSGD(list(formats.values()), config.iters, config.lr, config.minmax_lr)
         batches = minibatches(train, config.batch_size, config.seed)
 
-        candidate = {layer: fmt.quantized() for layer, fmt in formats.items()}
-        best, best_iteration = candidate, 0
-        initial_loss = best_loss = holdout_loss(candidate)
+        best, best_iteration = {layer: fmt.quantized() for layer, fmt in formats.items()}, 0
+        initial_loss = best_loss = holdout_loss(best)
         if not math.isfinite(initial_loss):
             raise NonFiniteError("the output of the quantized block has NaN or infinity")
 
         for iteration in range(1, config.iters + 1):
             # The quantized weights are leaves while samples accumulate gradients into them, so
             # each step quantizes once, however many samples it sees.
-            leaves = {
-                layer: weight.dequantized.detach().requires_grad_()
-                for layer, weight in candidate.items()
-            }
+            leaves = {layer: fmt.dequantized().requires_grad_() for layer, fmt in formats.items()}
             with group.weights(leaves):
                 for _ in range(config.gradient_accumulate_steps):
                     samples = next(batches)
                     batch_loss(samples, LOSS_SCALE / tokens_of(samples))
             optimizer.step([leaf.grad for leaf in leaves.values()])
-            candidate = {layer: fmt.quantized() for layer, fmt in formats.items()}
+            del leaves  # before the next ones are made
             on_iteration()
 
             if iteration in evaluate_at:
+                candidate = {layer: fmt.quantized() for layer, fmt in formats.items()}
                 loss = holdout_loss(candidate)
                 if loss < best_loss:
                     best, best_loss, best_iteration = candidate, loss, iteration
