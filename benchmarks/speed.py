@@ -5,7 +5,8 @@ of auto-round, and of the bare block's forward and backward, which is the floor.
     make bench-speed
 
 A Llama with one block of random weights is quantized by each method with two numbers of iterations;
-the difference is the time of an iteration, and what is left is the set-up. Each run has a
+the difference is the time of an iteration, and what is left is the set-up. Machines are noisy: the
+methods take turns, several rounds of them, and the fastest run of each counts. Each run has a
 process of its own; its memory is the peak resident size beyond what it held before it started to
 quantize, with everything imported and the model loaded. Then one thing at a time is varied.
 """
@@ -149,19 +150,32 @@ def current_rss() -> int:
     return pages * resource.getpagesize()
 
 
-def measure(method: str, shape: dict[str, int], iters: tuple[int, int]) -> dict:
-    """Two child processes; the slope over the number of iterations is the time of one."""
-    child(method, 2, shape)  # fills the compiler's cache, so that the two differ in nothing else
-    few, many = (child(method, count, shape) for count in iters)
-    per_iteration = (many["seconds"] - few["seconds"]) / (iters[1] - iters[0])
-    return {
-        "method": method,
-        **shape,
-        "seconds_per_iteration": per_iteration,
-        "setup_seconds": few["seconds"] - iters[0] * per_iteration,
-        "peak_mib": many["bytes"] / 2**20,
-        "peak_mib_fewer_iterations": few["bytes"] / 2**20,
-    }
+def measure(
+    methods: list[str], shape: dict[str, int], iters: tuple[int, int], rounds: int
+) -> list[dict]:
+    """One row for each method; the slope over the number of iterations is the time of one."""
+    runs: dict[tuple[str, int], list[dict]] = {}
+    for method in methods:
+        child(method, 2, shape)  # fills the compiler's cache, so that runs differ in nothing else
+    for _ in range(rounds):
+        for method in methods:
+            for count in iters:
+                runs.setdefault((method, count), []).append(child(method, count, shape))
+    rows = []
+    for method in methods:
+        few, many = (min(run["seconds"] for run in runs[method, count]) for count in iters)
+        per_iteration = (many - few) / (iters[1] - iters[0])
+        rows.append(
+            {
+                "method": method,
+                **shape,
+                "seconds_per_iteration": per_iteration,
+                "setup_seconds": few - iters[0] * per_iteration,
+                "peak_mib": min(run["bytes"] for run in runs[method, iters[1]]) / 2**20,
+                "runs": [run["seconds"] for run in runs[method, iters[1]]],
+            }
+        )
+    return rows
 
 
 def child(method: str, iters: int, shape: dict[str, int]) -> dict[str, float]:
@@ -193,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--iters", nargs=2, type=int, default=[20, 80], metavar=("FEW", "MANY"))
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fixed", action="store_true", help="do not vary the shape")
     parser.add_argument("--output", type=Path, default=Path("output/speed.json"))
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -203,16 +218,16 @@ def main() -> None:
         report(result)
         return
 
-    wanted = [(method, BASE) for method in arguments.methods]
+    wanted = [(arguments.methods, BASE)]
     if not arguments.fixed:
-        wanted += [(method, BASE | change) for change in VARIED for method in VARIED_METHODS]
-    rows = []
+        wanted += [(VARIED_METHODS, BASE | change) for change in VARIED]
+    rows: list[dict] = []
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    for method, shape in wanted:
-        rows.append(measure(method, shape, tuple(arguments.iters)))
+    for methods, shape in wanted:
+        rows += measure(methods, shape, tuple(arguments.iters), arguments.rounds)
         arguments.output.write_text(json.dumps(rows, indent=1))
         arguments.output.with_suffix(".md").write_text(markdown(rows) + "\n")
-        print(markdown(rows).splitlines()[-1], flush=True)
+        print(markdown(rows), flush=True)
 
 
 if __name__ == "__main__":
