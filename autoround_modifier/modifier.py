@@ -390,9 +390,10 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             self._reports.append(BlockReport.from_result(name, result))
             logger.info(str(self._reports[-1]))
 
-        if self.enable_quanted_input:
+        if self.enable_quanted_input and blocks[-1] is not next(reversed(self._blocks)):
             dequantized = {layer: weight.dequantize() for layer, weight in weights.items()}
-            self._chain.advance(group.run(inputs, self.batch_size, dequantized), targets)
+            group.advance(inputs, self.batch_size, dequantized)
+            self._chain.advance(inputs, targets)
 
     def _quantized_inputs(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
         """What the blocks will see after quantization; their own inputs where the chain ends."""

@@ -51,22 +51,23 @@ class BlockGroup:
             yield group, torch.cat([hidden[index].to(self.device) for index in group])
 
     @torch.no_grad()
-    def run(
+    def advance(
         self, hidden: list[Tensor], batch_size: int, weights: dict[nn.Linear, Tensor]
-    ) -> list[Tensor]:
+    ) -> None:
         """
-        :param hidden: (1, tokens, hidden) per sample, the input of the first block
+        Replace the input of the first block by the output of the last one, sample by sample, so
+        that only one of the two is in memory.
+
+        :param hidden: (1, tokens, hidden) per sample; the outputs stay on the inputs' devices
         :param weights: weights to use in place of the layers' own
-        :return: output of the last block per sample, on the devices of ``hidden``
         """
-        outputs = list(hidden)
         with self.weights(weights):
             for start in range(0, len(hidden), batch_size):
                 samples = list(range(start, min(start + batch_size, len(hidden))))
                 for indices, stacked in self.microbatches(hidden, samples):
                     for index, row in zip(indices, self.forward(stacked, indices), strict=True):
-                        outputs[index] = row.unsqueeze(0).to(hidden[index].device)
-        return outputs
+                        # a copy: a view would keep the whole batch
+                        hidden[index] = row.unsqueeze(0).to(hidden[index].device, copy=True)
 
     @contextlib.contextmanager
     def weights(self, weights: dict[nn.Linear, Tensor]) -> Iterator[None]:
