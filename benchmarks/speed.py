@@ -54,7 +54,7 @@ VARIED_METHODS = ["floor", "ours", "auto-round-alg_ext"]
 VARIED = [
     {"samples": 128},
     {"length": 512},
-    {"width": 1152},
+    {"width": 1536},
 ]
 
 
