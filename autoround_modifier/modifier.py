@@ -31,8 +31,13 @@ from autoround_modifier.calibration.chain import QuantizedChain
 from autoround_modifier.calibration.samples import call_token_mask
 from autoround_modifier.errors import NonFiniteError
 from autoround_modifier.export import write_back
-from autoround_modifier.formats import QuantizedWeight, RoundingFormat, make_format
-from autoround_modifier.initialization import search_range
+from autoround_modifier.formats import (
+    QuantizedWeight,
+    RoundingFormat,
+    has_global_scale,
+    make_format,
+)
+from autoround_modifier.initialization import search_range, shared_global_scales
 from autoround_modifier.presets import PRESET_FIELDS, PRESETS
 from autoround_modifier.report import BlockReport
 from autoround_modifier.tuning import BlockGroup, TuningConfig, attention_for_tuning, tune
@@ -104,7 +109,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         ``balanced``, the squared error as a share of the output's squared length, of each token
         and of the whole sample; ``mse``, the mean squared error (SignRound); ``filtered``, the
         same without the largest 0.1 % of the differences (SignRoundV2, for less than 4 bits)
-    :param enable_minmax_tuning: learn alpha and beta, not only V
+    :param enable_minmax_tuning: learn alpha and beta, not only V; by default for integers only
     :param enable_quanted_input: feed each block the output of the quantized blocks before it,
         not that of the full-precision ones
     :param holdout_fraction: share of the samples on which candidates are compared; they are
@@ -126,7 +131,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     num_calibration_samples: int | None = Field(default=None, ge=0)
     scale_search: bool | None = None
     loss: Literal["balanced", "mse", "filtered"] | None = None
-    enable_minmax_tuning: bool = True
+    enable_minmax_tuning: bool | None = None
     enable_quanted_input: bool = True
     holdout_fraction: float = Field(default=0.125, ge=0, le=0.5)
     holdout_evaluations: int = Field(default=5, ge=1)
@@ -135,6 +140,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
     _layers: dict[Layer, str] = PrivateAttr(default_factory=dict)
     _weight_args: dict[Layer, QuantizationArgs] = PrivateAttr(default_factory=dict)
+    _global_scales: dict[nn.Module, Tensor] = PrivateAttr(default_factory=dict)
     _pending: set[Layer] = PrivateAttr(default_factory=set)
     _blocks: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _capture: BlockCapture | None = PrivateAttr(default=None)
@@ -233,6 +239,14 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             untie_word_embeddings(state.model)
         for layer in self._layers:
             apply_calibration_status(layer)
+        self._global_scales = shared_global_scales(
+            state.model,
+            [
+                layer
+                for layer, args in self._weight_args.items()
+                if isinstance(layer, nn.Linear) and has_global_scale(args)
+            ],
+        )
         if not self.requires_calibration_data:
             return
 
@@ -426,6 +440,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
     def _initial_format(self, layer: Layer, search: bool | None) -> RoundingFormat:
         args = self._weight_args[layer]
+        global_scale = self._global_scales.get(layer)
         found = None
         if search:
             importance = self._importance.pop(layer)
@@ -434,8 +449,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
                     f"{self._layers[layer]}: the calibration inputs have NaN or infinity. Check "
                     "the calibration text, or load the model in bfloat16 or float32."
                 )
-            found = search_range(layer.weight, args, importance, self._fused)
-        return make_format(layer.weight, args, found, self._fused)
+            found = search_range(layer.weight, args, importance, global_scale, self._fused)
+        return make_format(layer.weight, args, found, global_scale, self._fused)
 
     def _search_layers(self, layers: list[Layer]) -> None:
         """Quantize without tuning: by the scale search, or to nearest if nothing asks for more."""

@@ -12,7 +12,6 @@ from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
-    QuantizationStrategy,
 )
 from compressed_tensors.utils import is_match, match_named_modules
 from compressed_tensors.utils.match import match_targets
@@ -87,7 +86,7 @@ def check_layers(schemes: Schemes) -> None:
         with disable_onloading():
             columns = module.weight.shape[-1]
         args = scheme.weights
-        if args.strategy == QuantizationStrategy.GROUP and columns % args.group_size:
+        if args.group_size and columns % args.group_size:
             sizes = [size for size in range(256, 15, -8) if columns % size == 0]
             indivisible.append(
                 f"{name}: {columns} input features, group_size {args.group_size}"

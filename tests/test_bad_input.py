@@ -117,7 +117,12 @@ MODEL_ROWS = [
         prepare=poisoned,
     ),
     Row("quantized activations", {"scheme": "W8A8"}, SchemeError, ("activations", "q_proj")),
-    Row("floating-point weights", {"scheme": "MXFP4A16"}, SchemeError, ("`float`", "use `int`")),
+    Row(
+        "floating-point activations",
+        {"scheme": "MXFP4"},
+        SchemeError,
+        ("quantized activations are not supported", "q_proj"),
+    ),
     Row(
         "one scale for a tensor",
         {
@@ -129,7 +134,7 @@ MODEL_ROWS = [
             }
         },
         SchemeError,
-        ("tensor", "`group` or `channel`"),
+        ("tensor", "use `group`, `channel`"),
     ),
     Row(
         "one bit",

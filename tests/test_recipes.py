@@ -29,6 +29,10 @@ EXPECTED = {
     "w8a16_autoround",
     "w2a16_w4a16_mixed_autoround",
     "smoothquant_w4a16_autoround",
+    "fp8a16_autoround",
+    "mxfp4a16_autoround",
+    "mxfp8a16_autoround",
+    "nvfp4a16_autoround",
 }
 TUNED = ("AutoRoundModifier", "ScaleDistillationModifier")
 

@@ -95,11 +95,11 @@ def test_degenerate_groups_stay_finite():
 
 
 def test_rows_are_independent(monkeypatch):
-    from autoround_modifier.initialization import search
+    from autoround_modifier.initialization import integer_search
 
     weight = torch.randn(40, 64)
     whole = search_range(weight, args_of(3, True))
-    monkeypatch.setattr(search, "SLICE_ELEMENTS", 64 * 7)
+    monkeypatch.setattr(integer_search, "SLICE_ELEMENTS", 64 * 7)
     sliced = search_range(weight, args_of(3, True))
     for a, b in zip(whole, sliced, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from autoround_modifier.distillation.base import TrainedValue
 from autoround_modifier.export import write_back
-from autoround_modifier.formats import QuantizedWeight
+from autoround_modifier.formats import Grouping, QuantizedWeight
 
 __all__ = ["TrainedScale"]
 
@@ -41,7 +41,8 @@ class TrainedScale(TrainedValue):
         zero_point = cast(Tensor, layer.weight_zero_point).detach().clone()
         # As saving will: compressed-tensors quantizes the weight again.
         values = quantize(layer.weight.detach(), scale, zero_point, args, dtype=torch.int8)
-        self.quantized = QuantizedWeight(values, scale.clone(), zero_point)
+        grouping = Grouping.of(values.shape, args)
+        self.quantized = QuantizedWeight(values, scale.clone(), zero_point, grouping)
         self.initial = scale.clone()
         self.unit = scale.float().abs().mean()
         self.factor = nn.Parameter(scale.float() / self.unit)

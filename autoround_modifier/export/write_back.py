@@ -33,7 +33,8 @@ INTEGER_VIEW = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 @torch.no_grad()
 def write_back(module: nn.Module, quantized: QuantizedWeight, args: QuantizationArgs) -> int:
     """
-    Set ``weight``, ``weight_scale`` and ``weight_zero_point`` of a module.
+    Set ``weight``, ``weight_scale``, ``weight_zero_point`` and, if the format has one,
+    ``weight_global_scale`` of a module.
 
     :param module: linear layer or embedding with a quantization scheme
     :param quantized: what to write; updated where an integer cannot be saved
@@ -42,15 +43,21 @@ def write_back(module: nn.Module, quantized: QuantizedWeight, args: Quantization
     weight = quantized.dequantize()
     scale, zero_point = quantized.scale, quantized.zero_point
 
-    def saved(value: Tensor) -> Tensor:
-        return quantize(value, scale, zero_point, args, dtype=torch.int8)
+    global_scale = quantized.global_scale
 
-    wrong = saved(weight) != quantized.values
+    def saved(value: Tensor) -> Tensor:
+        codes = quantize(value, scale, zero_point, args, global_scale=global_scale)
+        return codes.to(quantized.values.dtype)
+
+    def differs(value: Tensor) -> Tensor:
+        return saved(value).to(value.dtype) != quantized.values.to(value.dtype)
+
+    wrong = differs(weight)
     if wrong.any():
         bits = weight.view(INTEGER_VIEW[weight.element_size()])
         for offset in NEIGHBOURS:
             neighbour = (bits + offset).view(weight.dtype)
-            exact = wrong & (saved(neighbour) == quantized.values)
+            exact = wrong & ~differs(neighbour)
             weight = torch.where(exact, neighbour, weight)
             wrong &= ~exact
         if wrong.any():
@@ -59,4 +66,6 @@ def write_back(module: nn.Module, quantized: QuantizedWeight, args: Quantization
     update_offload_parameter(module, "weight", weight)
     update_offload_parameter(module, "weight_scale", scale)
     update_offload_parameter(module, "weight_zero_point", zero_point)
+    if global_scale is not None:
+        update_offload_parameter(module, "weight_global_scale", global_scale)
     return int(wrong.sum())

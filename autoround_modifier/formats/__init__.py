@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationScheme,
@@ -11,15 +12,37 @@ from compressed_tensors.quantization import (
 from torch import Tensor
 
 from autoround_modifier.formats.base import QuantizedWeight, RoundingFormat
-from autoround_modifier.formats.integer import IntegerFormat
+from autoround_modifier.formats.floating import E2M1, E4M3, FloatGrid, MicroscalingGrid, NVFP4Grid
+from autoround_modifier.formats.grid import Grid
+from autoround_modifier.formats.group_format import GroupFormat
+from autoround_modifier.formats.grouping import Grouping
+from autoround_modifier.formats.integer import IntegerGrid
 
 __all__ = [
-    "IntegerFormat",
+    "FloatGrid",
+    "Grid",
+    "GroupFormat",
+    "Grouping",
+    "IntegerGrid",
+    "MicroscalingGrid",
+    "NVFP4Grid",
     "QuantizedWeight",
     "RoundingFormat",
+    "grid_of",
+    "has_global_scale",
     "make_format",
     "unsupported_reason",
 ]
+
+MICROSCALING_GROUP = 32
+NVFP4_GROUP = 16
+INTEGER_STRATEGIES = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+FLOAT8_STRATEGIES = (
+    QuantizationStrategy.TENSOR,
+    QuantizationStrategy.CHANNEL,
+    QuantizationStrategy.GROUP,
+    QuantizationStrategy.BLOCK,
+)
 
 
 def unsupported_reason(scheme: QuantizationScheme) -> str | None:
@@ -29,30 +52,90 @@ def unsupported_reason(scheme: QuantizationScheme) -> str | None:
         return "the scheme has no `weights`"
     if scheme.input_activations is not None or scheme.output_activations is not None:
         return "quantized activations are not supported"
-    if weights.type != QuantizationType.INT:
-        return f"weights of type `{_plain(weights.type)}` are not supported; use `int`"
-    if not 2 <= weights.num_bits <= 8:
-        return f"num_bits is {weights.num_bits}; use 2 to 8"
-    if weights.strategy not in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL):
-        return f"strategy `{_plain(weights.strategy)}` is not supported; use `group` or `channel`"
     if weights.dynamic:
         return "weights cannot be `dynamic`"
-    return None
+    if weights.type == QuantizationType.INT:
+        if not 2 <= weights.num_bits <= 8:
+            return f"num_bits is {weights.num_bits}; use 2 to 8"
+        return _wrong_strategy(weights, INTEGER_STRATEGIES)
+    if not weights.symmetric:
+        return "floating-point weights have no zero point; set `symmetric: true`"
+    if has_global_scale(weights):
+        return _wrong_group_size(weights, "tensor_group", NVFP4_GROUP)
+    if is_microscaling(weights):
+        return _wrong_strategy(weights, (QuantizationStrategy.GROUP,)) or _wrong_group_size(
+            weights, "group", MICROSCALING_GROUP
+        )
+    if weights.num_bits == 8:
+        return _wrong_strategy(weights, FLOAT8_STRATEGIES)
+    return (
+        f"{weights.num_bits}-bit floating-point weights are not supported; use 8 bits, or 4 bits "
+        "with `strategy: tensor_group` (NVFP4) or with `scale_dtype: torch.uint8` (MXFP4)"
+    )
+
+
+def has_global_scale(args: QuantizationArgs) -> bool:
+    """:return: whether the scales of groups stand under one scale of the tensor (NVFP4)"""
+    return (
+        args.type == QuantizationType.FLOAT
+        and args.num_bits == 4
+        and args.strategy == QuantizationStrategy.TENSOR_GROUP
+    )
+
+
+def is_microscaling(args: QuantizationArgs) -> bool:
+    """:return: whether scales are powers of two (MXFP4, MXFP8)"""
+    return (
+        args.type == QuantizationType.FLOAT
+        and args.num_bits in (4, 8)
+        and args.scale_dtype == torch.uint8
+    )
+
+
+def grid_of(args: QuantizationArgs, dtype: torch.dtype) -> Grid:
+    """
+    :param args: how the weight is quantized; accepted by `unsupported_reason`
+    :param dtype: of the weight
+    """
+    if args.type == QuantizationType.INT:
+        return IntegerGrid.of(args, dtype)
+    element = E2M1 if args.num_bits == 4 else E4M3
+    if has_global_scale(args):
+        return NVFP4Grid(dtype, element)
+    return (MicroscalingGrid if is_microscaling(args) else FloatGrid)(dtype, element)
 
 
 def make_format(
     weight: Tensor,
     args: QuantizationArgs,
     initial_range: tuple[Tensor, Tensor] | None = None,
+    global_scale: Tensor | None = None,
     fused: bool = False,
 ) -> RoundingFormat:
     """
     :param weight: (out_features, in_features), full precision
     :param args: how the weight is quantized; accepted by `unsupported_reason`
-    :param initial_range: clipping range found by a search, (out_features, groups) each
+    :param initial_range: clipping range of each group found by a search
+    :param global_scale: (1,), float32, where `has_global_scale`
     :param fused: compute with `torch.compile`; the values are the same, sooner
     """
-    return IntegerFormat(weight, args, initial_range, fused)
+    grid = grid_of(args, weight.dtype)
+    return GroupFormat(weight, args, grid, initial_range, global_scale, fused)
+
+
+def _wrong_strategy(
+    args: QuantizationArgs, allowed: tuple[QuantizationStrategy, ...]
+) -> str | None:
+    if args.strategy in allowed:
+        return None
+    names = ", ".join(f"`{_plain(strategy)}`" for strategy in allowed)
+    return f"strategy `{_plain(args.strategy)}` is not supported here; use {names}"
+
+
+def _wrong_group_size(args: QuantizationArgs, strategy: str, size: int) -> str | None:
+    if args.group_size == size:
+        return None
+    return f"group_size is {args.group_size}; with `strategy: {strategy}` the format fixes {size}"
 
 
 def _plain(value: object) -> object:

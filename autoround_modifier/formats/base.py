@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from autoround_modifier.formats.grouping import Grouping
+
 __all__ = ["QuantizedWeight", "RoundingFormat"]
 
 
@@ -15,20 +17,28 @@ class QuantizedWeight:
     """
     One quantized weight, as it is saved.
 
-    :param values: (out_features, in_features), the integers, int8
-    :param scale: (out_features, groups), the weight's dtype
-    :param zero_point: (out_features, groups), int8; zeros if symmetric
+    :param values: (out_features, in_features): integers as int8, floating-point numbers as
+        float8_e4m3fn, of which those of E2M1 are some
+    :param scale: of the shape that compressed-tensors stores, the weight's dtype
+    :param zero_point: same shape, int8; zeros if symmetric
+    :param grouping: which weights share a scale
+    :param global_scale: (1,), float32, by which all scales are divided; None where the format has
+        none
     """
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor
+    grouping: Grouping
+    global_scale: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """:return: ``(q - z) * s``, (out_features, in_features), the weight's dtype"""
-        groups = self.values.unflatten(-1, (self.scale.shape[-1], -1))
-        steps = groups.float() - self.zero_point.unsqueeze(-1)
-        return steps.mul_(self.scale.unsqueeze(-1)).to(self.scale.dtype).flatten(-2)
+        scale = self.scale.float().view(-1, 1)
+        if self.global_scale is not None:
+            scale = scale / self.global_scale
+        steps = self.grouping.split(self.values).float() - self.zero_point.view(-1, 1)
+        return self.grouping.join(steps.mul_(scale).to(self.scale.dtype))
 
 
 class RoundingFormat(ABC):
@@ -49,8 +59,12 @@ class RoundingFormat(ABC):
         self.clipping: list[Tensor] = []
 
     @abstractmethod
-    def make_trainable(self, tune_clipping: bool) -> None:
-        """Create V (zeros) and, if asked for, alpha and beta (ones)."""
+    def make_trainable(self, tune_clipping: bool | None = None) -> None:
+        """
+        Create V (zeros) and perhaps alpha and beta (ones).
+
+        :param tune_clipping: whether to learn alpha and beta; None for what suits the format
+        """
 
     @abstractmethod
     def quantized(self) -> QuantizedWeight:

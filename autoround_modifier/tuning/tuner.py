@@ -39,7 +39,7 @@ class TuningConfig:
     batch_size: int = 8
     gradient_accumulate_steps: int = 1
     loss: str = "mse"
-    enable_minmax_tuning: bool = True
+    enable_minmax_tuning: bool | None = None
     holdout_fraction: float = 0.125
     holdout_evaluations: int = 5
     seed: int = 42
