@@ -219,7 +219,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         check_layers(schemes)
         if self.requires_calibration_data:
             reason = f"`iters: {self.iters}`" if self.iters else "`scale_search: true`"
-            check_calibration_data(state.data.calib, reason)
+            check_calibration_data(state.data.calib, f"{reason} (`preset: rtn` needs none)")
 
         QuantizationMixin.initialize_quantization(self, model)
         self._layers = {module: name for name, (module, _) in schemes.items()}
@@ -239,14 +239,6 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             untie_word_embeddings(state.model)
         for layer in self._layers:
             apply_calibration_status(layer)
-        self._global_scales = shared_global_scales(
-            state.model,
-            [
-                layer
-                for layer, args in self._weight_args.items()
-                if isinstance(layer, nn.Linear) and has_global_scale(args)
-            ],
-        )
         if not self.requires_calibration_data:
             return
 
@@ -264,6 +256,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
     ) -> None:
+        self._find_global_scales(state.model, self._pending.intersection(modules))
         blocks = [module for module in modules if module in self._blocks]
         # The sequential pipeline delivers the blocks of one subgraph, to be tuned together; the
         # basic pipeline delivers the whole model at once.
@@ -277,6 +270,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             self._search_layers([layer for layer in self._layers if layer in ran])
 
     def on_calibration_end(self, state: State, event: Event | None, **kwargs: Any) -> None:
+        self._find_global_scales(state.model, self._pending)
         self._search_layers([layer for layer in self._layers if layer in self._pending])
         self._release()
         QuantizationMixin.end_calibration(self, state.model)
@@ -285,6 +279,18 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         if not self.ended_:
             self.on_calibration_end(state, None)
         return True
+
+    def _find_global_scales(self, model: nn.Module, layers: set[Layer]) -> None:
+        """Not earlier: another modifier of the same pass may have changed the weights."""
+        lacking = [
+            layer
+            for layer in layers
+            if isinstance(layer, nn.Linear)
+            and has_global_scale(self._weight_args[layer])
+            and layer not in self._global_scales
+        ]
+        if lacking:
+            self._global_scales.update(shared_global_scales(model, lacking))
 
     def _compilation_pays(self) -> bool:
         if self.enable_torch_compile is not None:

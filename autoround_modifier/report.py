@@ -13,7 +13,7 @@ __all__ = ["BlockReport"]
 class BlockReport:
     """
     :param name: names of the blocks
-    :param initial_loss: held-out mean squared error per output element before tuning
+    :param initial_loss: held-out loss per token before tuning
     :param best_loss: the same for the rounding that was kept
     :param best_iteration: the iteration that was kept; 0 is the initial rounding
     :param seconds: tuning time

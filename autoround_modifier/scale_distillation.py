@@ -6,10 +6,8 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any, cast
 
-import torch
 from compressed_tensors.offload import disable_offloading, is_distributed
 from compressed_tensors.quantization import (
-    ActivationOrdering,
     QuantizationArgs,
     QuantizationStatus,
     QuantizationStrategy,
@@ -47,10 +45,10 @@ STRATEGIES = (
 
 class ScaleDistillationModifier(Modifier):
     """
-    Trains the weight scales of a quantized model end to end, with the gains and biases of its
-    norms, so that its next-token distribution comes closer to the original's. Integers, zero points
-    and the checkpoint format stay as they are. It follows any modifier that quantizes integer
-    weights:
+    Trains the weight scales of a quantized model end to end, with the gains of its norms and its
+    biases, so that its next-token distribution comes closer to the original's. Integers, zero
+    points and the checkpoint format stay as they are. It follows any modifier that quantizes
+    integer weights:
 
     ```yaml
     quant_stage:
@@ -76,13 +74,15 @@ class ScaleDistillationModifier(Modifier):
     :param iters: training steps
     :param lr: step size of the scales, as a share of their mean size in each layer; Adam, cosine
         decay
-    :param norm_lr: the same for norms, and for the biases of all layers; defaults to half of
-        ``lr``, 0 leaves them alone
-    :param batch_size: calibration batches in each step
-    :param num_calibration_samples: largest number of calibration batches to train on
+    :param norm_lr: the same for the gains of norms and the biases of all layers; defaults to half
+        of ``lr``, 0 leaves them alone
+    :param batch_size: calibration batches, as `oneshot` delivers them (of one sample by default),
+        in each step
+    :param num_calibration_samples: largest number of those batches to train on
     :param gradient_checkpointing: compute the activations of each block again on the way back, for
         a quarter more time and a fraction of the memory
-    :param holdout_fraction: share of the batches set aside to judge the result
+    :param holdout_fraction: share of the batches set aside to judge the result; with 0, or a
+        single batch, it is judged on what it was trained on
     :param seed: fixes every random choice
     """
 
@@ -147,22 +147,26 @@ class ScaleDistillationModifier(Modifier):
         """
         :raises NonFiniteError: if the quantized model gives NaN or infinity
         """
-        model = state.model
-        scales = [TrainedScale(layer, args) for layer, args in trainable_layers(model).items()]
-        norms = trainable_norms(model)
         teacher, self._teacher = self._teacher, []
+        if not self.ended_:
+            return True  # the run has failed, and the host only cleans up
+        model = state.model
         with tqdm(total=self.iters, desc="Scale distillation", unit="it") as progress:
 
             def advance() -> None:
                 progress.update()
 
             with disable_offloading():
+                scales = [
+                    TrainedScale(layer, args) for layer, args in trainable_layers(model).items()
+                ]
+                norms = trainable_norms(model)
                 self._result = distill(
                     model, self._blocks, scales, norms, teacher, self._config(), advance
                 )
         result = self._result
         logger.info(
-            f"Scale distillation: held-out KL divergence {result.initial_kl:.4f} -> "
+            f"Scale distillation: KL divergence on {result.judged_on} {result.initial_kl:.4f} -> "
             f"{result.final_kl:.4f}, {'kept' if result.kept else 'not better, so dropped'}; "
             f"{result.seconds:.1f} s"
         )
@@ -199,7 +203,6 @@ def trainable_layers(model: nn.Module) -> dict[nn.Linear, QuantizationArgs]:
         if (
             args.type != QuantizationType.INT
             or args.strategy not in STRATEGIES
-            or args.actorder == ActivationOrdering.GROUP
             or scheme.input_activations is not None
             or scheme.output_activations is not None
         ):
@@ -208,7 +211,7 @@ def trainable_layers(model: nn.Module) -> dict[nn.Linear, QuantizationArgs]:
     if unsupported:
         raise SchemeError(
             "ScaleDistillationModifier trains scales of integer weights by group, channel or "
-            "tensor, without `actorder: group` and without quantized activations; not so: "
+            "tensor, without quantized activations; not so: "
             f"{listed(unsupported)}"
         )
     if not layers:
@@ -219,12 +222,16 @@ def trainable_layers(model: nn.Module) -> dict[nn.Linear, QuantizationArgs]:
     return layers
 
 
-def trainable_norms(model: nn.Module) -> list[nn.Parameter]:
+def trainable_norms(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """:return: gains and biases: parameters with one dimension named ``weight`` or ``bias``"""
-    return [
-        parameter
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 1
-        and torch.is_floating_point(parameter)
-        and name.rpartition(".")[2] in ("weight", "bias")
-    ]
+    found = []
+    seen: set[int] = set()
+    for module in model.modules():
+        for name in ("weight", "bias"):
+            value = getattr(module, name, None)
+            if not isinstance(value, nn.Parameter) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if value.ndim == 1 and value.is_floating_point():
+                found.append((module, name))
+    return found

@@ -12,13 +12,14 @@ from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
+    QuantizationType,
 )
 from compressed_tensors.utils import is_match, match_named_modules
 from compressed_tensors.utils.match import match_targets
 from torch import nn
 
 from autoround_modifier.errors import CalibrationError, NonFiniteError, RecipeError, SchemeError
-from autoround_modifier.formats import unsupported_reason
+from autoround_modifier.formats import is_microscaling, unsupported_reason
 
 __all__ = [
     "blocks_without_mask",
@@ -75,11 +76,11 @@ def check_layers(schemes: Schemes) -> None:
     :raises SchemeError: naming every layer whose scheme is not supported or does not fit
     :raises NonFiniteError: naming every layer whose weight has NaN or infinity
     """
-    unsupported: dict[str, list[str]] = {}
+    unsupported: dict[str, list[str]] = {}  # by reason
     indivisible: list[str] = []
     non_finite: list[str] = []
     for name, (module, scheme) in schemes.items():
-        reason = unsupported_reason(scheme)
+        reason = unsupported_reason(scheme) or _unfit_reason(module, scheme.weights)
         if reason is not None:
             unsupported.setdefault(reason, []).append(name)
             continue
@@ -105,6 +106,20 @@ def check_layers(schemes: Schemes) -> None:
         )
     if non_finite:
         raise NonFiniteError(f"weights with NaN or infinity: {listed(non_finite)}")
+
+
+def _unfit_reason(module: Layer, args: QuantizationArgs) -> str | None:
+    """:return: why this kind of layer cannot have weights that others can, or None"""
+    if isinstance(module, nn.Embedding) and args.type != QuantizationType.INT:
+        return "embeddings take integers only"
+    with disable_onloading():
+        dtype = module.weight.dtype
+    if is_microscaling(args) and dtype != torch.bfloat16:
+        return (
+            f"compressed-tensors loads MX weights as bfloat16, and the model is in {dtype}; load "
+            "it in bfloat16"
+        )
+    return None
 
 
 def check_schemes_unchanged(names: dict[Layer, str], args: dict[Layer, QuantizationArgs]) -> None:
@@ -158,8 +173,7 @@ def check_calibration_data(dataloader: object, reason: str) -> None:
     if dataloader is None:
         raise CalibrationError(
             f"{reason} needs calibration data: pass `dataset=` to `oneshot`, for example the "
-            "output of `autoround_modifier.self_generated(model, tokenizer)`, or use "
-            "`preset: rtn`, which needs none."
+            "output of `autoround_modifier.self_generated(model, tokenizer)`."
         )
     try:
         size = len(dataloader)  # type: ignore[arg-type]

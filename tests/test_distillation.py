@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compressed_tensors.offload import offload_module
 from conftest import quantize, tiny_llama, token_samples, weight_scheme
 from datasets import Dataset
 from helpers import integers, quantized_layers, saved_integers, saved_tensors
+from llmcompressor.core import reset_session
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch import nn
@@ -208,6 +210,18 @@ def test_norms_are_trained_unless_told_otherwise():
     assert torch.equal(model.model.norm.weight, original)
 
 
+def test_offloaded_norms_are_trained(tmp_path):
+    model = tiny_llama()
+    for layer in model.model.layers:
+        offload_module(layer.input_layernorm, "cpu", "disk", offload_dir=str(tmp_path))
+    before = [layer.input_layernorm.weight.clone() for layer in model.model.layers]
+    last = ScaleDistillationModifier(iters=8, lr=0.02)
+    quantize(model, [rounded(), last], token_samples(64))
+    assert last.result.kept
+    for layer, was in zip(model.model.layers, before, strict=True):
+        assert not torch.equal(layer.input_layernorm.weight, was)
+
+
 def test_what_does_not_help_is_dropped(log):
     plain = state(quantize(tiny_llama(), rounded()))
     model, modifier = distilled(lr=50.0)
@@ -237,6 +251,24 @@ def test_a_failure_leaves_the_quantized_model(monkeypatch):
         assert torch.equal(value, plain[name]), name
     assert all(block.forward.__name__ != "forward_again" for block in model.model.layers)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_is_trained_after_a_failure(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    last = ScaleDistillationModifier(iters=20, lr=0.02)
+    monkeypatch.setattr("autoround_modifier.modifier.write_back", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        quantize(tiny_llama(), [rounded(), last])
+    reset_session()  # finalizes what was initialized
+    assert last.result is None
+
+
+def test_says_on_what_it_was_judged(log):
+    _, modifier = distilled(holdout_fraction=0)
+    assert modifier.result.judged_on == "training samples"
+    assert any("KL divergence on training samples" in message for message in log)
 
 
 def test_checkpointing_and_batches_do_not_change_the_result():

@@ -13,6 +13,7 @@ from conftest import quantize, tiny_llama, token_samples
 from helpers import quantized_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from transformers import AutoModelForCausalLM
 
 from autoround_modifier import AutoRoundModifier
@@ -265,6 +266,7 @@ def test_presets_of_the_library_by_name(scheme):
         ({"num_bits": 4, "strategy": "tensor_group", "group_size": 32}, "the format fixes 16"),
         (SCHEMES["mxfp4"] | {"group_size": 16}, "the format fixes 32"),
         ({"num_bits": 4, "strategy": "channel"}, "use 8 bits, or 4 bits"),
+        (SCHEMES["nvfp4"] | {"scale_dtype": "torch.uint8"}, "NVFP4 has `torch.float8_e4m3fn`"),
         (SCHEMES["mxfp4"] | {"strategy": "channel", "group_size": None}, "use `group`"),
     ],
 )
@@ -272,3 +274,25 @@ def test_refuses_what_no_format_has(fields, message):
     scheme = {"targets": ["Linear"], "weights": {"type": "float", "symmetric": True, **fields}}
     with pytest.raises(SchemeError, match=message):
         tuned(scheme, "rtn")
+
+
+def test_refuses_layers_that_do_not_fit():
+    scheme = GROUPS["nvfp4"] | {"targets": ["Embedding"]}
+    with pytest.raises(SchemeError, match=r"embeddings take integers only.*embed_tokens"):
+        tuned(scheme, "rtn")
+    recipe = AutoRoundModifier(preset="rtn", scheme="MXFP4A16", ignore=["lm_head"])
+    with pytest.raises(SchemeError, match=r"the model is in torch.float16; load it in bfloat16"):
+        quantize(tiny_llama(torch.float16), recipe)
+
+
+def test_the_global_scale_is_that_of_smoothed_weights():
+    """In one pass SmoothQuant changes the weights of a block after that pass has begun."""
+    recipe = [
+        SmoothQuantModifier(smoothing_strength=0.8),
+        AutoRoundModifier(
+            preset="opt_rtn", config_groups={"group_0": GROUPS["nvfp4"]}, ignore=["lm_head"]
+        ),
+    ]
+    model = quantize(tiny_llama(), recipe, token_samples(64), pipeline="sequential")
+    for name, layer in quantized_layers(model).items():
+        assert (layer.weight_scale == E4M3.max_value).float().mean() < 0.2, name

@@ -1,5 +1,5 @@
 """
-Trains the scales, and the gains and biases of the norms, end to end.
+Trains the scales, and the gains of norms and all biases, end to end.
 
 Each step draws calibration batches and lowers the divergence of the quantized model's next-token
 distribution from the original's, by Adam with a cosine schedule. Training only the step sizes of a
@@ -34,6 +34,8 @@ __all__ = ["DistillationConfig", "DistillationResult", "distill"]
 # Gradients of one step are noisy: a short memory of their size, and a few steps to form it.
 BETAS = (0.9, 0.95)
 WARMUP = 4
+# Adam does not see the size of gradients; this keeps those of float16 from underflow.
+LOSS_SCALE = 1024.0
 # Far below the squares of gradients of a mean divergence, which Adam would otherwise damp.
 EPSILON = 1e-12
 
@@ -54,13 +56,15 @@ class DistillationConfig:
 @dataclass(frozen=True)
 class DistillationResult:
     """
-    :param initial_kl: divergence per token on the held-out samples before training, in nats
+    :param judged_on: ``held-out samples``, or ``training samples`` where none could be set aside
+    :param initial_kl: divergence per token on those samples before training, in nats
     :param final_kl: the same after it
     :param kept: whether the trained values are better, and so were kept
     :param moved: integers that could not be saved beside the new scale and moved by one step
     :param seconds: time spent
     """
 
+    judged_on: str
     initial_kl: float
     final_kl: float
     kept: bool
@@ -72,7 +76,7 @@ def distill(
     model: nn.Module,
     blocks: list[nn.Module],
     scales: list[TrainedScale],
-    norms: list[nn.Parameter],
+    norms: list[tuple[nn.Module, str]],
     teacher: list[TeacherBatch],
     config: DistillationConfig,
     on_iteration: Callable[[], None] = lambda: None,
@@ -81,7 +85,7 @@ def distill(
     :param model: the quantized model; changed in place, or left as it was if training did not help
     :param blocks: whose activations are computed again on the way back, to save memory
     :param scales: of the layers to train
-    :param norms: gains and biases to train along
+    :param norms: gains and biases to train along: modules and the names of their parameters
     :param teacher: calibration batches with the original's predictions
     :param config: settings
     :param on_iteration: called after each step, for progress bars
@@ -91,7 +95,7 @@ def distill(
     train, holdout = split_holdout(len(teacher), config.holdout_fraction, config.seed)
     trained: list[tuple[Sequence[TrainedValue], float]] = [(scales, config.lr)]
     if config.norm_lr:
-        trained.append(([TrainedNorm(norm) for norm in norms], config.norm_lr))
+        trained.append(([TrainedNorm(*norm) for norm in norms], config.norm_lr))
     values = [value for group, _ in trained for value in group]
 
     def holdout_kl() -> float:
@@ -122,15 +126,19 @@ def distill(
                 samples = next(batches)
                 positions = sum(teacher[index].num_positions for index in samples)
                 for batch in _stacked([teacher[index] for index in samples]):
-                    divergence(_logits(model, batch), batch, scale=1 / positions)
+                    divergence(_logits(model, batch), batch, scale=LOSS_SCALE / positions)
                 for value in values:
                     value.pull_gradient()
+                gradients = [v.factor.grad for v in values if v.factor.grad is not None]
+                if not torch.stack([g.sum() for g in gradients]).sum().isfinite():
+                    raise NonFiniteError("the gradients of scale distillation have NaN or infinity")
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
                 for value in values:
                     value.apply()
                 on_iteration()
+            moved = sum(scale.finish() for scale in scales)
             final_kl = holdout_kl()
             kept = final_kl < initial_kl
         except BaseException:
@@ -141,7 +149,9 @@ def distill(
                 for value in values:
                     value.reset()
     moved = sum(scale.finish() for scale in scales)
-    return DistillationResult(initial_kl, final_kl, kept, moved, time.perf_counter() - started)
+    judged_on = "training samples" if train == holdout else "held-out samples"
+    seconds = time.perf_counter() - started
+    return DistillationResult(judged_on, initial_kl, final_kl, kept, moved, seconds)
 
 
 def _logits(model: nn.Module, batch: TeacherBatch) -> Tensor:

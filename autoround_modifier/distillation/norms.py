@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from compressed_tensors.offload import update_offload_parameter
+from torch import Tensor, nn
 
 from autoround_modifier.distillation.base import TrainedValue
 
@@ -15,14 +16,20 @@ __all__ = ["TrainedNorm"]
 
 class TrainedNorm(TrainedValue):
     """
-    A gain or bias in the model's dtype.
+    A gain or bias in the model's dtype. One that is zero throughout has size 1.
 
-    :param parameter: changed in place; a parameter that is zero throughout has size 1
+    Offloaded parameters must stay onloaded (`disable_offloading`) while this exists: the gradient
+    belongs to the tensor that the forward pass sees.
+
+    :param module: has the parameter
+    :param name: of the parameter in the module
     """
 
-    def __init__(self, parameter: nn.Parameter):
-        self.parameter = parameter
-        self.initial = parameter.detach().clone()
+    def __init__(self, module: nn.Module, name: str):
+        self.module = module
+        self.name = name
+        self.parameter: nn.Parameter = getattr(module, name)
+        self.initial = self.parameter.detach().clone()
         size = self.initial.float().abs().mean()
         self.unit = torch.where(size == 0, 1.0, size)
         self.factor = nn.Parameter(self.initial.float() / self.unit)
@@ -43,8 +50,12 @@ class TrainedNorm(TrainedValue):
 
     @torch.no_grad()
     def apply(self) -> None:
-        self.parameter.copy_(self.factor * self.unit)
+        self._write((self.factor * self.unit).to(self.initial.dtype))
 
     @torch.no_grad()
     def reset(self) -> None:
-        self.parameter.copy_(self.initial)
+        self._write(self.initial)
+
+    def _write(self, value: Tensor) -> None:
+        self.parameter.copy_(value)  # what the forward pass sees
+        update_offload_parameter(self.module, self.name, value)  # what stays

@@ -40,9 +40,9 @@ class TrainedScale(TrainedValue):
         scale = self.scale
         zero_point = cast(Tensor, layer.weight_zero_point).detach().clone()
         # As saving will: compressed-tensors quantizes the weight again.
-        values = quantize(layer.weight.detach(), scale, zero_point, args, dtype=torch.int8)
-        grouping = Grouping.of(values.shape, args)
-        self.quantized = QuantizedWeight(values, scale.clone(), zero_point, grouping)
+        self.values = quantize(layer.weight.detach(), scale, zero_point, args, dtype=torch.int8)
+        grouping = Grouping.of(self.values.shape, args)
+        self.quantized = QuantizedWeight(self.values, scale.clone(), zero_point, grouping)
         self.initial = scale.clone()
         self.unit = scale.float().abs().mean()
         self.factor = nn.Parameter(scale.float() / self.unit)
@@ -59,6 +59,7 @@ class TrainedScale(TrainedValue):
         self._write((self.factor * self.unit).to(self.initial.dtype))
 
     def reset(self) -> None:
+        self.quantized.values = self.values
         self._write(self.initial)
 
     @property

@@ -11,6 +11,8 @@ library's own `quantize`, and where the integer does not survive:
    8 bits, 1 in 10,000 at 7 bits asymmetric), the integer itself becomes the one that will be saved,
    one step away.
 
+Floating-point weights always survive: their codes are far coarser than bfloat16.
+
 Thus the integers in the checkpoint are those of the model in memory, always.
 """
 

@@ -30,6 +30,7 @@ __all__ = [
     "RoundingFormat",
     "grid_of",
     "has_global_scale",
+    "is_microscaling",
     "make_format",
     "unsupported_reason",
 ]
@@ -61,6 +62,8 @@ def unsupported_reason(scheme: QuantizationScheme) -> str | None:
     if not weights.symmetric:
         return "floating-point weights have no zero point; set `symmetric: true`"
     if has_global_scale(weights):
+        if weights.scale_dtype not in (None, torch.float8_e4m3fn):
+            return f"scale_dtype is {weights.scale_dtype}; NVFP4 has `torch.float8_e4m3fn`"
         return _wrong_group_size(weights, "tensor_group", NVFP4_GROUP)
     if is_microscaling(weights):
         return _wrong_strategy(weights, (QuantizationStrategy.GROUP,)) or _wrong_group_size(
