@@ -96,6 +96,12 @@ def weight_scheme(
 
 
 @pytest.fixture(autouse=True)
+def _seeded():
+    """Random weights and gradients without a generator are the same in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _fresh_session():
     """LLM-Compressor keeps one global session; a failed run must not leak into the next test."""
     yield

@@ -180,6 +180,27 @@ def test_integers_that_bfloat16_cannot_carry_are_counted(symmetric):
     assert (difference.max(), difference.sum()) == (1, moved)
 
 
+def test_moved_integers_are_reported(monkeypatch):
+    """Whatever training gains: the count is what differs from the model before it."""
+    judgements = iter([2.0, 1.0])  # held-out samples, before and after
+
+    def divergence(logits, batch, scale=None):
+        if scale is None:
+            return torch.tensor(next(judgements) * batch.num_positions)
+        return teacher.divergence(logits, batch, scale)
+
+    monkeypatch.setattr(distiller, "divergence", divergence)
+    data = token_samples(2)
+    plain = quantized_layers(quantize(tiny_llama(), rounded(8), data))
+    model, modifier = distilled(rounded(8), data=data, iters=2, lr=0.01, holdout_fraction=0.5)
+    assert modifier.result.kept
+    differing = sum(
+        int((integers(layer) != integers(plain[name])).sum())
+        for name, layer in quantized_layers(model).items()
+    )
+    assert modifier.result.moved == differing > 0
+
+
 def test_comes_closer_on_text_it_never_saw():
     data = token_samples(64)
     before = compare(tiny_llama(), quantize(tiny_llama(), rounded(), data), UNSEEN).kl

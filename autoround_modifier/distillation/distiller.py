@@ -9,10 +9,10 @@ section 3.3), there against the text itself.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
+from autoround_modifier.calibration.samples import stackable
 from autoround_modifier.distillation.base import TrainedValue
 from autoround_modifier.distillation.norms import TrainedNorm
 from autoround_modifier.distillation.scales import TrainedScale
 from autoround_modifier.distillation.teacher import TeacherBatch, divergence, logits_of
 from autoround_modifier.errors import NonFiniteError
+from autoround_modifier.patching import forwards_replaced, parameters_frozen
 from autoround_modifier.tuning.sampling import minibatches, split_holdout
 
 __all__ = ["DistillationConfig", "DistillationResult", "distill"]
@@ -100,20 +102,15 @@ def distill(
 
     def holdout_kl() -> float:
         with torch.no_grad():
-            sums = [divergence(_logits(model, teacher[i]), teacher[i]) for i in holdout]
+            sums = [divergence(logits_of(model, teacher[i].inputs), teacher[i]) for i in holdout]
         return float(torch.stack(sums).sum()) / sum(teacher[i].num_positions for i in holdout)
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_frozen(model))
+    with ExitStack() as stack:
+        stack.enter_context(eval_context(model))
+        stack.enter_context(parameters_frozen([model]))
         stack.enter_context(torch.enable_grad())
         for value in values:
             stack.enter_context(value.trained())
-        initial_kl = holdout_kl()
-        if not math.isfinite(initial_kl):
-            raise NonFiniteError("the output of the quantized model has NaN or infinity")
-        if config.gradient_checkpointing:
-            stack.enter_context(_checkpointed(blocks))
-
         optimizer = torch.optim.Adam(
             [{"params": [value.factor for value in group], "lr": lr} for group, lr in trained],
             betas=BETAS,
@@ -121,12 +118,18 @@ def distill(
         )
         schedule = LambdaLR(optimizer, lambda step: _schedule(step, config.iters))
         batches = minibatches(train, config.batch_size, config.seed)
+        kept, moved = False, 0
         try:
+            initial_kl = holdout_kl()
+            if not math.isfinite(initial_kl):
+                raise NonFiniteError("the output of the quantized model has NaN or infinity")
+            if config.gradient_checkpointing:
+                stack.enter_context(_checkpointed(blocks))
             for _ in range(config.iters):
                 samples = next(batches)
                 positions = sum(teacher[index].num_positions for index in samples)
                 for batch in _stacked([teacher[index] for index in samples]):
-                    divergence(_logits(model, batch), batch, scale=LOSS_SCALE / positions)
+                    divergence(logits_of(model, batch.inputs), batch, scale=LOSS_SCALE / positions)
                 for value in values:
                     value.pull_gradient()
                 gradients = [v.factor.grad for v in values if v.factor.grad is not None]
@@ -141,21 +144,14 @@ def distill(
             moved = sum(scale.finish() for scale in scales)
             final_kl = holdout_kl()
             kept = final_kl < initial_kl
-        except BaseException:
-            kept = False
-            raise
         finally:
             if not kept:
                 for value in values:
                     value.reset()
-    moved = sum(scale.finish() for scale in scales)
+                moved = sum(scale.finish() for scale in scales)
     judged_on = "training samples" if train == holdout else "held-out samples"
     seconds = time.perf_counter() - started
     return DistillationResult(judged_on, initial_kl, final_kl, kept, moved, seconds)
-
-
-def _logits(model: nn.Module, batch: TeacherBatch) -> Tensor:
-    return logits_of(model, batch.inputs)
 
 
 def _schedule(step: int, iters: int) -> float:
@@ -165,10 +161,12 @@ def _schedule(step: int, iters: int) -> float:
 
 def _stacked(batches: list[TeacherBatch]) -> Iterator[TeacherBatch]:
     """Yield batches that have the same shapes as one."""
-    groups: dict[tuple, list[TeacherBatch]] = {}
-    for index, batch in enumerate(batches):
-        groups.setdefault(_signature(batch) or (index,), []).append(batch)
-    for group in groups.values():
+
+    def signature(index: int) -> tuple:
+        return _signature(batches[index]) or (index,)
+
+    for indices in stackable(list(range(len(batches))), signature):
+        group = [batches[index] for index in indices]
         if len(group) == 1:
             yield group[0]
             continue
@@ -193,24 +191,8 @@ def _signature(batch: TeacherBatch) -> tuple | None:
     return (batch.mask is None, *shapes)
 
 
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for parameters, no dropout."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        with eval_context(model):
-            yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
+def _checkpointed(blocks: list[nn.Module]) -> AbstractContextManager[None]:
     """Keep only the inputs of blocks for the backward pass, and run each block again there."""
-    saved = {block: block.__dict__.get("forward") for block in blocks}
 
     def forward_of(forward: Callable) -> Callable:
         def forward_again(*args: Any, **kwargs: Any) -> Any:
@@ -218,13 +200,4 @@ def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
 
         return forward_again
 
-    try:
-        for block in blocks:
-            block.__dict__["forward"] = forward_of(block.forward)
-        yield
-    finally:
-        for block, forward in saved.items():
-            if forward is None:
-                block.__dict__.pop("forward")
-            else:
-                block.__dict__["forward"] = forward
+    return forwards_replaced({block: forward_of(block.forward) for block in blocks})

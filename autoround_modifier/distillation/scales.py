@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from autoround_modifier.distillation.base import TrainedValue
 from autoround_modifier.export import write_back
 from autoround_modifier.formats import Grouping, QuantizedWeight
+from autoround_modifier.patching import forwards_replaced
 
 __all__ = ["TrainedScale"]
 
@@ -85,17 +86,8 @@ class TrainedScale(TrainedValue):
     @contextlib.contextmanager
     def trained(self) -> Iterator[None]:
         self._write(self.initial)
-        # Only the forward is exchanged, on the instance: hooks on the layer, such as online
-        # rotations, stay in force.
-        saved = self.layer.__dict__.get("forward")
-        self.layer.__dict__["forward"] = self._forward()
-        try:
+        with forwards_replaced({self.layer: self._forward()}):
             yield
-        finally:
-            if saved is None:
-                self.layer.__dict__.pop("forward")
-            else:
-                self.layer.__dict__["forward"] = saved
 
     def _forward(self) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from autoround_modifier.formats.base import QuantizedWeight, RoundingFormat
 from autoround_modifier.formats.fusion import SLICE_ELEMENTS, fuse
 from autoround_modifier.formats.grid import Grid
-from autoround_modifier.formats.grouping import Grouping
+from autoround_modifier.formats.grouping import Grouping, observed_range
 
 __all__ = ["GroupFormat"]
 
@@ -89,8 +89,7 @@ class GroupFormat(RoundingFormat):
         self.grouping = Grouping.of(weight.shape, args)
         self.weight = self.grouping.split(weight.detach())
         if initial_range is None:
-            self.w_min = self.weight.amin(-1).float().clamp_(max=0)
-            self.w_max = self.weight.amax(-1).float().clamp_(min=0)
+            self.w_min, self.w_max = observed_range(self.weight)
         else:
             self.w_min, self.w_max = (bound.flatten() for bound in initial_range)
         self.global_scale = global_scale

@@ -9,7 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Grouping"]
+__all__ = ["Grouping", "observed_range"]
 
 
 @dataclass(frozen=True)
@@ -69,3 +69,11 @@ class Grouping:
         across = math.ceil(columns / width)
         tiles = groups.view(-1, across, height, width).transpose(1, 2)
         return tiles.reshape(-1, across * width)[:rows, :columns]
+
+
+def observed_range(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    :param groups: (..., group_size)
+    :return: minimum and maximum of each group, zero included, (...), float32
+    """
+    return groups.amin(-1).float().clamp_(max=0), groups.amax(-1).float().clamp_(min=0)

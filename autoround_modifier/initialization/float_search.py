@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autoround_modifier.formats import FloatGrid, Grouping, MicroscalingGrid
 from autoround_modifier.formats.fusion import SLICE_ELEMENTS
+from autoround_modifier.formats.grouping import observed_range
 
 __all__ = ["search_float_range"]
 
@@ -52,8 +53,7 @@ def _search(
     grid: FloatGrid, weight: Tensor, importance: Tensor, global_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Tensors are (groups, group_size)."""
-    w_min = weight.amin(-1).float().clamp_(max=0)
-    w_max = weight.amax(-1).float().clamp_(min=0)
+    w_min, w_max = observed_range(weight)
     global_scale = None if global_scale is None else global_scale.expand(len(weight))
     best = torch.ones_like(w_min)
     best_error = torch.full_like(w_min, torch.inf)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from autoround_modifier.formats import Grouping, IntegerGrid
 from autoround_modifier.formats.fusion import SLICE_ELEMENTS, fuse
+from autoround_modifier.formats.grouping import observed_range
 from autoround_modifier.formats.integer import integer_range
 
 __all__ = ["search_integer_range"]
@@ -54,8 +55,7 @@ class _GroupSearch:
         self.importance = importance.unflatten(-1, (-1, group_size))
         self.error = _fused_weighted_error if fused else _weighted_error
         self.least_squares = _fused_least_squares if fused else _least_squares
-        self.w_min = self.weight.amin(-1).float().clamp_(max=0)
-        self.w_max = self.weight.amax(-1).float().clamp_(min=0)
+        self.w_min, self.w_max = observed_range(self.weight)
         self.best = (self.w_min, self.w_max)
         self.best_error = torch.full_like(self.w_min, torch.inf)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoround_modifier.calibration.samples import BlockCall, output_hidden, stackable
+from autoround_modifier.patching import forwards_replaced, parameters_frozen
 
 __all__ = ["BlockGroup", "attention_for_tuning"]
 
@@ -69,35 +70,15 @@ class BlockGroup:
                         # a copy: a view would keep the whole batch
                         hidden[index] = row.unsqueeze(0).to(hidden[index].device, copy=True)
 
-    @contextlib.contextmanager
-    def weights(self, weights: dict[nn.Linear, Tensor]) -> Iterator[None]:
-        """
-        Let linear layers compute with other weights, through which gradients flow. Hooks on the
-        layers, such as online rotations, stay in force; parameters are not touched.
-        """
-        saved = {layer: layer.__dict__.get("forward") for layer in weights}
-        try:
-            for layer, weight in weights.items():
-                layer.__dict__["forward"] = _linear(weight, layer.bias)
-            yield
-        finally:
-            for layer, forward in saved.items():
-                if forward is None:
-                    layer.__dict__.pop("forward", None)
-                else:
-                    layer.__dict__["forward"] = forward
+    def weights(self, weights: dict[nn.Linear, Tensor]) -> AbstractContextManager[None]:
+        """Let linear layers compute with other weights, through which gradients flow."""
+        return forwards_replaced(
+            {layer: _linear(weight, layer.bias) for layer, weight in weights.items()}
+        )
 
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> AbstractContextManager[None]:
         """No gradients for the parameters of the blocks; only tuned values are trained."""
-        trainable = [p for block in self.blocks for p in block.parameters() if p.requires_grad]
-        try:
-            for parameter in trainable:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+        return parameters_frozen(self.blocks)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
