@@ -26,6 +26,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from autoround_modifier.activations import ActivationSite, activation_sites, needs_calibration
 from autoround_modifier.calibration.capture import BlockCapture, ImportanceCapture
 from autoround_modifier.calibration.chain import QuantizedChain
 from autoround_modifier.calibration.samples import call_token_mask
@@ -45,6 +46,7 @@ from autoround_modifier.validation import (
     Layer,
     blocks_without_mask,
     check_calibration_data,
+    check_kv_cache,
     check_layers,
     check_schemes_unchanged,
     listed,
@@ -141,6 +143,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     _layers: dict[Layer, str] = PrivateAttr(default_factory=dict)
     _weight_args: dict[Layer, QuantizationArgs] = PrivateAttr(default_factory=dict)
     _global_scales: dict[nn.Module, Tensor] = PrivateAttr(default_factory=dict)
+    _sites: list[ActivationSite] = PrivateAttr(default_factory=list)
     _pending: set[Layer] = PrivateAttr(default_factory=set)
     _blocks: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _capture: BlockCapture | None = PrivateAttr(default=None)
@@ -187,8 +190,16 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             raise ValueError(
                 f"iters is {self.iters} but num_calibration_samples is 0; tuning needs samples"
             )
-        self.requires_calibration_data = bool(self.iters or self.scale_search)
+        self.requires_calibration_data = bool(
+            self.iters or self.scale_search or self._has_static_activations()
+        )
         return self
+
+    def _has_static_activations(self) -> bool:
+        groups = self.resolved_config.config_groups.values()
+        return self.kv_cache_scheme is not None or any(
+            needs_calibration(scheme.input_activations) for scheme in groups
+        )
 
     def model_dump(self, **kwargs: Any) -> dict[str, Any]:
         # The host writes this dict into recipe.yaml; plain data keeps the file loadable.
@@ -217,13 +228,16 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         model = state.model
         schemes = resolve_schemes(model, self.resolved_config)
         check_layers(schemes)
+        check_kv_cache(model, self.kv_cache_scheme)
         if self.requires_calibration_data:
-            reason = f"`iters: {self.iters}`" if self.iters else "`scale_search: true`"
-            check_calibration_data(state.data.calib, f"{reason} (`preset: rtn` needs none)")
+            check_calibration_data(state.data.calib, self._reason_for_calibration())
 
         QuantizationMixin.initialize_quantization(self, model)
         self._layers = {module: name for name, (module, _) in schemes.items()}
         self._weight_args = {module: scheme.weights for module, scheme in schemes.values()}
+        self._sites = activation_sites(
+            model.named_modules(), self._layers, self.kv_cache_scheme is not None
+        )
         self._pending = set(self._layers)
         targets = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         self._blocks = {block: name for name, block in match_named_modules(model, targets)}
@@ -237,8 +251,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         named_layers = ((name, layer) for layer, name in self._layers.items())
         if targets_embeddings(state.model, named_layers):
             untie_word_embeddings(state.model)
-        for layer in self._layers:
-            apply_calibration_status(layer)
+        for module in (*self._layers, *(site.module for site in self._sites)):
+            apply_calibration_status(module)
         if not self.requires_calibration_data:
             return
 
@@ -248,6 +262,9 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             self._capture = BlockCapture(self._blocks, self.num_calibration_samples)
             for block in self._blocks:
                 self.register_hook(block, self._record_block(), "forward", with_kwargs=True)
+        for site in self._sites:
+            if not site.calibrated:
+                self.register_hook(site.module, site.hook(self._observe(site)), site.hook_type)
         in_blocks = {layer for block in self._blocks for layer in block.modules()}
         for layer in self._layers:
             if self.scale_search or layer not in in_blocks:
@@ -266,12 +283,14 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
                 with self._model_attention(state.model), HooksMixin.disable_hooks():
                     for group in groups:
                         self._tune_blocks(group)
-            ran = self._pending.intersection(modules)
-            self._search_layers([layer for layer in self._layers if layer in ran])
+            ran = set(modules)
+            self._search_layers([x for x in self._layers if x in self._pending and x in ran])
+            self._calibrate_activations([site for site in self._sites if site.module in ran])
 
     def on_calibration_end(self, state: State, event: Event | None, **kwargs: Any) -> None:
         self._find_global_scales(state.model, self._pending)
         self._search_layers([layer for layer in self._layers if layer in self._pending])
+        self._calibrate_activations(self._sites)
         self._release()
         QuantizationMixin.end_calibration(self, state.model)
 
@@ -291,6 +310,21 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         ]
         if lacking:
             self._global_scales.update(shared_global_scales(model, lacking))
+
+    @staticmethod
+    def _calibrate_activations(sites: list[ActivationSite]) -> None:
+        """What tuning has not calibrated yet, on what the full-precision model gave."""
+        for site in sites:
+            if not site.calibrated:
+                site.calibrate()
+
+    def _reason_for_calibration(self) -> str:
+        if self.iters or self.scale_search:
+            reason = f"`iters: {self.iters}`" if self.iters else "`scale_search: true`"
+            if not self._has_static_activations():
+                reason += " (`preset: rtn` needs none)"
+            return reason
+        return "a static scale of activations"
 
     def _compilation_pays(self) -> bool:
         if self.enable_torch_compile is not None:
@@ -335,6 +369,12 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             self._importance.record(layer, args, self._token_mask)
 
         return record
+
+    def _observe(self, site: ActivationSite) -> Callable[[Tensor], None]:
+        def observe(x: Tensor) -> None:
+            site.observe(x, self._token_mask)
+
+        return observe
 
     def _release(self) -> None:
         """Drop hooks and everything captured."""
@@ -383,15 +423,19 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             if layers:
                 logger.warning(f"{name}: not run once for each sample, so not tuned")
             return
-        group = BlockGroup(blocks, [one.calls for one in samples])
+        sites = [site for site in self._sites if site.module in in_group]
+        group = BlockGroup(blocks, [one.calls for one in samples], sites)
         targets = samples[-1].outputs
         inputs = self._quantized_inputs(name, samples[0].inputs)
         for one in samples:
             one.inputs = []  # only the inputs of the quantized chain are needed from here on
 
+        formats = {layer: self._initial_format(layer, self.scale_search) for layer in layers}
+        rounded = {layer: fmt.dequantized() for layer, fmt in formats.items()}
+        group.calibrate_activations(inputs, samples[-1].masks, self.batch_size, rounded)
+        del rounded
         weights: dict[nn.Linear, QuantizedWeight] = {}
-        if layers:
-            formats = {layer: self._initial_format(layer, self.scale_search) for layer in layers}
+        if formats:
             try:
                 result = tune(
                     group,

@@ -13,17 +13,20 @@ from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationScheme,
     QuantizationType,
+    is_cached_attention_module,
 )
 from compressed_tensors.utils import is_match, match_named_modules
 from compressed_tensors.utils.match import match_targets
 from torch import nn
 
+from autoround_modifier.activations import unsupported_activations, unsupported_kv_cache
 from autoround_modifier.errors import CalibrationError, NonFiniteError, RecipeError, SchemeError
-from autoround_modifier.formats import is_microscaling, unsupported_reason
+from autoround_modifier.formats import is_microscaling, unsupported_weights
 
 __all__ = [
     "blocks_without_mask",
     "check_calibration_data",
+    "check_kv_cache",
     "check_layers",
     "check_schemes_unchanged",
     "listed",
@@ -41,10 +44,7 @@ def resolve_schemes(model: nn.Module, config: QuantizationConfig) -> Schemes:
     model: an exact name wins over a regular expression, and that over a class name.
 
     :raises RecipeError: if no module matches, or a target matches modules without a weight matrix
-    :raises SchemeError: if the key-value cache shall be quantized
     """
-    if config.kv_cache_scheme is not None:
-        raise SchemeError("kv_cache_scheme is not supported by AutoRoundModifier; remove it")
     by_target = OrderedDict(
         (target, scheme) for scheme in config.config_groups.values() for target in scheme.targets
     )
@@ -80,19 +80,24 @@ def check_layers(schemes: Schemes) -> None:
     indivisible: list[str] = []
     non_finite: list[str] = []
     for name, (module, scheme) in schemes.items():
-        reason = unsupported_reason(scheme) or _unfit_reason(module, scheme.weights)
+        reason = (
+            unsupported_weights(scheme.weights)
+            or unsupported_activations(scheme)
+            or _unfit_reason(module, scheme)
+        )
         if reason is not None:
             unsupported.setdefault(reason, []).append(name)
             continue
         with disable_onloading():
             columns = module.weight.shape[-1]
-        args = scheme.weights
-        if args.group_size and columns % args.group_size:
-            sizes = [size for size in range(256, 15, -8) if columns % size == 0]
-            indivisible.append(
-                f"{name}: {columns} input features, group_size {args.group_size}"
-                + (f"; {', '.join(map(str, sizes))} would divide" if sizes else "")
-            )
+        sizes = {args.group_size for args in (scheme.weights, scheme.input_activations) if args}
+        for group_size in sizes - {None}:
+            if columns % group_size:
+                fitting = [size for size in range(256, 15, -8) if columns % size == 0]
+                indivisible.append(
+                    f"{name}: {columns} input features, group_size {group_size}"
+                    + (f"; {', '.join(map(str, fitting))} would divide" if fitting else "")
+                )
         if not torch.isfinite(module.weight).all():
             non_finite.append(name)
 
@@ -108,10 +113,32 @@ def check_layers(schemes: Schemes) -> None:
         raise NonFiniteError(f"weights with NaN or infinity: {listed(non_finite)}")
 
 
-def _unfit_reason(module: Layer, args: QuantizationArgs) -> str | None:
-    """:return: why this kind of layer cannot have weights that others can, or None"""
-    if isinstance(module, nn.Embedding) and args.type != QuantizationType.INT:
-        return "embeddings take integers only"
+def check_kv_cache(model: nn.Module, args: QuantizationArgs | None) -> None:
+    """
+    :param args: ``kv_cache_scheme`` of the recipe
+    :raises SchemeError: if no engine keeps such a cache, or the model has no attention layer whose
+        cache compressed-tensors can quantize
+    """
+    if args is None:
+        return
+    reason = unsupported_kv_cache(args)
+    if reason is not None:
+        raise SchemeError(reason)
+    if not any(is_cached_attention_module(module) for module in model.modules()):
+        raise SchemeError(
+            "kv_cache_scheme: the model has no attention layer with `k_proj` or `v_proj` and a "
+            "cache; remove it"
+        )
+
+
+def _unfit_reason(module: Layer, scheme: QuantizationScheme) -> str | None:
+    """:return: why this kind of layer cannot have a scheme that others can, or None"""
+    args = scheme.weights
+    if isinstance(module, nn.Embedding):
+        if args.type != QuantizationType.INT:
+            return "embeddings take integers only"
+        if scheme.input_activations is not None:
+            return "the inputs of embeddings are token ids, not activations"
     with disable_onloading():
         dtype = module.weight.dtype
     if is_microscaling(args) and dtype != torch.bfloat16:

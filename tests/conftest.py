@@ -33,14 +33,16 @@ VOCABULARY = 128
 
 
 @functools.cache
-def tiny_llama_folder(dtype: torch.dtype, num_layers: int, seed: int, tied: bool) -> Path:
+def tiny_llama_folder(
+    dtype: torch.dtype, num_layers: int, seed: int, tied: bool, hidden_size: int = 64
+) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="tiny_llama_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -54,10 +56,14 @@ def tiny_llama_folder(dtype: torch.dtype, num_layers: int, seed: int, tied: bool
 
 
 def tiny_llama(
-    dtype: torch.dtype = torch.bfloat16, num_layers: int = 2, seed: int = 0, tied: bool = False
+    dtype: torch.dtype = torch.bfloat16,
+    num_layers: int = 2,
+    seed: int = 0,
+    tied: bool = False,
+    hidden_size: int = 64,
 ) -> PreTrainedModel:
     """A random Llama whose linear layers have 64 or 128 input features, loaded from disk."""
-    folder = tiny_llama_folder(dtype, num_layers, seed, tied)
+    folder = tiny_llama_folder(dtype, num_layers, seed, tied, hidden_size)
     return LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
 
 

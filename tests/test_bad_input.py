@@ -32,6 +32,12 @@ def poisoned(model: torch.nn.Module) -> None:
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
 
 
+def renamed_attention(model: torch.nn.Module) -> None:
+    """compressed-tensors knows attention layers by the name of their class."""
+    for block in model.model.layers:
+        block.self_attn.__class__ = type("Mixer", (type(block.self_attn),), {})
+
+
 @dataclass
 class Row:
     """
@@ -116,12 +122,30 @@ MODEL_ROWS = [
         ("model.layers.1.mlp.up_proj",),
         prepare=poisoned,
     ),
-    Row("quantized activations", {"scheme": "W8A8"}, SchemeError, ("activations", "q_proj")),
     Row(
-        "floating-point activations",
-        {"scheme": "MXFP4"},
+        "no data for a static scale of activations",
+        {"scheme": "FP8", "preset": "rtn"},
+        CalibrationError,
+        ("static scale of activations", "dataset="),
+        NO_DATA,
+    ),
+    Row(
+        "quantized outputs",
+        {"config_groups": {"group_0": weight_scheme() | {"output_activations": {"num_bits": 8}}}},
         SchemeError,
-        ("quantized activations are not supported", "q_proj"),
+        ("`output_activations` are not supported", "q_proj"),
+    ),
+    Row(
+        "an embedding with quantized activations",
+        {"scheme": "W8A8", "targets": ["Embedding"]},
+        SchemeError,
+        ("embeddings are token ids", "embed_tokens"),
+    ),
+    Row(
+        "an observer that does not exist",
+        {"scheme": "FP8", "input_observer": "maxmin"},
+        SchemeError,
+        ("maxmin", "static_minmax"),
     ),
     Row(
         "one scale for a tensor",
@@ -143,10 +167,17 @@ MODEL_ROWS = [
         ("num_bits is 1", "2 to 8"),
     ),
     Row(
-        "quantized key-value cache",
-        {**groups(), "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+        "an integer key-value cache",
+        {**groups(), "kv_cache_scheme": {"num_bits": 8, "type": "int", "strategy": "tensor"}},
         SchemeError,
-        ("kv_cache_scheme",),
+        ("kv_cache_scheme", "type: float"),
+    ),
+    Row(
+        "a key-value cache that is not there",
+        {**groups(), "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"}},
+        SchemeError,
+        ("kv_cache_scheme", "no attention layer"),
+        prepare=renamed_attention,
     ),
 ]
 

@@ -26,6 +26,7 @@ __all__ = [
     "fingerprint",
     "output_hidden",
     "split_call",
+    "stack_masks",
     "stackable",
     "token_mask",
 ]
@@ -176,6 +177,20 @@ def stackable(
     for index in indices:
         groups.setdefault(signature(index), []).append(index)
     yield from groups.values()
+
+
+def stack_masks(masks: list[Tensor | None], indices: list[int], like: Tensor) -> Tensor | None:
+    """
+    :param masks: (1, tokens) bool per sample, None where every token counts
+    :param indices: the samples to stack
+    :param like: (len(indices), tokens, ...), for length and device
+    :return: (len(indices), tokens), bool; None if every token counts
+    """
+    if all(masks[index] is None for index in indices):
+        return None
+    full = like.new_ones(1, like.shape[1], dtype=torch.bool)
+    rows = [full if (mask := masks[index]) is None else mask.to(like.device) for index in indices]
+    return torch.cat(rows)
 
 
 def _describe(value: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
-    QuantizationScheme,
     QuantizationStrategy,
     QuantizationType,
 )
@@ -32,7 +31,7 @@ __all__ = [
     "has_global_scale",
     "is_microscaling",
     "make_format",
-    "unsupported_reason",
+    "unsupported_weights",
 ]
 
 MICROSCALING_GROUP = 32
@@ -46,13 +45,10 @@ FLOAT8_STRATEGIES = (
 )
 
 
-def unsupported_reason(scheme: QuantizationScheme) -> str | None:
-    """:return: why a layer with this scheme cannot be quantized, or None if it can"""
-    weights = scheme.weights
+def unsupported_weights(weights: QuantizationArgs | None) -> str | None:
+    """:return: why weights cannot be quantized like this, or None if they can"""
     if weights is None:
         return "the scheme has no `weights`"
-    if scheme.input_activations is not None or scheme.output_activations is not None:
-        return "quantized activations are not supported"
     if weights.dynamic:
         return "weights cannot be `dynamic`"
     if weights.type == QuantizationType.INT:
@@ -97,7 +93,7 @@ def is_microscaling(args: QuantizationArgs) -> bool:
 
 def grid_of(args: QuantizationArgs, dtype: torch.dtype) -> Grid:
     """
-    :param args: how the weight is quantized; accepted by `unsupported_reason`
+    :param args: how the weight is quantized; accepted by `unsupported_weights`
     :param dtype: of the weight
     """
     if args.type == QuantizationType.INT:
@@ -117,7 +113,7 @@ def make_format(
 ) -> RoundingFormat:
     """
     :param weight: (out_features, in_features), full precision
-    :param args: how the weight is quantized; accepted by `unsupported_reason`
+    :param args: how the weight is quantized; accepted by `unsupported_weights`
     :param initial_range: clipping range of each group found by a search
     :param global_scale: (1,), float32, where `has_global_scale`
     :param fused: compute with `torch.compile`; the values are the same, sooner

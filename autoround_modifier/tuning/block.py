@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoround_modifier.calibration.samples import BlockCall, output_hidden, stackable
+from autoround_modifier.activations import ActivationSite, needs_calibration
+from autoround_modifier.calibration.samples import (
+    BlockCall,
+    output_hidden,
+    stack_masks,
+    stackable,
+)
 from autoround_modifier.patching import forwards_replaced, parameters_frozen
 
 __all__ = ["BlockGroup", "attention_for_tuning"]
@@ -21,11 +27,18 @@ class BlockGroup:
 
     :param blocks: in the order in which they run
     :param calls: for each block, the arguments of its call for each sample
+    :param sites: where activations are quantized within the blocks
     """
 
-    def __init__(self, blocks: list[nn.Module], calls: list[list[BlockCall]]):
+    def __init__(
+        self,
+        blocks: list[nn.Module],
+        calls: list[list[BlockCall]],
+        sites: Iterable[ActivationSite] = (),
+    ):
         self.blocks = blocks
         self.calls = calls
+        self.sites = list(sites)
         first = next(blocks[0].parameters(), None)
         self.device = torch.device("cpu") if first is None else first.device
 
@@ -51,6 +64,48 @@ class BlockGroup:
         for group in stackable(samples, signature):
             yield group, torch.cat([hidden[index].to(self.device) for index in group])
 
+    def batches(self, hidden: list[Tensor], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield `microbatches` of all samples, in order."""
+        for start in range(0, len(hidden), batch_size):
+            samples = list(range(start, min(start + batch_size, len(hidden))))
+            yield from self.microbatches(hidden, samples)
+
+    @torch.no_grad()
+    def calibrate_activations(
+        self,
+        hidden: list[Tensor],
+        masks: list[Tensor | None],
+        batch_size: int,
+        weights: dict[nn.Linear, Tensor],
+    ) -> None:
+        """
+        Find the static scales of activations, on what the blocks will see.
+
+        :param hidden: (1, tokens, hidden) per sample, the input of the first block
+        :param masks: (1, tokens) bool per sample, None where every token counts
+        :param weights: weights to use in place of the layers' own
+        """
+        static = [site for site in self.sites if needs_calibration(site.args)]
+        if not static:
+            return
+        mask: Tensor | None = None
+
+        def observer(site: ActivationSite) -> Callable[[Tensor], None]:
+            return lambda x: site.observe(x, mask)
+
+        with ExitStack() as stack:
+            stack.enter_context(self._weights(weights))
+            for site in self.sites:
+                function = observer(site) if site in static else site.quantize
+                stack.callback(site.register(function).remove)
+            for site in static:
+                site.forget()  # what it saw of the full-precision model
+            for indices, stacked in self.batches(hidden, batch_size):
+                mask = stack_masks(masks, indices, stacked)
+                self.forward(stacked, indices)
+        for site in static:
+            site.calibrate()
+
     @torch.no_grad()
     def advance(
         self, hidden: list[Tensor], batch_size: int, weights: dict[nn.Linear, Tensor]
@@ -62,16 +117,25 @@ class BlockGroup:
         :param hidden: (1, tokens, hidden) per sample; the outputs stay on the inputs' devices
         :param weights: weights to use in place of the layers' own
         """
-        with self.weights(weights):
-            for start in range(0, len(hidden), batch_size):
-                samples = list(range(start, min(start + batch_size, len(hidden))))
-                for indices, stacked in self.microbatches(hidden, samples):
-                    for index, row in zip(indices, self.forward(stacked, indices), strict=True):
-                        # a copy: a view would keep the whole batch
-                        hidden[index] = row.unsqueeze(0).to(hidden[index].device, copy=True)
+        with self.quantized(weights):
+            for indices, stacked in self.batches(hidden, batch_size):
+                for index, row in zip(indices, self.forward(stacked, indices), strict=True):
+                    # a copy: a view would keep the whole batch
+                    hidden[index] = row.unsqueeze(0).to(hidden[index].device, copy=True)
 
-    def weights(self, weights: dict[nn.Linear, Tensor]) -> AbstractContextManager[None]:
-        """Let linear layers compute with other weights, through which gradients flow."""
+    @contextmanager
+    def quantized(self, weights: dict[nn.Linear, Tensor]) -> Iterator[None]:
+        """
+        Let linear layers compute with other weights, and with quantized activations. Gradients
+        flow through both.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._weights(weights))
+            for site in self.sites:
+                stack.callback(site.register(site.quantize).remove)
+            yield
+
+    def _weights(self, weights: dict[nn.Linear, Tensor]) -> AbstractContextManager[None]:
         return forwards_replaced(
             {layer: _linear(weight, layer.bias) for layer, weight in weights.items()}
         )

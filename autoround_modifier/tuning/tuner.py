@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from autoround_modifier.calibration.samples import stack_masks
 from autoround_modifier.errors import NonFiniteError
 from autoround_modifier.formats import QuantizedWeight, RoundingFormat
 from autoround_modifier.tuning.block import BlockGroup
@@ -98,7 +99,7 @@ def tune(
         total = torch.zeros((), device=group.device)
         for indices, hidden in group.microbatches(inputs, samples):
             target = torch.cat([targets[index].to(group.device) for index in indices])
-            mask = _stack(masks, indices, target)
+            mask = stack_masks(masks, indices, target)
             loss = loss_function(group.forward(hidden, indices), target, mask)
             if backward_scale is not None:
                 (loss * backward_scale).backward()
@@ -108,7 +109,7 @@ def tune(
     @torch.no_grad()
     def holdout_loss(candidate: dict[nn.Linear, QuantizedWeight]) -> float:
         weights = {layer: weight.dequantize() for layer, weight in candidate.items()}
-        with group.weights(weights):
+        with group.quantized(weights):
             starts = range(0, len(holdout), config.batch_size)
             losses = [batch_loss(holdout[start : start + config.batch_size]) for start in starts]
             return float(torch.stack(losses).sum() / tokens_of(holdout))
@@ -128,7 +129,7 @@ def tune(
             # The quantized weights are leaves while samples accumulate gradients into them, so
             # each step quantizes once, however many samples it sees.
             leaves = {layer: fmt.dequantized().requires_grad_() for layer, fmt in formats.items()}
-            with group.weights(leaves):
+            with group.quantized(leaves):
                 for _ in range(config.gradient_accumulate_steps):
                     samples = next(batches)
                     batch_loss(samples, LOSS_SCALE / tokens_of(samples))
@@ -151,15 +152,6 @@ def _evaluation_points(iters: int, evaluations: int) -> set[int]:
     """:return: evenly spaced iterations, the last one among them"""
     evaluations = max(1, min(evaluations, iters))
     return {round(iters * (k + 1) / evaluations) for k in range(evaluations)}
-
-
-def _stack(masks: list[Tensor | None], indices: list[int], like: Tensor) -> Tensor | None:
-    """:return: (len(indices), tokens), bool; None if every token counts"""
-    if all(masks[index] is None for index in indices):
-        return None
-    full = like.new_ones(1, like.shape[1], dtype=torch.bool)
-    rows = [full if (mask := masks[index]) is None else mask.to(like.device) for index in indices]
-    return torch.cat(rows)
 
 
 def _num_tokens(target: Tensor, mask: Tensor | None) -> int:

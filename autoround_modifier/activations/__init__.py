@@ -1,0 +1,16 @@
+"""Quantized activations: inputs of linear layers, and the key-value cache."""
+
+from autoround_modifier.activations.site import ActivationSite, activation_sites
+from autoround_modifier.activations.support import (
+    needs_calibration,
+    unsupported_activations,
+    unsupported_kv_cache,
+)
+
+__all__ = [
+    "ActivationSite",
+    "activation_sites",
+    "needs_calibration",
+    "unsupported_activations",
+    "unsupported_kv_cache",
+]

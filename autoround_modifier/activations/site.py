@@ -1,0 +1,187 @@
+"""
+A place where activations are quantized while the model runs.
+
+How they are quantized is compressed-tensors' own: the same function that quantizes them in a loaded
+checkpoint, with the scales of the module. Added are a gradient, which passes straight through
+(SignRound, https://arxiv.org/abs/2309.05516, section 3.1, for weights), and statistics of what
+was seen, by LLM-Compressor's observers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable
+from typing import Any
+
+import torch
+from compressed_tensors.modeling import KV_CACHE_ATTR, register_key_hook, register_value_hook
+from compressed_tensors.offload import update_offload_parameter
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+from compressed_tensors.quantization.utils import calculate_range
+from llmcompressor.observers import Observer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from autoround_modifier.activations.support import needs_calibration
+from autoround_modifier.errors import CalibrationError
+
+__all__ = ["ActivationSite", "activation_sites"]
+
+DEFAULT_OBSERVER = "minmax"  # LLM-Compressor's
+E4M3_LAST_STEP = 32.0  # between 416 and 448
+HOOK_TYPES = {"input": "forward_pre", "k": "key", "v": "value"}
+REGISTER: dict[str, Callable[..., RemovableHandle]] = {
+    "input": lambda module, hook: module.register_forward_pre_hook(hook),
+    "k": register_key_hook,
+    "v": register_value_hook,
+}
+
+
+class ActivationSite:
+    """
+    :param name: of the module, for messages
+    :param module: linear layer or attention layer that keeps the scale
+    :param base_name: ``input`` of a linear layer, (..., in_features); ``k`` or ``v``, what an
+        attention layer caches, (batch, heads, tokens, head_dim)
+    :param args: how it is quantized
+    :ivar calibrated: whether no scale is lacking
+    """
+
+    def __init__(self, name: str, module: nn.Module, base_name: str, args: QuantizationArgs):
+        self.name = name
+        self.module = module
+        self.base_name = base_name
+        self.args = args
+        self.calibrated = not needs_calibration(args)
+        self.hook_type = HOOK_TYPES[base_name]
+        self._observer: Observer | None = None
+
+    def hook(self, function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+        """
+        :param function: sees each activation, and may return another in its place
+        :return: the same as a hook of `hook_type` on the module
+        """
+        if self.base_name != "input":
+            return lambda module, states: function(states)
+
+        def before_forward(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            replaced = function(args[0])
+            return None if replaced is None else (replaced, *args[1:])
+
+        return before_forward
+
+    def register(self, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Let ``function`` see, or replace, each activation until the handle is removed."""
+        return REGISTER[self.base_name](self.module, self.hook(function))
+
+    # ------------------------------------------------------------------ calibration
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, token_mask: Tensor | None = None) -> None:
+        """
+        Count ``x`` in, where a scale needs calibration.
+
+        :param token_mask: (batch, tokens), bool, False for padding; without effect on layers that
+            see tokens in another arrangement, such as routed experts
+        """
+        if not needs_calibration(self.args):
+            return
+        if self._observer is None:
+            self._observer = Observer.load_from_registry(
+                self.args.observer or DEFAULT_OBSERVER, base_name=self.base_name, args=self.args
+            )
+        if self.base_name == "input":
+            if token_mask is not None and x.shape[:-1] == token_mask.shape:
+                x = x[token_mask]
+            x = x.reshape(1, -1, x.shape[-1])
+        elif token_mask is not None:
+            by_token = x.transpose(1, 2)  # (batch, tokens, heads, head_dim)
+            x = by_token[token_mask].unsqueeze(0).transpose(1, 2)
+        self._observer(x)
+
+    def forget(self) -> None:
+        """Drop what was observed."""
+        self._observer = None
+
+    def calibrate(self) -> None:
+        """
+        Write the scales of what was observed into the module, and forget it.
+
+        :raises CalibrationError: if nothing was observed
+        """
+        if self._observer is None or not self._observer.has_statistics:
+            raise CalibrationError(
+                f"{self.name}: its activations have a static scale, and no calibration sample "
+                "reached it. Calibrate on data that does, or add it to `ignore`."
+            )
+        qparams: dict[str, Tensor | None] = self._observer.get_qparams()  # type: ignore[call-arg]
+        for name, value in qparams.items():
+            parameter = f"{self.base_name}_{name}"
+            if value is not None and hasattr(self.module, parameter):
+                update_offload_parameter(self.module, parameter, value)
+        self.calibrated = True
+        self.forget()
+
+    # ------------------------------------------------------------------ quantization
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """
+        ``x`` as it is after quantization and dequantization at inference, same shape and dtype.
+        Its gradient passes straight through, and is zero where a static scale cuts off.
+        """
+        return _StraightThrough.apply(x, self)
+
+    def quantized(self, x: Tensor) -> Tensor:
+        """`quantize` without a gradient."""
+        # compressed-tensors would take the tokens of a two-dimensional input for one
+        batched = x if x.ndim > 2 else x.unsqueeze(0)
+        quantized = forward_quantize(self.module, batched, self.base_name, self.args)
+        return quantized.to(x.dtype).reshape(x.shape)
+
+    def represented(self, x: Tensor) -> Tensor | None:
+        """
+        :return: where ``x`` is within the range of the scale, or rounds to its end, bool; None if
+            it always is
+        """
+        if self.args.dynamic:
+            return None
+        half_step = 0.5 if self.args.type == QuantizationType.INT else E4M3_LAST_STEP / 2
+        scale = getattr(self.module, f"{self.base_name}_scale").float()
+        zero_point = getattr(self.module, f"{self.base_name}_zero_point", None)
+        offset = 0 if zero_point is None else zero_point.float()
+        q_min, q_max = calculate_range(self.args, scale.device)
+        low, high = q_min - offset - half_step, q_max - offset + half_step
+        return (x >= low * scale) & (x <= high * scale)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, site: ActivationSite) -> Tensor:
+        ctx.save_for_backward(site.represented(x))
+        return site.quantized(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,), (represented,) = gradients, ctx.saved_tensors
+        return (gradient if represented is None else gradient * represented), None
+
+
+def activation_sites(
+    named_modules: Iterable[tuple[str, nn.Module]], layers: Container[nn.Module], kv_cache: bool
+) -> list[ActivationSite]:
+    """
+    :param named_modules: of a model whose schemes are applied
+    :param layers: the linear layers that count
+    :param kv_cache: whether what attention layers cache counts
+    :return: one site for each input, key and value that is quantized
+    """
+    sites = []
+    for name, module in named_modules:
+        args = getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
+        if args is None:
+            continue
+        if kv_cache and hasattr(module, KV_CACHE_ATTR):
+            sites += [ActivationSite(name, module, base_name, args) for base_name in ("k", "v")]
+        elif module in layers:
+            sites.append(ActivationSite(name, module, "input", args))
+    return sites

@@ -1,0 +1,374 @@
+"""Quantized activations: what the tuner computes is what the saved checkpoint computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStatus,
+)
+from conftest import quantize, tiny_llama, token_samples, weight_scheme
+from helpers import quantized_layers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from autoround_modifier import AutoRoundModifier
+from autoround_modifier.activations import ActivationSite
+from autoround_modifier.errors import CalibrationError, SchemeError
+from autoround_modifier.evaluation import compare
+
+MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "type": "float"}
+NVFP4 = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "tensor_group",
+    "group_size": 16,
+    "scale_dtype": "torch.float8_e4m3fn",
+    "zp_dtype": "torch.float8_e4m3fn",
+}
+INT8_TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True}
+INT8_TENSOR = {"num_bits": 8, "strategy": "tensor", "observer": "static_minmax"}
+FP8_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+FP8_TENSOR = {**INT8_TENSOR, "type": "float"}
+ACTIVATIONS = {
+    "int8 token": INT8_TOKEN,
+    "int8 token asymmetric": {**INT8_TOKEN, "symmetric": False},
+    "int8 tensor": INT8_TENSOR,
+    "int8 tensor asymmetric": {**INT8_TENSOR, "symmetric": False},
+    "fp8 token": FP8_TOKEN,
+    "fp8 tensor": FP8_TENSOR,
+    "fp8 group": {**FP8_TOKEN, "strategy": "group", "group_size": 32},
+    "mxfp4": {**MX, "num_bits": 4, "dynamic": True},
+    "mxfp8": {**MX, "num_bits": 8, "dynamic": True},
+    "nvfp4": {**NVFP4, "dynamic": "local", "observer": "static_minmax"},
+}
+INT8_CHANNEL = {"num_bits": 8, "strategy": "channel"}
+INT4_GROUP = {"num_bits": 4, "strategy": "group", "group_size": 32}
+FP8_CHANNEL = {"num_bits": 8, "type": "float", "strategy": "channel"}
+FP8_BLOCK = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [32, 32]}
+
+# name -> weights, activations
+SCHEMES = {
+    "W8A8 dynamic": (INT8_CHANNEL, "int8 token"),
+    "W8A8 static": (INT8_CHANNEL, "int8 tensor"),
+    "W8A8 static asymmetric": (INT8_CHANNEL, "int8 tensor asymmetric"),
+    "W4A8 group": (INT4_GROUP, "int8 token"),
+    "W4A8 channel": ({"num_bits": 4, "strategy": "channel"}, "int8 token"),
+    "W4AFP8": (INT4_GROUP, "fp8 token"),
+    "FP8 dynamic": (FP8_CHANNEL, "fp8 token"),
+    "FP8 static": ({**FP8_CHANNEL, "strategy": "tensor"}, "fp8 tensor"),
+    "FP8 block": (FP8_BLOCK, "fp8 group"),
+    "MXFP4": ({**MX, "num_bits": 4}, "mxfp4"),
+    "MXFP8": ({**MX, "num_bits": 8}, "mxfp8"),
+    "NVFP4": (NVFP4, "nvfp4"),
+}
+KV_CACHE = {
+    "tensor": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+    "attn_head": {"num_bits": 8, "type": "float", "strategy": "attn_head", "dynamic": False},
+}
+UNSEEN = torch.tensor(token_samples(8, 12, seed=99)["input_ids"])
+
+
+def scheme(name: str) -> dict:
+    weights, activations = SCHEMES[name]
+    return {
+        "targets": ["Linear"],
+        "weights": {"symmetric": True, **weights},
+        "input_activations": {"symmetric": True, **ACTIVATIONS[activations]},
+    }
+
+
+def tuned(name: str, preset: str = "light", model=None, data=None, **fields):
+    fields = {"preset": preset, "ignore": ["lm_head"], "batch_size": 8, **fields}
+    recipe = AutoRoundModifier(config_groups={"group_0": scheme(name)}, **fields)
+    data = token_samples(64) if recipe.requires_calibration_data and data is None else data
+    return quantize(tiny_llama() if model is None else model, recipe, data)
+
+
+def site_of(name: str, x: torch.Tensor) -> ActivationSite:
+    """A calibrated site of its own, whose scale is that of ``x``."""
+    args = QuantizationArgs(**{"symmetric": True, **ACTIVATIONS[name]})
+    layer = nn.Linear(x.shape[-1], 1)
+    layer.quantization_scheme = QuantizationScheme(targets=["Linear"], input_activations=args)
+    layer.quantization_status = QuantizationStatus.CALIBRATION
+    for parameter in ("scale", "zero_point", "global_scale"):
+        setattr(layer, f"input_{parameter}", nn.Parameter(torch.zeros(1), requires_grad=False))
+    if args.strategy != "tensor_group":
+        del layer.input_global_scale
+    if args.dynamic:
+        del layer.input_scale, layer.input_zero_point
+    site = ActivationSite("layer", layer, "input", args)
+    if not site.calibrated:
+        site.observe(x)
+        site.calibrate()
+    return site
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@given(
+    seed=st.integers(0, 1000),
+    kind=st.sampled_from(["normal", "zeros", "one hot", "constant", "outliers"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=15, deadline=None)
+def test_gradients_pass_straight_through(name, seed, kind, dtype):
+    """The value is that of the format; the gradient is 1 within its range."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 5, 64, generator=generator).to(dtype)
+    match kind:
+        case "zeros":
+            x.zero_()
+        case "one hot":
+            x *= torch.rand(x.shape, generator=generator) < 0.05
+        case "constant":
+            x.fill_(0.3)
+        case "outliers":
+            x[0, 0, 0] = 1000
+    site = site_of(name, x)
+    leaf = x.clone().requires_grad_()
+    out = site.quantize(leaf)
+    assert out.dtype == dtype
+    assert out.shape == x.shape
+    assert torch.isfinite(out).all()
+    cotangent = torch.randn(x.shape, generator=generator).to(dtype)
+    out.backward(cotangent)
+    if site.args.dynamic or site.args.symmetric:
+        assert torch.equal(leaf.grad, cotangent)
+    else:  # rounding of the zero point may cut the ends off
+        edge = 0.03 * (x.float().max() - x.float().min())
+        inner = (x.float() >= x.float().min() + edge) & (x.float() <= x.float().max() - edge)
+        assert torch.equal(leaf.grad[inner], cotangent[inner])
+    if kind in ("normal", "constant"):
+        bits = site.args.num_bits
+        tolerance = {("int", 8): 0.01, ("float", 8): 0.04, ("float", 4): 0.26}[site.args.type, bits]
+        limit = x.float().abs().max() if bits == 8 else x.float().abs().max() / 2
+        assert (out.float() - x.float()).abs().max() <= tolerance * limit * 2
+
+
+@pytest.mark.parametrize("name", ["int8 tensor", "fp8 tensor", "int8 tensor asymmetric"])
+def test_no_gradient_beyond_a_static_range(name):
+    x = torch.linspace(-1, 1, 64).view(1, 1, 64)
+    site = site_of(name, x)
+    leaf = (3 * x).requires_grad_()
+    out = site.quantize(leaf)
+    out.sum().backward()
+    inside = leaf.abs() < 0.99
+    assert torch.equal(leaf.grad[inside], torch.ones(int(inside.sum())))
+    assert not leaf.grad[leaf.abs() > 1.02].any()
+    assert out.abs().max() < 1.02
+
+
+@pytest.mark.parametrize("name", ["int8 token", "fp8 token"])
+def test_tokens_of_experts_have_scales_of_their_own(name):
+    """A routed expert sees (tokens, features)."""
+    x = torch.randn(6, 64) * torch.logspace(-2, 2, 6)[:, None]
+    site = site_of(name, x)
+    assert torch.equal(site.quantize(x), site.quantize(x[None])[0])
+    assert ((site.quantize(x) - x).abs().amax(1) < 0.04 * x.abs().amax(1)).all()
+
+
+def test_padding_is_not_observed():
+    x = torch.randn(2, 4, 64)
+    mask = torch.tensor([[False, True, True, True], [True] * 4])
+    padded = x.clone()
+    padded[0, 0] = 1e6
+    args = QuantizationArgs(**INT8_TENSOR)
+    sites = [ActivationSite("layer", nn.Linear(64, 1), "input", args) for _ in range(2)]
+    sites[0].observe(padded, mask)
+    sites[1].observe(x[mask])
+    first, second = (site._observer.get_qparams()["scale"] for site in sites)
+    assert torch.equal(first, second)
+
+    keys = torch.randn(2, 3, 4, 8)
+    padded = keys.clone()
+    padded[0, :, 0] = 1e6
+    args = QuantizationArgs(**KV_CACHE["attn_head"])
+    sites = [ActivationSite("attention", nn.Identity(), "k", args) for _ in range(2)]
+    sites[0].observe(padded, mask)
+    sites[1].observe(keys[:, :, 1:])
+    scales = [site._observer.get_qparams()["scale"] for site in sites]
+    assert scales[0].shape == (3, 1, 1)
+    assert (scales[0] < 1).all()
+
+
+# ------------------------------------------------------------------ through the modifier
+
+
+@pytest.mark.parametrize("preset", ["rtn", "light"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_saves_and_reloads(name, preset, tmp_path):
+    """The checkpoint computes what the model in memory computes, activations included."""
+    model = tuned(name, preset, **({"iters": 4} if preset == "light" else {}))
+    assert len(quantized_layers(model)) == 14
+    logits = model(UNSEEN).logits
+    model.save_pretrained(tmp_path, save_compressed=True)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(reloaded(UNSEEN).logits, logits, rtol=0, atol=2e-2)
+    for layer in quantized_layers(model).values():
+        for parameter, value in layer.named_parameters(recurse=False):
+            if parameter.startswith("input"):
+                assert torch.isfinite(value.float()).all()
+                assert parameter.endswith("zero_point") or (value > 0).all()
+
+
+@pytest.mark.parametrize("name", ["NVFP4", "W4A8 group"])
+def test_tuning_beats_rounding(name):
+    kl = {
+        preset: sum(
+            compare(tiny_llama(), tuned(name, preset, seed=seed), UNSEEN).kl for seed in range(runs)
+        )
+        / runs
+        for preset, runs in {"rtn": 1, "opt_rtn": 1, "light": 2}.items()
+    }
+    assert kl["light"] < min(kl["opt_rtn"], kl["rtn"])
+
+
+@pytest.mark.parametrize("name", ["W8A8 static", "MXFP4"])
+def test_the_tuner_sees_what_inference_computes(name, monkeypatch):
+    """The loss of the last block's best candidate is that of the finished model on the chain."""
+    from autoround_modifier.tuning import block as blocks
+
+    advanced = []
+    original = blocks.BlockGroup.advance
+
+    def advance(group, hidden, batch_size, weights):
+        original(group, hidden, batch_size, weights)
+        advanced.append([one.clone() for one in hidden])
+
+    monkeypatch.setattr(blocks.BlockGroup, "advance", advance)
+    data = token_samples(8)
+    model = tuned(name, iters=2, data=data)
+    (chain,) = advanced  # the second block is the last
+    seen = []
+    handle = model.model.layers[0].register_forward_hook(
+        lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    model(torch.tensor(data["input_ids"]))
+    handle.remove()
+    chain = torch.cat(chain)
+    (seen,) = seen
+    by_content = [min(range(8), key=lambda i: (seen[i] - row).abs().max()) for row in chain]
+    assert sorted(by_content) == list(range(8))
+    torch.testing.assert_close(seen[by_content], chain, rtol=0.02, atol=0.02)
+
+
+def test_static_scales_are_those_of_the_quantized_chain():
+    """The second block's inputs come from the quantized first one."""
+    data = token_samples(8)
+    group = weight_scheme(2) | {"input_activations": INT8_TENSOR}
+    recipe = AutoRoundModifier(config_groups={"group_0": group}, ignore=["lm_head"], iters=2)
+    model = quantize(tiny_llama(), recipe, data)
+    name = "model.layers.1.self_attn.q_proj"
+
+    def largest_input(model) -> float:
+        seen = []
+        handle = model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args: seen.append(float(args[0].abs().max()))
+        )
+        with torch.no_grad():
+            model(torch.tensor(data["input_ids"]))
+        handle.remove()
+        return seen[0]
+
+    observed = float(model.get_submodule(name).input_scale) * 127.5
+    assert observed == pytest.approx(largest_input(model), rel=0.03)
+    assert observed != pytest.approx(largest_input(tiny_llama()), rel=0.03)
+
+
+@pytest.mark.parametrize("strategy", KV_CACHE)
+@pytest.mark.parametrize("preset", ["rtn", "light"])
+def test_key_value_cache(strategy, preset, tmp_path):
+    fields = {"iters": 4} if preset == "light" else {}
+    recipe = AutoRoundModifier(
+        preset=preset,
+        config_groups={"group_0": weight_scheme(8, group_size=None)},
+        kv_cache_scheme=KV_CACHE[strategy],
+        ignore=["lm_head"],
+        batch_size=8,
+        **fields,
+    )
+    model = quantize(tiny_llama(), recipe, token_samples(64))
+    for block in model.model.layers:
+        for scale in (block.self_attn.k_scale, block.self_attn.v_scale):
+            assert scale.shape == ((1,) if strategy == "tensor" else (2, 1, 1))
+            assert (scale > 1e-4).all()
+    logits = model(UNSEEN).logits
+    assert 0 < compare(tiny_llama(), model, UNSEEN).kl < 0.05
+    model.save_pretrained(tmp_path, save_compressed=True)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(reloaded(UNSEEN).logits, logits, rtol=0, atol=2e-2)
+
+
+def test_keys_and_values_have_gradients():
+    """Quantizing the cache must not keep k_proj and v_proj from being tuned."""
+
+    def recipe(iters: int) -> AutoRoundModifier:
+        return AutoRoundModifier(
+            iters=iters,
+            config_groups={"group_0": weight_scheme(2)},
+            kv_cache_scheme=KV_CACHE["tensor"],
+            ignore=["lm_head"],
+            batch_size=8,
+        )
+
+    tuned, searched = (quantize(tiny_llama(), recipe(iters), token_samples(32)) for iters in (8, 0))
+    for name, layer in quantized_layers(searched).items():
+        if name.endswith(("k_proj", "v_proj")):
+            assert not torch.equal(layer.weight, tuned.get_submodule(name).weight), name
+
+
+def test_the_original_cache_still_works():
+    """Generation with a cache goes through the quantized one."""
+    recipe = AutoRoundModifier(
+        preset="rtn",
+        config_groups={"group_0": weight_scheme(8, group_size=None)},
+        kv_cache_scheme=KV_CACHE["tensor"],
+        ignore=["lm_head"],
+    )
+    model = quantize(tiny_llama(), recipe, token_samples(16))
+    tokens = model.generate(UNSEEN[:1], max_new_tokens=4, do_sample=False)
+    assert tokens.shape == (1, 16)
+
+
+@pytest.mark.parametrize("name", ["W8A8 static", "NVFP4"])
+def test_rtn_needs_data_for_static_scales(name):
+    recipe = AutoRoundModifier(preset="rtn", config_groups={"group_0": scheme(name)})
+    assert recipe.requires_calibration_data
+    dynamic = AutoRoundModifier(preset="rtn", config_groups={"group_0": scheme("FP8 dynamic")})
+    assert not dynamic.requires_calibration_data
+
+
+def test_a_layer_that_no_sample_reaches():
+    model = tiny_llama()
+    model.model.layers[1].mlp.unused = nn.Linear(64, 64, dtype=torch.bfloat16)
+    with pytest.raises(CalibrationError, match=r"layers.1.mlp.unused: .*no calibration sample"):
+        tuned("W8A8 static", "rtn", model)
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "message"),
+    [
+        (INT4_GROUP, ACTIVATIONS["nvfp4"], "integer weights go with integer activations"),
+        (INT4_GROUP, ACTIVATIONS["mxfp4"], "integer weights go with integer activations"),
+        (FP8_CHANNEL, INT8_TOKEN, "FP8 weights go with FP8 activations"),
+        (NVFP4, FP8_TOKEN, "NVFP4 weights go with NVFP4 activations"),
+        (NVFP4, {**ACTIVATIONS["nvfp4"], "group_size": 32}, "`group_size: 16`"),
+        ({**MX, "num_bits": 8}, FP8_TOKEN, "MX weights go with dynamic activations"),
+        ({**MX, "num_bits": 4}, {**ACTIVATIONS["mxfp4"], "group_size": 16}, "`group_size: 32`"),
+        (FP8_CHANNEL, {**FP8_TOKEN, "symmetric": False}, "no zero point; set `symmetric: true`"),
+        (FP8_CHANNEL, {**FP8_TOKEN, "strategy": "group", "group_size": 48}, "group_size 48"),
+    ],
+)
+def test_refuses_activations_that_do_not_go_with_the_weights(weights, activations, message):
+    group = {
+        "targets": ["Linear"],
+        "weights": {"symmetric": True, **weights},
+        "input_activations": {"symmetric": True, **activations},
+    }
+    recipe = AutoRoundModifier(preset="rtn", config_groups={"group_0": group}, ignore=["lm_head"])
+    with pytest.raises(SchemeError, match=message):
+        quantize(tiny_llama(), recipe)
