@@ -235,15 +235,15 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         QuantizationMixin.initialize_quantization(self, model)
         self._layers = {module: name for name, (module, _) in schemes.items()}
         self._weight_args = {module: scheme.weights for module, scheme in schemes.values()}
+        self._fused = self._compilation_pays()
         self._sites = activation_sites(
-            model.named_modules(), self._layers, self.kv_cache_scheme is not None
+            model.named_modules(), self._layers, self.kv_cache_scheme is not None, self._fused
         )
         self._pending = set(self._layers)
         targets = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         self._blocks = {block: name for name, block in match_named_modules(model, targets)}
         self._say_what_may_not_be_meant(model)
         self._attention = attention_for_tuning(model)
-        self._fused = self._compilation_pays()
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ from compressed_tensors.quantization import (
     QuantizationScheme,
     QuantizationStatus,
 )
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from conftest import quantize, tiny_llama, token_samples, weight_scheme
 from helpers import quantized_layers
 from hypothesis import given, settings
@@ -96,7 +97,8 @@ def site_of(name: str, x: torch.Tensor) -> ActivationSite:
     layer.quantization_scheme = QuantizationScheme(targets=["Linear"], input_activations=args)
     layer.quantization_status = QuantizationStatus.CALIBRATION
     for parameter in ("scale", "zero_point", "global_scale"):
-        setattr(layer, f"input_{parameter}", nn.Parameter(torch.zeros(1), requires_grad=False))
+        value = torch.zeros(1, dtype=torch.float32 if parameter == "global_scale" else x.dtype)
+        setattr(layer, f"input_{parameter}", nn.Parameter(value, requires_grad=False))
     if args.strategy != "tensor_group":
         del layer.input_global_scale
     if args.dynamic:
@@ -131,6 +133,7 @@ def test_gradients_pass_straight_through(name, seed, kind, dtype):
     site = site_of(name, x)
     leaf = x.clone().requires_grad_()
     out = site.quantize(leaf)
+    assert torch.equal(out, forward_quantize(site.module, x, "input", site.args))
     assert out.dtype == dtype
     assert out.shape == x.shape
     assert torch.isfinite(out).all()
@@ -147,6 +150,19 @@ def test_gradients_pass_straight_through(name, seed, kind, dtype):
         tolerance = {("int", 8): 0.01, ("float", 8): 0.04, ("float", 4): 0.26}[site.args.type, bits]
         limit = x.float().abs().max() if bits == 8 else x.float().abs().max() / 2
         assert (out.float() - x.float()).abs().max() <= tolerance * limit * 2
+
+
+@pytest.mark.parametrize("name", ["int8 token", "fp8 tensor", "mxfp4", "nvfp4"])
+def test_fused_and_plain_agree(name):
+    x = torch.randn(3, 7, 64).bfloat16()
+    site = site_of(name, x)
+    plain = [leaf := x.clone().requires_grad_(), site.quantize(leaf)]
+    site.fused = True
+    fused = [leaf := x.clone().requires_grad_(), site.quantize(leaf)]
+    assert torch.equal(plain[1], fused[1])
+    for leaf, out in (plain, fused):
+        (2 * out).sum().backward()
+        assert torch.equal(leaf.grad, torch.full_like(x, 2))
 
 
 @pytest.mark.parametrize("name", ["int8 tensor", "fp8 tensor", "int8 tensor asymmetric"])

@@ -16,14 +16,18 @@ import torch
 from compressed_tensors.modeling import KV_CACHE_ATTR, register_key_hook, register_value_hook
 from compressed_tensors.offload import update_offload_parameter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
-from compressed_tensors.quantization.lifecycle.forward import forward_quantize
-from compressed_tensors.quantization.utils import calculate_range
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import (
+    calculate_range,
+    compute_dynamic_scales_and_zp,
+)
 from llmcompressor.observers import Observer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from autoround_modifier.activations.support import needs_calibration
 from autoround_modifier.errors import CalibrationError
+from autoround_modifier.formats.fusion import fuse
 
 __all__ = ["ActivationSite", "activation_sites"]
 
@@ -44,14 +48,23 @@ class ActivationSite:
     :param base_name: ``input`` of a linear layer, (..., in_features); ``k`` or ``v``, what an
         attention layer caches, (batch, heads, tokens, head_dim)
     :param args: how it is quantized
+    :param fused: compute with `torch.compile`; the values are the same, sooner
     :ivar calibrated: whether no scale is lacking
     """
 
-    def __init__(self, name: str, module: nn.Module, base_name: str, args: QuantizationArgs):
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        base_name: str,
+        args: QuantizationArgs,
+        fused: bool = False,
+    ):
         self.name = name
         self.module = module
         self.base_name = base_name
         self.args = args
+        self.fused = fused
         self.calibrated = not needs_calibration(args)
         self.hook_type = HOOK_TYPES[base_name]
         self._observer: Observer | None = None
@@ -129,50 +142,69 @@ class ActivationSite:
         ``x`` as it is after quantization and dequantization at inference, same shape and dtype.
         Its gradient passes straight through, and is zero where a static scale cuts off.
         """
-        return _StraightThrough.apply(x, self)
-
-    def quantized(self, x: Tensor) -> Tensor:
-        """`quantize` without a gradient."""
         # compressed-tensors would take the tokens of a two-dimensional input for one
         batched = x if x.ndim > 2 else x.unsqueeze(0)
-        quantized = forward_quantize(self.module, batched, self.base_name, self.args)
-        return quantized.to(x.dtype).reshape(x.shape)
+        names = ("scale", "zero_point", "global_scale")
+        scale, zero_point, global_scale = (
+            getattr(self.module, f"{self.base_name}_{name}", None) for name in names
+        )
+        function = _fused_fake_quantize if self.fused else _fake_quantize
+        with torch.no_grad():
+            quantized, represented = function(batched, scale, zero_point, global_scale, self.args)
+        return _StraightThrough.apply(batched, quantized, represented).view_as(x)
 
-    def represented(self, x: Tensor) -> Tensor | None:
-        """
-        :return: where ``x`` is within the range of the scale, or rounds to its end, bool; None if
-            it always is
-        """
-        if self.args.dynamic:
-            return None
-        half_step = 0.5 if self.args.type == QuantizationType.INT else E4M3_LAST_STEP / 2
-        scale = getattr(self.module, f"{self.base_name}_scale").float()
-        zero_point = getattr(self.module, f"{self.base_name}_zero_point", None)
-        offset = 0 if zero_point is None else zero_point.float()
-        q_min, q_max = calculate_range(self.args, scale.device)
-        low, high = q_min - offset - half_step, q_max - offset + half_step
-        return (x >= low * scale) & (x <= high * scale)
+
+def _fake_quantize(
+    x: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    global_scale: Tensor | None,
+    args: QuantizationArgs,
+) -> tuple[Tensor, Tensor | None]:
+    """
+    :param x: three dimensions or more
+    :return: what compressed-tensors' `forward_quantize` gives with these parameters, and where
+        ``x`` is within the range of a static scale, or rounds to its end; None if it always is
+    """
+    if args.dynamic:
+        scale, zero_point = compute_dynamic_scales_and_zp(x, args, None, global_scale)
+        quantized = fake_quantize(x, scale, zero_point, args, global_scale)
+        return quantized.to(x.dtype), None
+    assert scale is not None
+    quantized = fake_quantize(x, scale, zero_point, args, global_scale)
+    q_min, q_max = calculate_range(args, x.device)
+    offset = 0 if zero_point is None else zero_point.float()
+    half_step = 0.5 if args.type == QuantizationType.INT else E4M3_LAST_STEP / 2
+    low, high = q_min - offset - half_step, q_max - offset + half_step
+    return quantized.to(x.dtype), (x >= low * scale.float()) & (x <= high * scale.float())
+
+
+_fused_fake_quantize = fuse(_fake_quantize)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, site: ActivationSite) -> Tensor:
-        ctx.save_for_backward(site.represented(x))
-        return site.quantized(x)
+    def forward(ctx: Any, x: Tensor, quantized: Tensor, represented: Tensor | None) -> Tensor:
+        ctx.save_for_backward(represented)
+        return quantized.view_as(quantized)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,), (represented,) = gradients, ctx.saved_tensors
-        return (gradient if represented is None else gradient * represented), None
+        return gradient if represented is None else gradient * represented, None, None
 
 
 def activation_sites(
-    named_modules: Iterable[tuple[str, nn.Module]], layers: Container[nn.Module], kv_cache: bool
+    named_modules: Iterable[tuple[str, nn.Module]],
+    layers: Container[nn.Module],
+    kv_cache: bool,
+    fused: bool,
 ) -> list[ActivationSite]:
     """
     :param named_modules: of a model whose schemes are applied
     :param layers: the linear layers that count
     :param kv_cache: whether what attention layers cache counts
+    :param fused: see `ActivationSite`
     :return: one site for each input, key and value that is quantized
     """
     sites = []
@@ -181,7 +213,8 @@ def activation_sites(
         if args is None:
             continue
         if kv_cache and hasattr(module, KV_CACHE_ATTR):
-            sites += [ActivationSite(name, module, base_name, args) for base_name in ("k", "v")]
-        elif module in layers:
-            sites.append(ActivationSite(name, module, "input", args))
+            base_names: tuple[str, ...] = ("k", "v")
+        else:
+            base_names = ("input",) if module in layers else ()
+        sites += [ActivationSite(name, module, base, args, fused) for base in base_names]
     return sites
