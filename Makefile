@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 
 .PHONY: install quickstart test lint typecheck test-slow test-vllm bench-accuracy \
-	bench-ablation bench-speed build clean
+	bench-ablation bench-formats bench-speed build clean
 
 install: $(VENV)/.installed
 
@@ -55,6 +55,16 @@ bench-accuracy: install
 bench-ablation: install
 	$(RUN) benchmarks/accuracy.py --suite ablation --schemes w2 w4 --text "$(TEXT)" \
 		--output $(OUTPUT)/ablation.json $(ARGS)
+
+# Every format by its shipped recipe: rounded, searched, tuned.
+FORMATS = w8a8_autoround w8a8_static_autoround w4a8_autoround w4afp8_autoround fp8a16_autoround \
+	fp8_dynamic_autoround fp8_static_autoround fp8_block_autoround mxfp4a16_autoround \
+	mxfp4_autoround mxfp8a16_autoround mxfp8_autoround nvfp4a16_autoround nvfp4_autoround \
+	w4a16_fp8_kv_autoround nvfp4_w4a16_mixed_autoround fp8_w2a16_mixed_autoround
+
+bench-formats: install
+	$(RUN) benchmarks/accuracy.py --suite formats --schemes $(FORMATS) --seeds 42 \
+		--batch-size 4 --text "$(TEXT)" --output $(OUTPUT)/formats.json $(ARGS)
 
 bench-speed: install
 	$(RUN) benchmarks/speed.py --output $(OUTPUT)/speed.json $(ARGS)

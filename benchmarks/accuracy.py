@@ -29,11 +29,13 @@ from autoround_modifier import (
     PRESETS,
     AutoRoundModifier,
     ScaleDistillationModifier,
+    load_recipe,
     oneshot,
     self_generated,
     text_dataset,
 )
 from autoround_modifier.evaluation import compare
+from autoround_modifier.formats.floating import FloatElement
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from smollm2 import save_smollm2
@@ -71,7 +73,58 @@ SUITES = {
         "default+iters=25+batch_size=8",
         "default+iters=100+batch_size=2",
     ],
+    "formats": ["rtn", "opt_rtn", "light"],
 }
+
+
+def integer_weights(scheme: str, group_size: int) -> dict:
+    """:return: fields of `QuantizationArgs`"""
+    bits, symmetric = SCHEMES[scheme]
+    return {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "group",
+        "group_size": group_size,
+    }
+
+
+def autoround(scheme: str, group_size: int, settings: dict) -> AutoRoundModifier:
+    """
+    :param scheme: a key of `SCHEMES`, or the name of a shipped recipe with one modifier
+    :param group_size: also in place of the 128 of recipes, for models whose layers it does not
+        divide
+    """
+    if scheme in SCHEMES:
+        weights = integer_weights(scheme, group_size)
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        return AutoRoundModifier(ignore=["lm_head"], config_groups=groups, **settings)
+    (shipped,) = load_recipe(scheme).modifiers
+    groups = shipped.resolved_config.model_dump()["config_groups"]
+    for group in groups.values():
+        for args in (group["weights"], group["input_activations"]):
+            if args and args["group_size"] == 128:
+                args["group_size"] = group_size
+            if args and args["block_structure"] == [128, 128]:
+                args["block_structure"] = [group_size, group_size]
+    return AutoRoundModifier(
+        ignore=shipped.ignore,
+        config_groups=groups,
+        kv_cache_scheme=shipped.kv_cache_scheme,
+        **settings,
+    )
+
+
+def use_fixed_unit() -> None:
+    """Let V of floating-point weights count in scales, as auto-round does, not in local steps."""
+    original = FloatElement.round
+
+    def round_with_fixed_unit(
+        element: FloatElement, x: torch.Tensor, rounding: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return original(element, x if rounding is None else x + rounding)
+
+    FloatElement.round = round_with_fixed_unit  # type: ignore[method-assign]
 
 
 def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration: str) -> dict:
@@ -90,14 +143,6 @@ def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration
         arguments.text, tokenizer, arguments.eval_samples, arguments.length, split="eval"
     )
 
-    bits, symmetric = SCHEMES[scheme]
-    weights = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": symmetric,
-        "strategy": "group",
-        "group_size": arguments.group_size,
-    }
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
     if name in PRESETS:
         common = {"batch_size": arguments.batch_size, "seed": arguments.seed}
@@ -106,14 +151,10 @@ def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration
             for key in list(options)
             if key.startswith("distillation.")
         }
+        if options.pop("fixed_unit", False):
+            use_fixed_unit()
         settings = {"preset": name, **common, **options}
-        recipe: list[Modifier] = [
-            AutoRoundModifier(
-                ignore=["lm_head"],
-                config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
-                **settings,
-            )
-        ]
+        recipe: list[Modifier] = [autoround(scheme, arguments.group_size, settings)]
         needs_data = recipe[0].requires_calibration_data
         if distillation:
             settings["distillation"] = {**common, **distillation}
@@ -128,6 +169,7 @@ def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration
     else:
         from peers import PEERS, Task  # imports much that our own rows shall not be charged with
 
+        weights = integer_weights(scheme, arguments.group_size)
         task = Task(model, tokenizer, dataset, weights, arguments.batch_size, arguments.seed)
         started = time.perf_counter()
         settings = PEERS[name](task, **options)
@@ -179,7 +221,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="checkpoint; defaults to the packaged SmolLM2")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument(
-        "--schemes", nargs="+", default=["w2", "w2-asym", "w3", "w4"], choices=SCHEMES
+        "--schemes",
+        nargs="+",
+        default=["w2", "w2-asym", "w3", "w4"],
+        help="integer weights by group, such as w2 or w4-asym, or names of shipped recipes",
     )
     parser.add_argument(
         "--methods",
