@@ -53,8 +53,8 @@ bench-accuracy: install
 	$(RUN) benchmarks/accuracy.py --text "$(TEXT)" --output $(OUTPUT)/accuracy.json $(ARGS)
 
 bench-ablation: install
-	$(RUN) benchmarks/accuracy.py --suite ablation --schemes w2 w4 --text "$(TEXT)" \
-		--output $(OUTPUT)/ablation.json $(ARGS)
+	$(RUN) benchmarks/accuracy.py --suite ablation --schemes w2 w4 --length 128 --batch-size 2 \
+		--text "$(TEXT)" --output $(OUTPUT)/ablation.json $(ARGS)
 
 # Every format by its shipped recipe: rounded, searched, tuned.
 FORMATS = w8a8_autoround w8a8_static_autoround w4a8_autoround w4afp8_autoround fp8a16_autoround \
@@ -64,7 +64,7 @@ FORMATS = w8a8_autoround w8a8_static_autoround w4a8_autoround w4afp8_autoround f
 
 bench-formats: install
 	$(RUN) benchmarks/accuracy.py --suite formats --schemes $(FORMATS) --seeds 42 \
-		--batch-size 4 --text "$(TEXT)" --output $(OUTPUT)/formats.json $(ARGS)
+		--length 128 --batch-size 2 --text "$(TEXT)" --output $(OUTPUT)/formats.json $(ARGS)
 
 bench-speed: install
 	$(RUN) benchmarks/speed.py --output $(OUTPUT)/speed.json $(ARGS)

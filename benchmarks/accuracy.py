@@ -69,9 +69,7 @@ SUITES = {
         "default+iters=50+enable_minmax_tuning=false",
         "default+iters=50+enable_quanted_input=false",
         "default+iters=50+holdout_fraction=0",
-        "default+iters=50+lr=0.005",
-        "default+iters=25+batch_size=8",
-        "default+iters=100+batch_size=2",
+        "default+iters=50+distillation.iters=24",
     ],
     "formats": ["rtn", "opt_rtn", "light"],
 }
