@@ -10,6 +10,7 @@ import torch
 from compressed_tensors.offload import is_distributed
 from compressed_tensors.quantization import (
     QuantizationArgs,
+    QuantizationStrategy,
     is_preset_scheme,
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
@@ -38,7 +39,12 @@ from autoround_modifier.formats import (
     has_global_scale,
     make_format,
 )
-from autoround_modifier.initialization import search_range, shared_global_scales
+from autoround_modifier.initialization import (
+    fused_layers,
+    search_range,
+    shared_global_scale,
+    shared_range,
+)
 from autoround_modifier.presets import PRESET_FIELDS, PRESETS
 from autoround_modifier.report import BlockReport
 from autoround_modifier.tuning import BlockGroup, TuningConfig, attention_for_tuning, tune
@@ -142,7 +148,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
     _layers: dict[Layer, str] = PrivateAttr(default_factory=dict)
     _weight_args: dict[Layer, QuantizationArgs] = PrivateAttr(default_factory=dict)
-    _global_scales: dict[nn.Module, Tensor] = PrivateAttr(default_factory=dict)
+    _global_scales: dict[Layer, Tensor] = PrivateAttr(default_factory=dict)
+    _shared_ranges: dict[Layer, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
     _sites: list[ActivationSite] = PrivateAttr(default_factory=list)
     _pending: set[Layer] = PrivateAttr(default_factory=set)
     _blocks: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
@@ -273,7 +280,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
     ) -> None:
-        self._find_global_scales(state.model, self._pending.intersection(modules))
+        self._find_shared_scales(state.model, self._pending.intersection(modules))
         blocks = [module for module in modules if module in self._blocks]
         # The sequential pipeline delivers the blocks of one subgraph, to be tuned together; the
         # basic pipeline delivers the whole model at once.
@@ -288,7 +295,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             self._calibrate_activations([site for site in self._sites if site.module in ran])
 
     def on_calibration_end(self, state: State, event: Event | None, **kwargs: Any) -> None:
-        self._find_global_scales(state.model, self._pending)
+        self._find_shared_scales(state.model, self._pending)
         self._search_layers([layer for layer in self._layers if layer in self._pending])
         self._calibrate_activations(self._sites)
         self._release()
@@ -299,17 +306,27 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             self.on_calibration_end(state, None)
         return True
 
-    def _find_global_scales(self, model: nn.Module, layers: set[Layer]) -> None:
+    def _find_shared_scales(self, model: nn.Module, layers: set[Layer]) -> None:
         """Not earlier: another modifier of the same pass may have changed the weights."""
-        lacking = [
+        in_order = [x for x in self._layers if x in layers and isinstance(x, nn.Linear)]
+        with_global_scale = [
             layer
-            for layer in layers
-            if isinstance(layer, nn.Linear)
-            and has_global_scale(self._weight_args[layer])
-            and layer not in self._global_scales
+            for layer in in_order
+            if has_global_scale(self._weight_args[layer]) and layer not in self._global_scales
         ]
-        if lacking:
-            self._global_scales.update(shared_global_scales(model, lacking))
+        for group in fused_layers(model, with_global_scale):
+            self._global_scales.update(dict.fromkeys(group, shared_global_scale(group)))
+        by_tensor = [
+            layer
+            for layer in in_order
+            if self._weight_args[layer].strategy == QuantizationStrategy.TENSOR
+            and layer not in self._shared_ranges
+        ]
+        for group in fused_layers(model, by_tensor):
+            importances = [self._pop_importance(layer) for layer in group]
+            args = self._weight_args[group[0]]
+            found = shared_range(group, args, importances[0], search=bool(self.scale_search))
+            self._shared_ranges.update(dict.fromkeys(group, found))
 
     @staticmethod
     def _calibrate_activations(sites: list[ActivationSite]) -> None:
@@ -491,16 +508,20 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     def _initial_format(self, layer: Layer, search: bool | None) -> RoundingFormat:
         args = self._weight_args[layer]
         global_scale = self._global_scales.get(layer)
-        found = None
-        if search:
-            importance = self._importance.pop(layer)
-            if importance is not None and not torch.isfinite(importance).all():
-                raise NonFiniteError(
-                    f"{self._layers[layer]}: the calibration inputs have NaN or infinity. Check "
-                    "the calibration text, or load the model in bfloat16 or float32."
-                )
+        found = self._shared_ranges.get(layer)
+        if found is None and search:
+            importance = self._pop_importance(layer)
             found = search_range(layer.weight, args, importance, global_scale, self._fused)
         return make_format(layer.weight, args, found, global_scale, self._fused)
+
+    def _pop_importance(self, layer: Layer) -> Tensor | None:
+        importance = self._importance.pop(layer)
+        if importance is not None and not torch.isfinite(importance).all():
+            raise NonFiniteError(
+                f"{self._layers[layer]}: the calibration inputs have NaN or infinity. Check "
+                "the calibration text, or load the model in bfloat16 or float32."
+            )
+        return importance
 
     def _search_layers(self, layers: list[Layer]) -> None:
         """Quantize without tuning: by the scale search, or to nearest if nothing asks for more."""

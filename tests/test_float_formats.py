@@ -21,7 +21,7 @@ from autoround_modifier.errors import SchemeError
 from autoround_modifier.evaluation import compare
 from autoround_modifier.formats import Grouping, make_format
 from autoround_modifier.formats.floating import E2M1, E4M3, exponent_of, power_of_two
-from autoround_modifier.initialization import search_range, shared_global_scales
+from autoround_modifier.initialization import search_range, shared_global_scale
 
 SCHEMES = {
     "fp8 tensor": {"num_bits": 8, "strategy": "tensor"},
@@ -118,7 +118,7 @@ def test_equals_compressed_tensors(name, seed, kind):
     if name == "nvfp4":
         layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
         layer.weight.data = weight
-        (global_scale,) = shared_global_scales(layer, [layer]).values()
+        global_scale = shared_global_scale([layer])
     found = search_range(weight, args, torch.rand(weight.shape[1]), global_scale)
     for initial in (None, found):
         ours = make_format(weight, args, initial, global_scale).quantized()
@@ -251,6 +251,24 @@ def test_fused_layers_share_a_global_scale():
             assert scales.pop() == pytest.approx(448 * 6 / float(largest), rel=0.2)
     first, second = model.model.layers
     assert first.mlp.down_proj.weight_global_scale != second.mlp.down_proj.weight_global_scale
+
+
+@pytest.mark.parametrize("preset", ["rtn", "opt_rtn", "light"])
+def test_fused_layers_share_the_scale_of_the_tensor(preset):
+    """vLLM rounds q, k and v, or gate and up, a second time where their scales differ."""
+    scheme = GROUPS["fp8 tensor"]
+    model = tuned(scheme, preset, **({"iters": 4} if preset == "light" else {}))
+    original = tiny_llama()
+    for index, block in enumerate(model.model.layers):
+        attention, mlp = block.self_attn, block.mlp
+        assert attention.q_proj.weight_scale == attention.k_proj.weight_scale
+        assert attention.q_proj.weight_scale == attention.v_proj.weight_scale
+        assert mlp.gate_proj.weight_scale == mlp.up_proj.weight_scale
+        assert mlp.gate_proj.weight_scale != mlp.down_proj.weight_scale
+        largest = float(original.model.layers[index].mlp.down_proj.weight.abs().max())
+        factor = float(mlp.down_proj.weight_scale) * E4M3.max_value / largest
+        assert 0.49 < factor < 1.51
+        assert preset != "rtn" or factor == pytest.approx(1, rel=0.01)
 
 
 @pytest.mark.parametrize("scheme", ["NVFP4A16", "mxfp4a16", "MXFP8A16"])

@@ -99,6 +99,8 @@ class GroupFormat(RoundingFormat):
 
     def make_trainable(self, tune_clipping: bool | None = None) -> None:
         tune_clipping = self.grid.tune_clipping if tune_clipping is None else tune_clipping
+        if self.grouping.scale_shape == (1,):
+            tune_clipping = False  # the only scale of a tensor may be shared by several layers
         # float16 resolves V, which stays within about one step, to 1/2048 or finer
         self.rounding = torch.zeros_like(self.weight, dtype=torch.float16)
         self.clipping = [torch.ones_like(self.w_min) for _ in range(2)] if tune_clipping else []
