@@ -24,7 +24,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from autoround_modifier import modifier as modifier_module
 from autoround_modifier import oneshot
+from autoround_modifier.formats import QuantizedWeight
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -124,6 +126,21 @@ def quantize(model: PreTrainedModel, recipe, dataset=None, **kwargs) -> PreTrain
         processor=tiny_tokenizer(),
         **kwargs,
     )
+
+
+@pytest.fixture
+def written(monkeypatch) -> dict[torch.nn.Module, tuple[QuantizedWeight, int]]:
+    """What the modifier wrote back, by module: the tuned weight, and how many integers moved."""
+    recorded = {}
+    original = modifier_module.write_back
+
+    def spy(module, weight, args):
+        moved = original(module, weight, args)
+        recorded[module] = (weight, moved)
+        return moved
+
+    monkeypatch.setattr(modifier_module, "write_back", spy)
+    return recorded
 
 
 @pytest.fixture

@@ -45,3 +45,21 @@ def saved_zero_points(tensors: dict[str, Tensor], name: str, num_bits: int) -> T
     return unpack_from_int32(
         tensors[f"{name}.weight_zero_point"], num_bits, scale.shape, packed_dim=0
     )
+
+
+def saved_floats(tensors: dict[str, Tensor], name: str, e2m1: list[float]) -> tuple[Tensor, Tensor]:
+    """
+    The numbers and scales of a floating-point weight, read from the bits of a checkpoint.
+
+    :param e2m1: the non-negative numbers of E2M1, in the order of their encodings
+    :return: (out_features, in_features), float32; scales as float32
+    """
+    scale = tensors[f"{name}.weight_scale"]
+    if scale.dtype == torch.uint8:  # E8M0: an exponent with bias 127
+        scale = 2.0 ** (scale.double() - 127)
+    if f"{name}.weight_packed" not in tensors:
+        return tensors[f"{name}.weight"].float(), scale.float()
+    packed = tensors[f"{name}.weight_packed"].long()
+    nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    numbers = torch.tensor([*e2m1, *(-number for number in e2m1)])
+    return numbers[nibbles], scale.float()

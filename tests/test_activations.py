@@ -11,7 +11,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from conftest import quantize, tiny_llama, token_samples, weight_scheme
-from helpers import quantized_layers
+from helpers import quantized_layers, saved_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -231,6 +231,20 @@ def test_saves_and_reloads(name, preset, tmp_path):
                 assert parameter.endswith("zero_point") or (value > 0).all()
 
 
+@pytest.mark.parametrize("name", ["W8A8 dynamic", "W8A8 static", "W4A8 group", "W4A8 channel"])
+def test_saved_integers_are_the_tuned_integers(name, written, tmp_path):
+    """With activations, integers are saved one to a byte; W4AFP8 packs them."""
+    model = tuned(name, iters=4)
+    expected = {layer: written[module][0] for layer, module in quantized_layers(model).items()}
+    model.save_pretrained(tmp_path, save_compressed=True)
+    tensors = saved_tensors(tmp_path)
+    for layer, weight in expected.items():
+        saved = tensors[f"{layer}.weight"]
+        assert saved.dtype == torch.int8
+        assert torch.equal(saved, weight.values), layer
+        assert torch.equal(tensors[f"{layer}.weight_scale"], weight.scale)
+
+
 @pytest.mark.parametrize("name", ["NVFP4", "W4A8 group"])
 def test_tuning_beats_rounding(name):
     kl = {
@@ -388,3 +402,35 @@ def test_refuses_activations_that_do_not_go_with_the_weights(weights, activation
     recipe = AutoRoundModifier(preset="rtn", config_groups={"group_0": group}, ignore=["lm_head"])
     with pytest.raises(SchemeError, match=message):
         quantize(tiny_llama(), recipe)
+
+
+@pytest.mark.parametrize("preset", ["rtn", "opt_rtn", "light"])
+@pytest.mark.parametrize("name", [*SCHEMES, "INT2 asymmetric"])
+def test_degenerate_layers(name, preset, tmp_path):
+    """A layer of zeros has no largest weight to derive a scale from, nor has an input of zeros."""
+    model = tiny_llama()
+    first, second = model.model.layers
+    zeros = (first.self_attn.q_proj, first.mlp.down_proj)
+    for layer in zeros:
+        layer.weight.data.zero_()
+    first.mlp.up_proj.weight.data.fill_(0.25)
+    second.self_attn.o_proj.weight.data[0] = 0
+    second.post_attention_layernorm.weight.data.zero_()  # gate and up see zeros
+    group = weight_scheme(2, False) if name == "INT2 asymmetric" else scheme(name)
+    fields = {"iters": 2} if preset == "light" else {}
+    recipe = AutoRoundModifier(
+        preset=preset, config_groups={"group_0": group}, ignore=["lm_head"], batch_size=8, **fields
+    )
+    quantize(model, recipe, token_samples(16) if recipe.requires_calibration_data else None)
+
+    for layer_name, layer in quantized_layers(model).items():
+        for parameter, value in layer.named_parameters():
+            assert torch.isfinite(value.float()).all(), f"{layer_name}.{parameter}"
+    assert not any(layer.weight.any() for layer in zeros)
+    if group["weights"]["num_bits"] == 8:
+        assert (first.mlp.up_proj.weight - 0.25).abs().max() < 0.02
+    logits = model(UNSEEN).logits
+    assert torch.isfinite(logits).all()
+    model.save_pretrained(tmp_path, save_compressed=True)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(reloaded(UNSEEN).logits, logits, rtol=0, atol=2e-2)

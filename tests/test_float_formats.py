@@ -10,7 +10,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from conftest import quantize, tiny_llama, token_samples
-from helpers import quantized_layers
+from helpers import quantized_layers, saved_floats, saved_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from autoround_modifier import AutoRoundModifier
 from autoround_modifier.errors import SchemeError
 from autoround_modifier.evaluation import compare
-from autoround_modifier.formats import Grouping, make_format
+from autoround_modifier.formats import Grouping, grid_of, make_format
 from autoround_modifier.formats.floating import E2M1, E4M3, exponent_of, power_of_two
+from autoround_modifier.formats.grouping import observed_range
 from autoround_modifier.initialization import search_range, shared_global_scale
 
 SCHEMES = {
@@ -156,8 +157,66 @@ def test_search_lowers_the_weighted_error(name):
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_sign_steps_follow_a_numeric_gradient(name):
-    """Of the smooth surrogate: values as they are, moved by what V, alpha and beta add."""
+def test_gradients_are_those_of_the_smooth_surrogate(name):
+    """
+    By V, alpha, beta and through them the scale, against central differences in float64 of the
+    same function without rounding; V moves each weight onto a number, where the two are equal.
+    """
+    weight, args = weights_of(1, "normal", 48, 96), args_of(name)
+    grid, groups = grid_of(args, torch.float32), Grouping.of(weight.shape, args).split(weight)
+    low, high = (0.8 * bound for bound in observed_range(groups))  # cuts some weights off
+    one_global = 448 * 6 / weight.abs().max()
+    global_scale = one_global.expand(len(groups)) if name == "nvfp4" else None
+    alpha, beta = 0.9 + 0.1 * torch.rand(2, len(groups))
+    limit = grid.element.max_value
+
+    steps, scale, _ = grid.quantize(groups, low, high, global_scale, None, alpha, beta)
+    x = groups / grid.effective_scale(scale, global_scale)
+    unit = grid.element.step(x)
+    rounding = (steps - x) / unit
+    cut_off = x.abs() > 1.05 * limit
+    rounding[cut_off] = 0
+    # At the very end of the range the gradient jumps.
+    cotangent = torch.randn(groups.shape) * (cut_off | (steps.abs() < limit))
+
+    leaves = [one.clone().requires_grad_() for one in (rounding, alpha, beta)]
+    steps, scale, _ = grid.quantize(groups, low, high, global_scale, *leaves)
+    (steps * grid.effective_scale(scale, global_scale) * cotangent).sum().backward()
+
+    assert leaves[0].grad.any()
+    assert (leaves[1].grad.abs() + leaves[2].grad.abs()).any()
+
+    slope = 2.0**-grid.element.max_exponent if name.startswith("mx") else 1 / limit
+    start = grid.effective_scale(scale, global_scale).detach().double()
+
+    def surrogate(rounding, alpha, beta):
+        def smooth(alpha, beta):
+            return torch.maximum(-low.double() * alpha, high.double() * beta).unsqueeze(-1) * slope
+
+        moved = smooth(alpha, beta) - smooth(leaves[1].detach(), leaves[2].detach())
+        s = start + moved
+        return ((groups.double() / s + rounding * unit).clamp(-limit, limit) * s * cotangent).sum(
+            -1
+        )
+
+    h = 1e-6
+    point = [leaf.detach().double() for leaf in leaves]
+    for index, leaf in enumerate(leaves):
+        ends = []
+        for sign in (1, -1):
+            moved = list(point)
+            # of V, one weight of each group at a time would take long: all along one direction
+            direction = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(5))
+            moved[index] = moved[index] + sign * h * direction.double()
+            ends.append(surrogate(*moved))
+        numeric = (ends[0] - ends[1]) / (2 * h)
+        ours = (leaf.grad * direction).double()
+        ours = ours.sum(-1) if index == 0 else ours
+        torch.testing.assert_close(ours, numeric, rtol=2e-3, atol=2e-3 * float(numeric.abs().max()))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_sign_steps_follow_the_gradient_of_v(name):
     weight, args = weights_of(1, "normal", 48, 96), args_of(name)
     global_scale = torch.tensor([448 * 6 / weight.abs().max()]) if name == "nvfp4" else None
     fmt = make_format(weight, args, None, global_scale)
@@ -235,6 +294,22 @@ def test_saves_and_reloads_what_was_tuned(name, tmp_path):
         module = reloaded.get_submodule(layer)
         if hasattr(module, "weight") and module.weight.dtype == weight.dtype:
             assert torch.equal(module.weight, weight), layer
+
+
+@pytest.mark.parametrize("preset", ["rtn", "light"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_saved_codes_are_the_tuned_codes(name, preset, written, tmp_path):
+    model = tuned(GROUPS[name], preset, **({"iters": 4} if preset == "light" else {}))
+    expected = {layer: written[module][0] for layer, module in quantized_layers(model).items()}
+    model.save_pretrained(tmp_path, save_compressed=True)
+    tensors = saved_tensors(tmp_path)
+    for layer, weight in expected.items():
+        numbers, scale = saved_floats(tensors, layer, NUMBERS[E2M1])
+        assert torch.equal(numbers, weight.values.float()), layer
+        assert torch.equal(scale, weight.scale.float()), layer
+        global_scale = tensors.get(f"{layer}.weight_global_scale")
+        assert (global_scale is None) == (name != "nvfp4")
+        assert global_scale is None or torch.equal(global_scale, weight.global_scale)
 
 
 def test_fused_layers_share_a_global_scale():

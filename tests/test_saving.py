@@ -15,28 +15,12 @@ from helpers import (
 from transformers import AutoModelForCausalLM
 
 from autoround_modifier import AutoRoundModifier
-from autoround_modifier import modifier as modifier_module
-
-
-@pytest.fixture
-def tuned(monkeypatch) -> dict:
-    """What the modifier wrote back, by module: the tuner's own integers, scales, zero points."""
-    recorded = {}
-    original = modifier_module.write_back
-
-    def spy(module, weight, args):
-        moved = original(module, weight, args)
-        recorded[module] = (weight, moved)
-        return moved
-
-    monkeypatch.setattr(modifier_module, "write_back", spy)
-    return recorded
 
 
 @pytest.mark.parametrize("group_size", [32, None], ids=["group", "channel"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("num_bits", range(2, 9))
-def test_saved_integers_are_the_tuned_integers(num_bits, symmetric, group_size, tuned, tmp_path):
+def test_saved_integers_are_the_tuned_integers(num_bits, symmetric, group_size, written, tmp_path):
     model = tiny_llama(num_layers=1)
     scheme = weight_scheme(num_bits, symmetric, group_size)
     modifier = AutoRoundModifier(
@@ -44,8 +28,8 @@ def test_saved_integers_are_the_tuned_integers(num_bits, symmetric, group_size, 
     )
     quantize(model, modifier)
     layers = quantized_layers(model)
-    assert set(layers.values()) == set(tuned)
-    expected = {name: tuned[module] for name, module in layers.items()}
+    assert set(layers.values()) == set(written)
+    expected = {name: written[module] for name, module in layers.items()}
     for name, module in layers.items():
         assert torch.equal(integers(module), expected[name][0].values)
 

@@ -36,7 +36,21 @@ class Answers:
 def kernels_in_use(model: torch.nn.Module) -> set[str]:
     """:return: class names of the kernels of the compressed-tensors layers"""
     schemes = (getattr(module, "scheme", None) for module in model.modules())
-    return {type(scheme.kernel).__name__ for scheme in schemes if scheme is not None}
+    return {
+        type(kernel).__name__
+        for scheme in schemes
+        for attribute in ("kernel", "fp8_linear", "linear_kernel")
+        if (kernel := getattr(scheme, attribute, None)) is not None
+    }
+
+
+def probe_value(layer: torch.nn.Module) -> float:
+    """:return: a number that a layer's quantization of its input leaves as it is, or nearly so"""
+    global_scale = getattr(layer, "input_global_scale_inv", None)
+    if global_scale is not None:  # NVFP4: 6 times the scale 64
+        return 6 * 64 / float(global_scale)
+    scale = getattr(layer, "input_scale", None)
+    return 1.0 if scale is None else 64 * float(scale)
 
 
 def applied_weights(model: torch.nn.Module, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -47,8 +61,9 @@ def applied_weights(model: torch.nn.Module, prefixes: tuple[str, ...]) -> dict[s
     weights = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LinearBase) and name.startswith(prefixes):
-            identity = torch.eye(layer.input_size, dtype=layer.params_dtype)
-            weights[name] = layer.quant_method.apply(layer, identity, None).t().contiguous()
+            value = probe_value(layer)
+            identity = value * torch.eye(layer.input_size, dtype=layer.params_dtype)
+            weights[name] = layer.quant_method.apply(layer, identity, None).t() / value
     return weights
 
 

@@ -49,13 +49,15 @@ PROJECTIONS = (
 )
 
 
-def quantize(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config_groups: dict[str, dict]
-) -> None:
+def quantize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
     """Quantize in place, tuned for a few iterations on text of the model's own."""
     dataset = self_generated(model, tokenizer, num_samples=16, max_seq_length=64)
     modifier = AutoRoundModifier(
-        iters=10, batch_size=4, config_groups=config_groups, ignore=["lm_head"]
+        iters=10,
+        batch_size=4,
+        config_groups=row.config_groups,
+        kv_cache_scheme=row.kv_cache_scheme,
+        ignore=["lm_head"],
     )
     oneshot(model=model, tokenizer=tokenizer, dataset=dataset, recipe=modifier)
 
@@ -67,7 +69,7 @@ def save_checkpoint(source: Path, directory: Path, row: Row) -> None:
     if row.config_groups is None:
         model.save_pretrained(directory)
     else:
-        quantize(model, tokenizer, row.config_groups)
+        quantize(model, tokenizer, row)
         model.save_pretrained(directory, save_compressed=True)
     tokenizer.save_pretrained(directory)
 
@@ -101,14 +103,25 @@ def greedy(model: PreTrainedModel, token_ids: list[int]) -> tuple[list[int], lis
     return tokens, margins
 
 
-def ask(checkpoint: Path, dtype: torch.dtype) -> tuple[list[dict], dict[str, torch.Tensor]]:
+def load(checkpoint: Path, row: Row, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a saved checkpoint with Transformers, to compute in `dtype`."""
+    if row.runs_in_float32:
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    model(torch.tensor([[0]]))  # the first forward pass decompresses every layer
+    return model.to(dtype)
+
+
+def ask(
+    checkpoint: Path, row: Row, dtype: torch.dtype
+) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """
-    Load a saved checkpoint with Transformers, computing in `dtype`.
+    Let Transformers compute a saved checkpoint in `dtype`.
 
     :return: the answers to each prompt, and the dequantized weights of `LAYERS`
     """
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+    model = load(checkpoint, row, dtype)
     prompts = []
     for text in PROMPTS:
         token_ids = tokenizer(text)["input_ids"]
@@ -128,12 +141,12 @@ def ask(checkpoint: Path, dtype: torch.dtype) -> tuple[list[dict], dict[str, tor
     return prompts, weights
 
 
-def write_reference(checkpoint: Path, directory: Path) -> None:
+def write_reference(checkpoint: Path, directory: Path, row: Row) -> None:
     """Write down what Transformers computes from the saved checkpoint, in both dtypes."""
     answers = {}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        answers[name], weights = ask(checkpoint, dtype)
+        answers[name], weights = ask(checkpoint, row, dtype)
         save_file(weights, directory / f"weights_{name}.safetensors")
     (directory / "reference.json").write_text(json.dumps(answers, indent=1))
 
@@ -150,7 +163,7 @@ def main() -> None:
             continue
         directory = arguments.output / row.name
         save_checkpoint(arguments.model, directory / "checkpoint", row)
-        write_reference(directory / "checkpoint", directory)
+        write_reference(directory / "checkpoint", directory, row)
         print(f"{row.name}: {directory}", flush=True)
 
 

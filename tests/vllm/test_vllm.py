@@ -1,6 +1,6 @@
 """vLLM loads each checkpoint unchanged and computes what Transformers computes from it.
 
-Every row runs twice:
+Rows of integer weights run twice, all others in bfloat16:
 
 - float32, through the dequantizing kernel. Both engines then evaluate the same function almost
   without rounding, so the tolerance is tight, even for a model that quantization has ruined and
@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import dequantizing_kernel
+import format_kernels
 import pytest
 import torch
-from dequantizing_kernel import DequantizingLinearKernel, register
+from dequantizing_kernel import DequantizingLinearKernel
 from engine import Answers, ask_engine
 from kernel_choice import own_kernel
 from reference import Reference, gaps
@@ -29,12 +31,16 @@ FLOAT32_MEAN, FLOAT32_MAX = 1e-3, 1e-2
 # function are sqrt(2) apart when each is 1 off. Measured: 0.8 to 1.2, and 0.4 to 1.5.
 BFLOAT16_MEAN_FACTOR, BFLOAT16_MAX_FACTOR = 2, 3
 
-register()
+# Of the largest weight. The inputs by which the applied weights are read are quantized themselves.
+QUANTIZED_ACTIVATIONS_TOLERANCE = 0.01
+
+dequantizing_kernel.register()
+format_kernels.register()
 
 CASES = [
     pytest.param((row, dtype), id=f"{row.name}-{dtype}")
     for row in ROWS
-    for dtype in ("float32", "bfloat16")
+    for dtype in (("float32", "bfloat16") if row.runs_in_float32 else ("bfloat16",))
 ]
 
 
@@ -70,12 +76,12 @@ def answers(
 ) -> Answers:
     """Start the engine once per case; the table gets a line whether or not it starts."""
     row, dtype = case
-    groups = (row.config_groups or {}).values()
-    own = ", ".join(own_kernel(group) or "refused" for group in groups) or "-"
+    own = ", ".join(own_kernels(row)) or "-"
     with pytest.MonkeyPatch.context() as environment:
-        if dtype == "float32":
-            # It accepts float32 layers, and then raises: its GEMM has 16-bit types only.
-            environment.setenv("VLLM_DISABLED_KERNELS", "CPUWNA16LinearKernel")
+        environment.setattr(format_kernels.Dequantizing, "activations", row.activations)
+        # The former accepts float32 layers, and then raises: its GEMM has 16-bit types only.
+        disabled = "CPUWNA16LinearKernel" if dtype == "float32" else row.broken_kernel
+        environment.setenv("VLLM_DISABLED_KERNELS", disabled or "")
         try:
             answers = ask_engine(
                 checkpoints / row.name / "checkpoint", dtype, reference.prompts, reference.blocks()
@@ -85,6 +91,16 @@ def answers(
             raise
     table.append((row.name, dtype, "yes", own, *measurements(answers, reference, allowed)))
     return answers
+
+
+def own_kernels(row: Row) -> list[str]:
+    """:return: for each config group, the class of vLLM's own kernel, or that it has none"""
+    if row.broken_kernel is not None:
+        return [f"{row.broken_kernel}, broken"]
+    if row.kernel is not None:
+        ours = row.kernel in [kernel.__name__ for kernel in format_kernels.KERNELS]
+        return ["refused" if ours else row.kernel]
+    return [own_kernel(group) or "refused" for group in (row.config_groups or {}).values()]
 
 
 def measurements(
@@ -109,6 +125,9 @@ def measurements(
 def test_kernels(case: tuple[Row, str], answers: Answers) -> None:
     """vLLM's own kernel runs what it can, and ours the rest."""
     row, dtype = case
+    if row.kernel is not None:
+        assert answers.kernels == {row.kernel}
+        return
     expected = set()
     for group in (row.config_groups or {}).values():
         own = own_kernel(group) if dtype == "bfloat16" else None
@@ -116,12 +135,18 @@ def test_kernels(case: tuple[Row, str], answers: Answers) -> None:
     assert answers.kernels == expected
 
 
-def test_weights(answers: Answers, reference: Reference) -> None:
+def test_weights(case: tuple[Row, str], answers: Answers, reference: Reference) -> None:
     """The weights that the engine multiplies by are Transformers', bit for bit."""
+    tolerance = QUANTIZED_ACTIVATIONS_TOLERANCE if case[0].activations else 0
+
+    def differ(weight: torch.Tensor, expected: torch.Tensor) -> bool:
+        gap = (weight.float() - expected.float()).abs().max()
+        return bool(gap > tolerance * expected.abs().max())
+
     different = [
         name
         for name, weight in answers.weights.items()
-        if not torch.equal(weight, reference.fused_weight(name))
+        if differ(weight, reference.fused_weight(name))
     ]
     assert len(answers.weights) == 4 * len(reference.blocks())
     assert not different
