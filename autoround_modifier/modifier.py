@@ -32,7 +32,7 @@ from autoround_modifier.calibration.capture import BlockCapture, ImportanceCaptu
 from autoround_modifier.calibration.chain import QuantizedChain
 from autoround_modifier.calibration.samples import call_token_mask
 from autoround_modifier.errors import NonFiniteError
-from autoround_modifier.export import write_back
+from autoround_modifier.export import choose_saved_format, write_back
 from autoround_modifier.formats import (
     QuantizedWeight,
     RoundingFormat,
@@ -241,6 +241,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
         QuantizationMixin.initialize_quantization(self, model)
         self._layers = {module: name for name, (module, _) in schemes.items()}
+        for layer in self._layers:
+            choose_saved_format(layer.quantization_scheme)
         self._weight_args = {module: scheme.weights for module, scheme in schemes.values()}
         self._fused = self._compilation_pays()
         self._sites = activation_sites(

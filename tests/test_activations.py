@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from compressed_tensors.quantization import (
@@ -11,7 +13,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from conftest import quantize, tiny_llama, token_samples, weight_scheme
-from helpers import quantized_layers, saved_tensors
+from helpers import quantized_layers, saved_integers, saved_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -233,7 +235,7 @@ def test_saves_and_reloads(name, preset, tmp_path):
 
 @pytest.mark.parametrize("name", ["W8A8 dynamic", "W8A8 static", "W4A8 group", "W4A8 channel"])
 def test_saved_integers_are_the_tuned_integers(name, written, tmp_path):
-    """With activations, integers are saved one to a byte; W4AFP8 packs them."""
+    """With integer activations the library saves one to a byte."""
     model = tuned(name, iters=4)
     expected = {layer: written[module][0] for layer, module in quantized_layers(model).items()}
     model.save_pretrained(tmp_path, save_compressed=True)
@@ -243,6 +245,29 @@ def test_saved_integers_are_the_tuned_integers(name, written, tmp_path):
         assert saved.dtype == torch.int8
         assert torch.equal(saved, weight.values), layer
         assert torch.equal(tensors[f"{layer}.weight_scale"], weight.scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("W4AFP8", {}), ("W4A8 group", {"format": "pack-quantized"})]
+)
+def test_packed_integers_with_activations(name, fields, written, tmp_path):
+    """vLLM's scheme for W4AFP8, and its GPU kernel for W4A8, read nothing else."""
+    group = scheme(name) | fields
+    model = quantize(
+        tiny_llama(),
+        AutoRoundModifier(iters=2, config_groups={"group_0": group}, ignore=["lm_head"]),
+        token_samples(8),
+    )
+    logits = model(UNSEEN).logits
+    expected = {layer: written[module][0] for layer, module in quantized_layers(model).items()}
+    model.save_pretrained(tmp_path, save_compressed=True)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "pack-quantized"
+    tensors = saved_tensors(tmp_path)
+    for layer, weight in expected.items():
+        assert torch.equal(saved_integers(tensors, layer, 4), weight.values), layer
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(reloaded(UNSEEN).logits, logits, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("name", ["NVFP4", "W4A8 group"])

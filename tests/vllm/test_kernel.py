@@ -8,11 +8,16 @@ import pytest
 import torch
 from dequantizing_kernel import unpack
 from kernel_choice import choose, scheme
-from rows import group
+from rows import FP8_TOKEN, INT8_TOKEN, group
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     pack_quantized_values_into_int32,
     unpack_quantized_values_into_int32,
 )
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.scalar_type import scalar_types
 
 
@@ -66,3 +71,26 @@ def test_own_cpu_kernels_refuse_other_widths_than_4(num_bits: int, symmetric: bo
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 def test_own_cpu_kernel_takes_4_bits(symmetric: bool) -> None:
     assert choose(group(4, symmetric=symmetric)) == "CPUWNA16LinearKernel"
+
+
+def chosen_scheme(activations: dict, group_size: int, packing: str) -> str:
+    """:return: class name of vLLM's scheme for 4-bit integers in a checkpoint"""
+    groups = {"group_0": group(4, group_size=group_size) | {"input_activations": activations}}
+    config = {"format": packing, "ignore": ["lm_head"], "config_groups": groups}
+    of_vllm = CompressedTensorsConfig.from_config({"quant_method": "compressed-tensors", **config})
+    return type(of_vllm.get_scheme(torch.nn.Linear(256, 128))).__name__
+
+
+def test_w4afp8_is_a_scheme_of_hopper_and_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `w4afp8_autoround` saves it. Other GPUs and CPUs have no scheme for it."""
+    with pytest.raises(NotImplementedError, match="No compressed-tensors compatible scheme"):
+        chosen_scheme(FP8_TOKEN, 128, "pack-quantized")
+    hopper = DeviceCapability(9, 0)
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda *_: hopper)
+    assert chosen_scheme(FP8_TOKEN, 128, "pack-quantized") == "CompressedTensorsW4A8Fp8"
+
+
+def test_w4a8_has_a_scheme_for_each_packing() -> None:
+    """The former runs on CPUs, the latter, as `w4a8_autoround` saves it, on GPUs."""
+    assert chosen_scheme(INT8_TOKEN, 64, "int-quantized") == "CompressedTensorsW4A8Int"
+    assert chosen_scheme(INT8_TOKEN, 64, "pack-quantized") == "CompressedTensorsWNA8Int"

@@ -63,7 +63,10 @@ def allowed(case: tuple[Row, str], reference: Reference, checkpoints: Path) -> t
         return FLOAT32_MEAN, FLOAT32_MAX
     exact = Reference.load(checkpoints / row.name, "float32")
     mean, maximum = gaps(reference.logprobs, exact.logprobs)
-    return BFLOAT16_MEAN_FACTOR * mean, BFLOAT16_MAX_FACTOR * maximum
+    return (
+        row.tolerance * BFLOAT16_MEAN_FACTOR * mean,
+        row.tolerance * BFLOAT16_MAX_FACTOR * maximum,
+    )
 
 
 @pytest.fixture(scope="module")
