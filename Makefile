@@ -44,6 +44,7 @@ $(VLLM_VENV)/.installed:
 test-vllm: install $(VLLM_VENV)/.installed
 	rm -rf $(OUTPUT)/vllm
 	$(RUN) tests/vllm/make_checkpoints.py "$$($(RUN) examples/smollm2.py | tail -1)" $(OUTPUT)/vllm
+	$(RUN) tests/vllm/make_recipe_checkpoints.py $(OUTPUT)/vllm/recipes
 	$(VLLM_VENV)/bin/python -m pytest -c tests/vllm/pytest.ini --confcutdir tests/vllm tests/vllm \
 		--checkpoints="$(abspath $(OUTPUT))/vllm"
 
@@ -60,7 +61,7 @@ bench-ablation: install
 FORMATS = w8a8_autoround w8a8_static_autoround w4a8_autoround w4afp8_autoround fp8a16_autoround \
 	fp8_dynamic_autoround fp8_static_autoround fp8_block_autoround mxfp4a16_autoround \
 	mxfp4_autoround mxfp8a16_autoround mxfp8_autoround nvfp4a16_autoround nvfp4_autoround \
-	w4a16_fp8_kv_autoround nvfp4_w4a16_mixed_autoround fp8_w2a16_mixed_autoround
+	w4a16_fp8_kv_autoround
 
 bench-formats: install
 	$(RUN) benchmarks/accuracy.py --suite formats --schemes $(FORMATS) --seeds 42 \
