@@ -11,6 +11,7 @@ from compressed_tensors.offload import is_distributed
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationStrategy,
+    disable_quantization,
     is_preset_scheme,
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
@@ -27,7 +28,12 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from autoround_modifier.activations import ActivationSite, activation_sites, needs_calibration
+from autoround_modifier.activations import (
+    DEFAULT_OBSERVER,
+    ActivationSite,
+    activation_sites,
+    needs_calibration,
+)
 from autoround_modifier.calibration.capture import BlockCapture, ImportanceCapture
 from autoround_modifier.calibration.chain import QuantizedChain
 from autoround_modifier.calibration.samples import call_token_mask
@@ -96,7 +102,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     - on_calibration_end: quantize targets that never ran, remove hooks, freeze
 
     Targets, schemes and ``ignore`` are those of `QuantizationMixin`. Its observers have no part in
-    weights that are tuned, and are refused.
+    weights, and are refused; those of static activations default to ``static_minmax``.
 
     :param preset: ``best`` (1000 iterations, 512 samples), ``default`` (200, 128), ``light``
         (50, 128), ``opt_rtn`` (scale search, no tuning) or ``rtn`` (rounding to nearest, no data).
@@ -117,7 +123,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         ``balanced``, the squared error as a share of the output's squared length, of each token
         and of the whole sample; ``mse``, the mean squared error (SignRound); ``filtered``, the
         same without the largest 0.1 % of the differences (SignRoundV2, for less than 4 bits)
-    :param enable_minmax_tuning: learn alpha and beta, not only V; by default for integers only
+    :param enable_minmax_tuning: learn alpha and beta, not only V; by default for integers only,
+        and never where the whole tensor has one scale
     :param enable_quanted_input: feed each block the output of the quantized blocks before it,
         not that of the full-precision ones
     :param holdout_fraction: share of the samples on which candidates are compared; they are
@@ -180,11 +187,29 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
                 )
         return value
 
+    @field_validator("config_groups", "kv_cache_scheme")
+    @classmethod
+    def _observe_the_whole_range(cls, value: Any) -> Any:
+        """
+        Where no observer is named. LLM-Compressor's default is a moving average of which the
+        first batch makes up most; then results depend on batch size and order.
+        """
+        for scheme in value.values() if isinstance(value, dict) else [value]:
+            args = getattr(scheme, "input_activations", scheme)
+            if args is not None and needs_calibration(args) and args.observer is None:
+                args.observer = DEFAULT_OBSERVER
+        return value
+
     @model_validator(mode="after")
     def _refuse_fields_without_effect(self) -> AutoRoundModifier:
-        for name in ("weight_observer", "observer", "bypass_divisibility_checks"):
+        for name in ("weight_observer", "output_observer", "bypass_divisibility_checks"):
             if getattr(self, name):
                 raise ValueError(f"`{name}` has no effect on AutoRoundModifier; remove it")
+        if set(self.observer or ()) - {"input"}:
+            raise ValueError(
+                "AutoRoundModifier has no observers of weights and outputs; use `observer: {input: "
+                "...}` or `input_observer`"
+            )
         return self
 
     @model_validator(mode="after")
@@ -267,8 +292,9 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
         for block in self._blocks:
             self.register_hook(block, self._enter_block(state), "forward_pre", with_kwargs=True)
-        if self.iters:
-            self._capture = BlockCapture(self._blocks, self.num_calibration_samples)
+        if self.iters or self._has_static_activations():
+            # without tuning, `rtn` among them, all samples that the pipeline runs
+            self._capture = BlockCapture(self._blocks, self.num_calibration_samples or None)
             for block in self._blocks:
                 self.register_hook(block, self._record_block(), "forward", with_kwargs=True)
         for site in self._sites:
@@ -282,12 +308,13 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
     ) -> None:
-        self._find_shared_scales(state.model, self._pending.intersection(modules))
+        state.model.apply(disable_quantization)  # the basic pipeline leaves it enabled
         blocks = [module for module in modules if module in self._blocks]
         # The sequential pipeline delivers the blocks of one subgraph, to be tuned together; the
         # basic pipeline delivers the whole model at once.
         groups = [[block] for block in blocks] if state.model in modules else [blocks]
         with self._clean_up_on_failure():
+            self._find_shared_scales(state.model, self._pending.intersection(modules))
             if blocks and self._capture is not None:
                 with self._model_attention(state.model), HooksMixin.disable_hooks():
                     for group in groups:
@@ -297,9 +324,10 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             self._calibrate_activations([site for site in self._sites if site.module in ran])
 
     def on_calibration_end(self, state: State, event: Event | None, **kwargs: Any) -> None:
-        self._find_shared_scales(state.model, self._pending)
-        self._search_layers([layer for layer in self._layers if layer in self._pending])
-        self._calibrate_activations(self._sites)
+        with self._clean_up_on_failure():
+            self._find_shared_scales(state.model, self._pending)
+            self._search_layers([layer for layer in self._layers if layer in self._pending])
+            self._calibrate_activations(self._sites)
         self._release()
         QuantizationMixin.end_calibration(self, state.model)
 
@@ -334,8 +362,11 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     def _calibrate_activations(sites: list[ActivationSite]) -> None:
         """What tuning has not calibrated yet, on what the full-precision model gave."""
         for site in sites:
-            if not site.calibrated:
-                site.calibrate()
+            if not site.calibrated and site.calibrate_or_keep_one():
+                logger.warning(
+                    f"{site.name}: no calibration sample reached its key-value cache, whose scale "
+                    "stays 1"
+                )
 
     def _reason_for_calibration(self) -> str:
         if self.iters or self.scale_search:
@@ -453,8 +484,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         rounded = {layer: fmt.dequantized() for layer, fmt in formats.items()}
         group.calibrate_activations(inputs, samples[-1].masks, self.batch_size, rounded)
         del rounded
-        weights: dict[nn.Linear, QuantizedWeight] = {}
-        if formats:
+        weights = {layer: fmt.quantized() for layer, fmt in formats.items()}
+        if formats and self.iters:
             try:
                 result = tune(
                     group,
@@ -468,10 +499,10 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             except NonFiniteError as error:
                 raise NonFiniteError(f"{name}: {error}; load the model in bfloat16") from error
             weights = result.weights
-            for layer, weight in weights.items():
-                self._write_back(layer, weight)
             self._reports.append(BlockReport.from_result(name, result))
             logger.info(str(self._reports[-1]))
+        for layer, weight in weights.items():
+            self._write_back(layer, weight)
 
         if self.enable_quanted_input and blocks[-1] is not next(reversed(self._blocks)):
             dequantized = {layer: weight.dequantize() for layer, weight in weights.items()}
@@ -527,7 +558,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
     def _search_layers(self, layers: list[Layer]) -> None:
         """Quantize without tuning: by the scale search, or to nearest if nothing asks for more."""
-        search = self.requires_calibration_data
+        search = bool(self.iters or self.scale_search)
         if self.iters and layers:
             names = ", ".join(self._layers[layer] for layer in layers)
             logger.info(f"outside of the tuned blocks, quantized by the scale search: {names}")

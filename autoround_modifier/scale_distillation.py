@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any, cast
 
+from compressed_tensors.modeling import KV_CACHE_ATTR
 from compressed_tensors.offload import disable_offloading, is_distributed
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -197,6 +198,8 @@ def trainable_layers(model: nn.Module) -> dict[nn.Linear, QuantizationArgs]:
     unsupported = []
     for name, module in model.named_modules():
         scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and hasattr(module, KV_CACHE_ATTR):
+            unsupported.append(f"{name} (its key-value cache)")
         if scheme is None or scheme.weights is None or not isinstance(module, nn.Linear):
             continue
         args = scheme.weights
@@ -211,7 +214,7 @@ def trainable_layers(model: nn.Module) -> dict[nn.Linear, QuantizationArgs]:
     if unsupported:
         raise SchemeError(
             "ScaleDistillationModifier trains scales of integer weights by group, channel or "
-            "tensor, without quantized activations; not so: "
+            "tensor, without quantized activations or cache; not so: "
             f"{listed(unsupported)}"
         )
     if not layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from conftest import quantize, tiny_llama, token_samples, weight_scheme
 from helpers import quantized_layers, saved_integers, saved_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -247,6 +249,16 @@ def test_saved_integers_are_the_tuned_integers(name, written, tmp_path):
         assert torch.equal(tensors[f"{layer}.weight_scale"], weight.scale)
 
 
+@pytest.mark.parametrize("preset", ["W2A8", "W3A8", "W6A8", "W4A4"])
+def test_other_widths_with_integer_activations_are_packed(preset, tmp_path):
+    """vLLM's schemes for them read nothing else."""
+    recipe = AutoRoundModifier(preset="rtn", scheme=preset, ignore=["lm_head"])
+    model = quantize(tiny_llama(hidden_size=128), recipe)
+    model.save_pretrained(tmp_path, save_compressed=True)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "pack-quantized"
+
+
 @pytest.mark.parametrize(
     ("name", "fields"), [("W4AFP8", {}), ("W4A8 group", {"format": "pack-quantized"})]
 )
@@ -389,12 +401,122 @@ def test_the_original_cache_still_works():
     assert tokens.shape == (1, 16)
 
 
+def test_static_scales_see_smoothed_activations():
+    """In one pass SmoothQuant changes a block after the full-precision pass has run it."""
+    recipe = [
+        SmoothQuantModifier(smoothing_strength=0.9),
+        AutoRoundModifier(
+            preset="rtn", config_groups={"group_0": scheme("W8A8 static")}, ignore=["lm_head"]
+        ),
+    ]
+    data = token_samples(32)
+    model = quantize(tiny_llama(), recipe, data, pipeline="sequential")
+    seen = {}
+    for name, layer in quantized_layers(model).items():
+        layer.register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: float(args[0].abs().max())})
+        )
+    with torch.no_grad():
+        model(torch.tensor(data["input_ids"]))
+    for name, layer in quantized_layers(model).items():
+        assert float(layer.input_scale) * 127.5 == pytest.approx(seen[name], rel=0.1), name
+
+
+def test_rtn_rounds_to_nearest_whatever_the_activations():
+    models = [tuned(name, "rtn") for name in ("W8A8 static", "W8A8 dynamic")]
+    layers = [quantized_layers(model).values() for model in models]
+    for static, dynamic in zip(*layers, strict=True):
+        assert torch.equal(static.weight, dynamic.weight)
+
+
+def test_static_scales_do_not_depend_on_batches():
+    group = weight_scheme(8, group_size=None) | {
+        "input_activations": {"num_bits": 8, "strategy": "tensor"}  # no observer named
+    }
+
+    def scales(batch_size: int) -> dict[str, torch.Tensor]:
+        recipe = AutoRoundModifier(
+            preset="rtn",
+            config_groups={"group_0": group},
+            kv_cache_scheme=KV_CACHE["tensor"],
+            batch_size=batch_size,
+        )
+        model = quantize(tiny_llama(), recipe, token_samples(32), batch_size=batch_size)
+        return {
+            name: value
+            for name, value in model.named_parameters()
+            if name.endswith(("input_scale", "k_scale", "v_scale"))
+        }
+
+    one, all_at_once = scales(1), scales(32)
+    assert len(one) == 2 * 9 + 1  # seven layers, keys and values of each block; lm_head
+    for name, value in one.items():
+        assert torch.equal(value, all_at_once[name]), name
+
+
+@pytest.mark.parametrize("kind", ["cache", "inputs"])
+def test_basic_pipeline_agrees_with_the_sequential_one(kind):
+    """It runs the whole model at once, and leaves quantization enabled."""
+    group = weight_scheme(2) if kind == "cache" else scheme("W8A8 static")
+    models = [
+        quantize(
+            tiny_llama(),
+            AutoRoundModifier(
+                iters=8,
+                batch_size=8,
+                config_groups={"group_0": group},
+                kv_cache_scheme=KV_CACHE["tensor"],
+                ignore=["lm_head"],
+            ),
+            token_samples(32),
+            pipeline=pipeline,
+        )
+        for pipeline in ("basic", "sequential")
+    ]
+    searched = quantize(
+        tiny_llama(),
+        AutoRoundModifier(preset="opt_rtn", config_groups={"group_0": group}, ignore=["lm_head"]),
+        token_samples(32),
+    )
+    states = [model.state_dict() for model in models]
+    for name, value in states[1].items():
+        if name.endswith("scale"):
+            torch.testing.assert_close(states[0][name], value, rtol=0.1, atol=0.0, msg=name)
+        elif name.endswith(("k_proj.weight", "v_proj.weight")) and kind == "cache":
+            assert not torch.equal(states[0][name], searched.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("name", ["W8A8 static", "NVFP4"])
 def test_rtn_needs_data_for_static_scales(name):
     recipe = AutoRoundModifier(preset="rtn", config_groups={"group_0": scheme(name)})
     assert recipe.requires_calibration_data
     dynamic = AutoRoundModifier(preset="rtn", config_groups={"group_0": scheme("FP8 dynamic")})
     assert not dynamic.requires_calibration_data
+
+
+def test_a_cache_that_no_sample_reaches_keeps_the_scale_of_engines(log):
+    """Like that of a vision tower, when the calibration data is text."""
+    model = tiny_llama()
+    model.model.unused = copy.deepcopy(model.model.layers[0].self_attn)
+    recipe = AutoRoundModifier(
+        preset="rtn",
+        config_groups={"group_0": weight_scheme(8, group_size=None)},
+        kv_cache_scheme=KV_CACHE["tensor"],
+        ignore=["lm_head"],
+    )
+    quantize(model, recipe, token_samples(8))
+    assert model.model.unused.k_scale == model.model.unused.v_scale == 1
+    assert model.model.layers[0].self_attn.k_scale != 1
+    assert any("model.unused: no calibration sample reached its key-value" in x for x in log)
+
+
+@pytest.mark.parametrize("name", ["FP8 static", "W8A8 static"])
+def test_no_hooks_are_left_after_a_failure(name):
+    model = tiny_llama()
+    model.model.layers[1].mlp.unused = nn.Linear(64, 64, dtype=torch.bfloat16)
+    with pytest.raises(CalibrationError):
+        tuned(name, "opt_rtn", model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_layer_that_no_sample_reaches():
@@ -409,13 +531,20 @@ def test_a_layer_that_no_sample_reaches():
     [
         (INT4_GROUP, ACTIVATIONS["nvfp4"], "integer weights go with integer activations"),
         (INT4_GROUP, ACTIVATIONS["mxfp4"], "integer weights go with integer activations"),
-        (FP8_CHANNEL, INT8_TOKEN, "FP8 weights go with FP8 activations"),
+        (FP8_CHANNEL, INT8_TOKEN, "FP8 weights by tensor or channel go with FP8 activations"),
         (NVFP4, FP8_TOKEN, "NVFP4 weights go with NVFP4 activations"),
         (NVFP4, {**ACTIVATIONS["nvfp4"], "group_size": 32}, "`group_size: 16`"),
         ({**MX, "num_bits": 8}, FP8_TOKEN, "MX weights go with dynamic activations"),
         ({**MX, "num_bits": 4}, {**ACTIVATIONS["mxfp4"], "group_size": 16}, "`group_size: 32`"),
+        (FP8_CHANNEL, ACTIVATIONS["mxfp8"], "FP8 weights by tensor or channel"),
+        (FP8_BLOCK, FP8_TOKEN, "as long as the block is wide"),
+        (FP8_BLOCK, {**ACTIVATIONS["fp8 group"], "group_size": 64}, "as long as the block is wide"),
+        (FP8_BLOCK, FP8_TENSOR, "as long as the block is wide"),
+        ({**FP8_CHANNEL, "strategy": "group", "group_size": 32}, FP8_TOKEN, "by tensor or channel"),
+        (INT8_CHANNEL, FP8_TOKEN, "4 bits, symmetric, by `group` only"),
+        ({**INT4_GROUP, "symmetric": False}, FP8_TOKEN, "4 bits, symmetric, by `group` only"),
         (FP8_CHANNEL, {**FP8_TOKEN, "symmetric": False}, "no zero point; set `symmetric: true`"),
-        (FP8_CHANNEL, {**FP8_TOKEN, "strategy": "group", "group_size": 48}, "group_size 48"),
+        (INT8_CHANNEL, {**INT8_TOKEN, "strategy": "group", "group_size": 48}, "group_size 48"),
     ],
 )
 def test_refuses_activations_that_do_not_go_with_the_weights(weights, activations, message):

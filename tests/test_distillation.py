@@ -22,12 +22,13 @@ from autoround_modifier.evaluation import compare
 UNSEEN = torch.tensor(token_samples(8, 12, seed=99)["input_ids"])
 
 
-def rounded(num_bits: int = 2, symmetric: bool = True, group_size: int | None = 32):
+def rounded(num_bits: int = 2, symmetric: bool = True, group_size: int | None = 32, **fields):
     """Quantizes fast."""
     return AutoRoundModifier(
         preset="opt_rtn",
         ignore=["lm_head"],
         config_groups={"group_0": weight_scheme(num_bits, symmetric, group_size)},
+        **fields,
     )
 
 
@@ -344,14 +345,13 @@ def test_refuses_what_cannot_work():
             quantize(tiny_llama(), [ScaleDistillationModifier(iters=1), *recipe])
     with pytest.raises(RecipeError, match=r"quantized already.*q_proj.*in one recipe"):
         quantize(quantize(tiny_llama(), rounded()), ScaleDistillationModifier(iters=1))
-    with pytest.raises(SchemeError, match=r"activations; not so: model.layers.0.self_attn.q_proj"):
-        quantize(
-            tiny_llama(),
-            [
-                QuantizationModifier(scheme="W8A8", targets=["Linear"], ignore=["lm_head"]),
-                ScaleDistillationModifier(iters=1),
-            ],
-        )
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    for quantizer, place in (
+        (QuantizationModifier(scheme="W8A8", ignore=["lm_head"]), "self_attn.q_proj"),
+        (rounded(kv_cache_scheme=cache), "its key-value cache"),
+    ):
+        with pytest.raises(SchemeError, match=f"or cache; not so: model.layers.0..*{place}"):
+            quantize(tiny_llama(), [quantizer, ScaleDistillationModifier(iters=1)])
 
 
 def test_refuses_a_broken_original():

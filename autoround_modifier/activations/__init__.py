@@ -1,6 +1,10 @@
 """Quantized activations: inputs of linear layers, and the key-value cache."""
 
-from autoround_modifier.activations.site import ActivationSite, activation_sites
+from autoround_modifier.activations.site import (
+    DEFAULT_OBSERVER,
+    ActivationSite,
+    activation_sites,
+)
 from autoround_modifier.activations.support import (
     needs_calibration,
     unsupported_activations,
@@ -8,6 +12,7 @@ from autoround_modifier.activations.support import (
 )
 
 __all__ = [
+    "DEFAULT_OBSERVER",
     "ActivationSite",
     "activation_sites",
     "needs_calibration",

@@ -29,9 +29,9 @@ from autoround_modifier.activations.support import needs_calibration
 from autoround_modifier.errors import CalibrationError
 from autoround_modifier.formats.fusion import fuse
 
-__all__ = ["ActivationSite", "activation_sites"]
+__all__ = ["DEFAULT_OBSERVER", "ActivationSite", "activation_sites"]
 
-DEFAULT_OBSERVER = "minmax"  # LLM-Compressor's
+DEFAULT_OBSERVER = "static_minmax"
 E4M3_LAST_STEP = 32.0  # between 416 and 448
 HOOK_TYPES = {"input": "forward_pre", "k": "key", "v": "value"}
 REGISTER: dict[str, Callable[..., RemovableHandle]] = {
@@ -134,6 +134,22 @@ class ActivationSite:
                 update_offload_parameter(self.module, parameter, value)
         self.calibrated = True
         self.forget()
+
+    def calibrate_or_keep_one(self) -> bool:
+        """
+        `calibrate`, but a cache that no sample reached gets the scale 1, as engines take it where
+        a checkpoint has none.
+
+        :return: whether that happened
+        :raises CalibrationError: if nothing was observed of the input of a linear layer
+        """
+        if self.base_name == "input" or self._observer is not None:
+            self.calibrate()
+            return False
+        scale = getattr(self.module, f"{self.base_name}_scale")
+        update_offload_parameter(self.module, f"{self.base_name}_scale", torch.ones_like(scale))
+        self.calibrated = True
+        return True
 
     # ------------------------------------------------------------------ quantization
 

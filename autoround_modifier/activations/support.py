@@ -52,16 +52,20 @@ def unsupported_activations(scheme: QuantizationScheme) -> str | None:
             "`group_size: 32`, `scale_dtype: torch.uint8`), MXFP4 weights with dynamic FP8 as well"
         )
     if weights.type == QuantizationType.FLOAT:
-        if _is_float8(inputs) and (
-            _is_dynamic(inputs, "token", "tensor", "group") or _is_static_tensor(inputs)
-        ):
+        if _goes_with_float8(weights, inputs):
             return None
         return (
-            "FP8 weights go with FP8 activations: dynamic by `token`, `tensor` or `group`, or "
-            "static by `tensor`"
+            "FP8 weights by tensor or channel go with FP8 activations, dynamic by `token` or "
+            "`tensor` or static by `tensor`; FP8 weights by block with FP8 activations, dynamic by "
+            "`group`, as long as the block is wide"
         )
     if _is_float8(inputs) and _is_dynamic(inputs, "token"):
-        return None
+        packed = weights.num_bits == 4 and weights.symmetric
+        if packed and weights.strategy == QuantizationStrategy.GROUP:
+            return None
+        return (
+            "FP8 activations go with integer weights of 4 bits, symmetric, by `group` only (W4AFP8)"
+        )
     is_integer = inputs.type == QuantizationType.INT and inputs.num_bits in (4, 8)
     if is_integer and (
         _is_dynamic(inputs, "token", "tensor", "group") or _is_static_tensor(inputs)
@@ -70,6 +74,18 @@ def unsupported_activations(scheme: QuantizationScheme) -> str | None:
     return (
         "integer weights go with integer activations of 4 or 8 bits, dynamic by `token`, `tensor` "
         "or `group` or static by `tensor`, or with FP8 activations, dynamic by `token`"
+    )
+
+
+def _goes_with_float8(weights: QuantizationArgs, inputs: QuantizationArgs) -> bool:
+    if not _is_float8(inputs) or is_microscaling(inputs):
+        return False
+    if weights.strategy == QuantizationStrategy.BLOCK:
+        assert weights.block_structure is not None
+        return _is_dynamic(inputs, "group") and inputs.group_size == weights.block_structure[1]
+    whole = (QuantizationStrategy.TENSOR, QuantizationStrategy.CHANNEL)
+    return weights.strategy in whole and (
+        _is_dynamic(inputs, "token", "tensor") or _is_static_tensor(inputs)
     )
 
 

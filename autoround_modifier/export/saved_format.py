@@ -10,14 +10,18 @@ __all__ = ["choose_saved_format"]
 
 def choose_saved_format(scheme: QuantizationScheme) -> None:
     """
-    Pack integer weights that have floating-point activations (W4AFP8), unless ``scheme.format``
-    says otherwise. compressed-tensors 0.19 would save each in a byte of its own; vLLM's scheme for
-    them reads packed integers only.
+    Pack integer weights that have quantized activations where vLLM's scheme for them reads packed
+    integers only, unless ``scheme.format`` says otherwise: with FP8 activations, and with dynamic
+    integer activations and any other widths than W8A8 and W4A8. compressed-tensors 0.19 would save
+    each in a byte of its own.
 
     :param scheme: of a layer; updated
     """
     weights, inputs = scheme.weights, scheme.input_activations
     if scheme.format is not None or weights is None or inputs is None:
         return
-    if weights.type == QuantizationType.INT and inputs.type == QuantizationType.FLOAT:
+    if weights.type != QuantizationType.INT:
+        return
+    byte_each = inputs.num_bits == 8 and weights.num_bits in (4, 8)
+    if inputs.type == QuantizationType.FLOAT or (inputs.dynamic and not byte_each):
         scheme.format = CompressionFormat.pack_quantized
