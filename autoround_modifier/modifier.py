@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
-import torch
 from compressed_tensors.offload import is_distributed
 from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationStrategy,
     disable_quantization,
     is_preset_scheme,
 )
@@ -34,23 +31,12 @@ from autoround_modifier.activations import (
     activation_sites,
     needs_calibration,
 )
-from autoround_modifier.calibration.capture import BlockCapture, ImportanceCapture
+from autoround_modifier.calibration.capture import BlockCapture
 from autoround_modifier.calibration.chain import QuantizedChain
 from autoround_modifier.calibration.samples import call_token_mask
 from autoround_modifier.errors import NonFiniteError
-from autoround_modifier.export import choose_saved_format, write_back
-from autoround_modifier.formats import (
-    QuantizedWeight,
-    RoundingFormat,
-    has_global_scale,
-    make_format,
-)
-from autoround_modifier.initialization import (
-    fused_layers,
-    search_range,
-    shared_global_scale,
-    shared_range,
-)
+from autoround_modifier.export import choose_saved_format
+from autoround_modifier.layer_quantizer import LayerQuantizer
 from autoround_modifier.presets import PRESET_FIELDS, PRESETS
 from autoround_modifier.report import BlockReport
 from autoround_modifier.tuning import BlockGroup, TuningConfig, attention_for_tuning, tune
@@ -153,19 +139,13 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     enable_torch_compile: bool | None = None
     seed: int = 42
 
-    _layers: dict[Layer, str] = PrivateAttr(default_factory=dict)
-    _weight_args: dict[Layer, QuantizationArgs] = PrivateAttr(default_factory=dict)
-    _global_scales: dict[Layer, Tensor] = PrivateAttr(default_factory=dict)
-    _shared_ranges: dict[Layer, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
+    _quantizer: LayerQuantizer = PrivateAttr(default_factory=lambda: LayerQuantizer({}, {}, False))
     _sites: list[ActivationSite] = PrivateAttr(default_factory=list)
-    _pending: set[Layer] = PrivateAttr(default_factory=set)
     _blocks: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _capture: BlockCapture | None = PrivateAttr(default=None)
-    _importance: ImportanceCapture = PrivateAttr(default_factory=ImportanceCapture)
     _token_mask: Tensor | None = PrivateAttr(default=None)
     _chain: QuantizedChain = PrivateAttr(default_factory=QuantizedChain)
     _attention: str | None = PrivateAttr(default=None)
-    _fused: bool = PrivateAttr(default=False)
     _progress: tqdm | None = PrivateAttr(default=None)
     _reports: list[BlockReport] = PrivateAttr(default_factory=list)
 
@@ -265,15 +245,15 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             check_calibration_data(state.data.calib, self._reason_for_calibration())
 
         QuantizationMixin.initialize_quantization(self, model)
-        self._layers = {module: name for name, (module, _) in schemes.items()}
-        for layer in self._layers:
+        names = {module: name for name, (module, _) in schemes.items()}
+        for layer in names:
             choose_saved_format(layer.quantization_scheme)
-        self._weight_args = {module: scheme.weights for module, scheme in schemes.values()}
-        self._fused = self._compilation_pays()
+        args = {module: scheme.weights for module, scheme in schemes.values()}
+        fused = self._compilation_pays(names)
+        self._quantizer = LayerQuantizer(names, args, fused)
         self._sites = activation_sites(
-            model.named_modules(), self._layers, self.kv_cache_scheme is not None, self._fused
+            model.named_modules(), names, self.kv_cache_scheme is not None, fused
         )
-        self._pending = set(self._layers)
         targets = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         self._blocks = {block: name for name, block in match_named_modules(model, targets)}
         self._say_what_may_not_be_meant(model)
@@ -281,11 +261,11 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        check_schemes_unchanged(self._layers, self._weight_args)
-        named_layers = ((name, layer) for layer, name in self._layers.items())
+        check_schemes_unchanged(self._quantizer.names, self._quantizer.args)
+        named_layers = ((name, layer) for layer, name in self._quantizer.names.items())
         if targets_embeddings(state.model, named_layers):
             untie_word_embeddings(state.model)
-        for module in (*self._layers, *(site.module for site in self._sites)):
+        for module in (*self._quantizer.names, *(site.module for site in self._sites)):
             apply_calibration_status(module)
         if not self.requires_calibration_data:
             return
@@ -301,7 +281,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             if not site.calibrated:
                 self.register_hook(site.module, site.hook(self._observe(site)), site.hook_type)
         in_blocks = {layer for block in self._blocks for layer in block.modules()}
-        for layer in self._layers:
+        for layer in self._quantizer.names:
             if self.scale_search or layer not in in_blocks:
                 self.register_hook(layer, self._record_layer(), "forward_pre")
 
@@ -314,19 +294,20 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         # basic pipeline delivers the whole model at once.
         groups = [[block] for block in blocks] if state.model in modules else [blocks]
         with self._clean_up_on_failure():
-            self._find_shared_scales(state.model, self._pending.intersection(modules))
+            self._quantizer.find_shared_scales(state.model, modules, bool(self.scale_search))
             if blocks and self._capture is not None:
                 with self._model_attention(state.model), HooksMixin.disable_hooks():
                     for group in groups:
                         self._tune_blocks(group)
+            self._quantize_pending(modules)
             ran = set(modules)
-            self._search_layers([x for x in self._layers if x in self._pending and x in ran])
             self._calibrate_activations([site for site in self._sites if site.module in ran])
 
     def on_calibration_end(self, state: State, event: Event | None, **kwargs: Any) -> None:
         with self._clean_up_on_failure():
-            self._find_shared_scales(state.model, self._pending)
-            self._search_layers([layer for layer in self._layers if layer in self._pending])
+            never_ran = list(self._quantizer.pending)
+            self._quantizer.find_shared_scales(state.model, never_ran, bool(self.scale_search))
+            self._quantize_pending(never_ran)
             self._calibrate_activations(self._sites)
         self._release()
         QuantizationMixin.end_calibration(self, state.model)
@@ -336,27 +317,14 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             self.on_calibration_end(state, None)
         return True
 
-    def _find_shared_scales(self, model: nn.Module, layers: set[Layer]) -> None:
-        """Not earlier: another modifier of the same pass may have changed the weights."""
-        in_order = [x for x in self._layers if x in layers and isinstance(x, nn.Linear)]
-        with_global_scale = [
-            layer
-            for layer in in_order
-            if has_global_scale(self._weight_args[layer]) and layer not in self._global_scales
-        ]
-        for group in fused_layers(model, with_global_scale):
-            self._global_scales.update(dict.fromkeys(group, shared_global_scale(group)))
-        by_tensor = [
-            layer
-            for layer in in_order
-            if self._weight_args[layer].strategy == QuantizationStrategy.TENSOR
-            and layer not in self._shared_ranges
-        ]
-        for group in fused_layers(model, by_tensor):
-            importances = [self._pop_importance(layer) for layer in group]
-            args = self._weight_args[group[0]]
-            found = shared_range(group, args, importances[0], search=bool(self.scale_search))
-            self._shared_ranges.update(dict.fromkeys(group, found))
+    def _quantize_pending(self, modules: Iterable[nn.Module]) -> None:
+        """By the scale search, or to nearest if nothing asks for more."""
+        search = bool(self.iters or self.scale_search)
+        done = self._quantizer.quantize_pending(modules, search)
+        if self.iters and done:
+            logger.info(
+                f"outside of the tuned blocks, quantized by the scale search: {', '.join(done)}"
+            )
 
     @staticmethod
     def _calibrate_activations(sites: list[ActivationSite]) -> None:
@@ -376,11 +344,11 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             return reason
         return "a static scale of activations"
 
-    def _compilation_pays(self) -> bool:
+    def _compilation_pays(self, layers: Iterable[Layer]) -> bool:
         if self.enable_torch_compile is not None:
             return self.enable_torch_compile
         passes = max(self.iters or 0, SEARCH_PASSES if self.scale_search else 0)
-        return passes * sum(layer.weight.numel() for layer in self._layers) >= COMPILE_FROM
+        return passes * sum(layer.weight.numel() for layer in layers) >= COMPILE_FROM
 
     def _say_what_may_not_be_meant(self, model: nn.Module) -> None:
         left_out = uncovered_layers(model, self._blocks, self.ignore)
@@ -416,7 +384,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
     def _record_layer(self) -> Callable[..., None]:
         def record(layer: nn.Module, args: Any) -> None:
-            self._importance.record(layer, args, self._token_mask)
+            self._quantizer.importance.record(layer, args, self._token_mask)
 
         return record
 
@@ -439,9 +407,10 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             yield
         except Exception:
             self._release()
+            total = len(self._quantizer.names)
             logger.error(
-                f"AutoRound stopped with {len(self._layers) - len(self._pending)} of "
-                f"{len(self._layers)} layers quantized. The model in memory is partly quantized: "
+                f"AutoRound stopped with {total - len(self._quantizer.pending)} of "
+                f"{total} layers quantized. The model in memory is partly quantized: "
                 "load it again before the next attempt. Nothing was saved."
             )
             raise
@@ -466,7 +435,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         captured = [self._capture.pop(block) for block in blocks]
         samples = [one for one in captured if one is not None]
         in_group = {layer for block in blocks for layer in block.modules()}
-        layers = [x for x in self._layers if x in in_group and isinstance(x, nn.Linear)]
+        layers = [x for x in self._quantizer.names if x in in_group and isinstance(x, nn.Linear)]
         if not layers and not self._chain:
             return  # nothing to tune, and nothing quantized before it
         if len(samples) < len(blocks):
@@ -480,11 +449,11 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         for one in samples:
             one.inputs = []  # only the inputs of the quantized chain are needed from here on
 
-        formats = {layer: self._initial_format(layer, self.scale_search) for layer in layers}
+        search = bool(self.scale_search)
+        formats = {layer: self._quantizer.initial_format(layer, search) for layer in layers}
         rounded = {layer: fmt.dequantized() for layer, fmt in formats.items()}
         group.calibrate_activations(inputs, samples[-1].masks, self.batch_size, rounded)
         del rounded
-        weights = {layer: fmt.quantized() for layer, fmt in formats.items()}
         if formats and self.iters:
             try:
                 result = tune(
@@ -501,8 +470,10 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             weights = result.weights
             self._reports.append(BlockReport.from_result(name, result))
             logger.info(str(self._reports[-1]))
+        else:
+            weights = {layer: fmt.quantized() for layer, fmt in formats.items()}
         for layer, weight in weights.items():
-            self._write_back(layer, weight)
+            self._quantizer.write_back(layer, weight)
 
         if self.enable_quanted_input and blocks[-1] is not next(reversed(self._blocks)):
             dequantized = {layer: weight.dequantize() for layer, weight in weights.items()}
@@ -535,41 +506,3 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             progress.update(num_blocks)
 
         return advance
-
-    # ------------------------------------------------------------------ layers
-
-    def _initial_format(self, layer: Layer, search: bool | None) -> RoundingFormat:
-        args = self._weight_args[layer]
-        global_scale = self._global_scales.get(layer)
-        found = self._shared_ranges.get(layer)
-        if found is None and search:
-            importance = self._pop_importance(layer)
-            found = search_range(layer.weight, args, importance, global_scale, self._fused)
-        return make_format(layer.weight, args, found, global_scale, self._fused)
-
-    def _pop_importance(self, layer: Layer) -> Tensor | None:
-        importance = self._importance.pop(layer)
-        if importance is not None and not torch.isfinite(importance).all():
-            raise NonFiniteError(
-                f"{self._layers[layer]}: the calibration inputs have NaN or infinity. Check "
-                "the calibration text, or load the model in bfloat16 or float32."
-            )
-        return importance
-
-    def _search_layers(self, layers: list[Layer]) -> None:
-        """Quantize without tuning: by the scale search, or to nearest if nothing asks for more."""
-        search = bool(self.iters or self.scale_search)
-        if self.iters and layers:
-            names = ", ".join(self._layers[layer] for layer in layers)
-            logger.info(f"outside of the tuned blocks, quantized by the scale search: {names}")
-        for layer in layers:
-            self._write_back(layer, self._initial_format(layer, search).quantized())
-
-    def _write_back(self, layer: Layer, weight: QuantizedWeight) -> None:
-        moved = write_back(layer, weight, self._weight_args[layer])
-        if moved:
-            logger.info(
-                f"{self._layers[layer]}: {moved} of {weight.values.numel()} integers moved by one "
-                f"step, because {weight.scale.dtype} cannot carry them to the checkpoint"
-            )
-        self._pending.discard(layer)

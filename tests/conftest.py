@@ -24,8 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from autoround_modifier import modifier as modifier_module
-from autoround_modifier import oneshot
+from autoround_modifier import layer_quantizer, oneshot
 from autoround_modifier.formats import QuantizedWeight
 
 ROOT = Path(__file__).parent.parent
@@ -132,14 +131,14 @@ def quantize(model: PreTrainedModel, recipe, dataset=None, **kwargs) -> PreTrain
 def written(monkeypatch) -> dict[torch.nn.Module, tuple[QuantizedWeight, int]]:
     """What the modifier wrote back, by module: the tuned weight, and how many integers moved."""
     recorded = {}
-    original = modifier_module.write_back
+    original = layer_quantizer.write_back
 
     def spy(module, weight, args):
         moved = original(module, weight, args)
         recorded[module] = (weight, moved)
         return moved
 
-    monkeypatch.setattr(modifier_module, "write_back", spy)
+    monkeypatch.setattr(layer_quantizer, "write_back", spy)
     return recorded
 
 

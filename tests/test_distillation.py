@@ -283,7 +283,7 @@ def test_nothing_is_trained_after_a_failure(monkeypatch):
     monkeypatch.setattr(
         "autoround_modifier.scale_distillation.distill", lambda *args: trained.append(args)
     )
-    monkeypatch.setattr("autoround_modifier.modifier.write_back", fail)
+    monkeypatch.setattr("autoround_modifier.layer_quantizer.write_back", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         quantize(tiny_llama(), [rounded(), ScaleDistillationModifier()])
     reset_session()  # finalizes what was initialized

@@ -1,0 +1,122 @@
+"""Quantizes the targeted layers: where each starts, and what is written into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from loguru import logger
+from torch import Tensor, nn
+
+from autoround_modifier.calibration.capture import ImportanceCapture
+from autoround_modifier.errors import NonFiniteError
+from autoround_modifier.export import write_back
+from autoround_modifier.formats import (
+    QuantizedWeight,
+    RoundingFormat,
+    has_global_scale,
+    make_format,
+)
+from autoround_modifier.initialization import (
+    fused_layers,
+    search_range,
+    shared_global_scale,
+    shared_range,
+)
+from autoround_modifier.validation import Layer
+
+__all__ = ["LayerQuantizer"]
+
+
+class LayerQuantizer:
+    """
+    :param names: the layers to quantize, in the order of the model, and their names for messages
+    :param args: how the weight of each is quantized
+    :param fused: compute with `torch.compile`
+    :ivar importance: of the input channels of layers, as far as they were recorded
+    :ivar pending: layers that are not quantized yet
+    """
+
+    def __init__(
+        self, names: dict[Layer, str], args: dict[Layer, QuantizationArgs], fused: bool
+    ) -> None:
+        self.names = names
+        self.args = args
+        self.fused = fused
+        self.importance = ImportanceCapture()
+        self.pending = set(names)
+        self._global_scales: dict[nn.Module, Tensor] = {}
+        self._shared_ranges: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def find_shared_scales(
+        self, model: nn.Module, modules: Iterable[nn.Module], search: bool
+    ) -> None:
+        """
+        Find what layers that engines fuse have in common, before the first of them is changed, but
+        not earlier than needed: another modifier of the same pass may have changed the weights.
+
+        :param modules: whose turn it is; those that are not pending do not count
+        :param search: see `initial_format`
+        """
+        turn = self.pending.intersection(modules)
+
+        def fused(condition: Callable[[QuantizationArgs], bool]) -> list[list[nn.Linear]]:
+            chosen = [
+                layer
+                for layer in self.names
+                if layer in turn and isinstance(layer, nn.Linear) and condition(self.args[layer])
+            ]
+            return fused_layers(model, chosen)
+
+        for group in fused(has_global_scale):
+            self._global_scales.update(dict.fromkeys(group, shared_global_scale(group)))
+        for group in fused(lambda args: args.strategy == QuantizationStrategy.TENSOR):
+            importance, *_ = [self._pop_importance(layer) for layer in group]
+            found = shared_range(group, self.args[group[0]], importance, search)
+            self._shared_ranges.update(dict.fromkeys(group, found))
+
+    def initial_format(self, layer: Layer, search: bool) -> RoundingFormat:
+        """
+        :param search: start from the range with the least weighted error, not from the observed one
+        :raises NonFiniteError: if the layer's inputs had NaN or infinity
+        """
+        args, global_scale = self.args[layer], self._global_scales.get(layer)
+        found = self._shared_ranges.get(layer)
+        if found is None and search:
+            importance = self._pop_importance(layer)
+            found = search_range(layer.weight, args, importance, global_scale, self.fused)
+        return make_format(layer.weight, args, found, global_scale, self.fused)
+
+    def write_back(self, layer: Layer, weight: QuantizedWeight) -> None:
+        """Set the layer's weight, scale and zero point, for good."""
+        moved = write_back(layer, weight, self.args[layer])
+        if moved:
+            logger.info(
+                f"{self.names[layer]}: {moved} of {weight.values.numel()} integers moved by one "
+                f"step, because {weight.scale.dtype} cannot carry them to the checkpoint"
+            )
+        self.pending.discard(layer)
+
+    def quantize_pending(self, modules: Iterable[nn.Module], search: bool) -> list[str]:
+        """
+        Quantize without tuning.
+
+        :param modules: whose turn it is; those that are not pending do not count
+        :param search: see `initial_format`
+        :return: names of the layers that were quantized
+        """
+        turn = self.pending.intersection(modules)
+        layers = [layer for layer in self.names if layer in turn]
+        for layer in layers:
+            self.write_back(layer, self.initial_format(layer, search).quantized())
+        return [self.names[layer] for layer in layers]
+
+    def _pop_importance(self, layer: Layer) -> Tensor | None:
+        importance = self.importance.pop(layer)
+        if importance is not None and not torch.isfinite(importance).all():
+            raise NonFiniteError(
+                f"{self.names[layer]}: the calibration inputs have NaN or infinity. Check "
+                "the calibration text, or load the model in bfloat16 or float32."
+            )
+        return importance
