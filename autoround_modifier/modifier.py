@@ -96,7 +96,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     :param iters: sign-gradient steps per group of blocks; 0 tunes nothing
     :param lr: step size of V, the learned offset before rounding, in integer steps; it decays
         linearly to 0. Defaults to ``1 / iters``
-    :param minmax_lr: step size of the clipping factors alpha and beta; defaults to ``lr``
+    :param minmax_lr: step size of the clipping factors alpha and beta; defaults to ``lr`` without
+        ``scale_search``, and to ``lr / 2^(num_bits - 2)`` with it
     :param batch_size: calibration samples in each batch
     :param gradient_accumulate_steps: batches in each step
     :param num_calibration_samples: largest number of calibration samples tuned on; the importance

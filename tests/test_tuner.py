@@ -11,9 +11,10 @@ from torch import nn
 
 from autoround_modifier.calibration.samples import BlockCall
 from autoround_modifier.formats import make_format
+from autoround_modifier.initialization import search_range
 from autoround_modifier.tuning import BlockGroup, TuningConfig, tune
 from autoround_modifier.tuning.loss import balanced_error, filtered_error, squared_error
-from autoround_modifier.tuning.optimizer import SignSGD, default_lr
+from autoround_modifier.tuning.optimizer import SignSGD, default_lr, default_minmax_lr
 from autoround_modifier.tuning.sampling import minibatches, split_holdout
 
 ARGS = QuantizationArgs(num_bits=2, symmetric=True, strategy="group", group_size=16)
@@ -40,6 +41,22 @@ def test_step_sizes():
     assert default_lr(200, 4) == 1 / 200
     assert default_lr(1000, 4) == 1 / 1000
     assert default_lr(1000, 3) == 2 / 1000
+
+
+@pytest.mark.parametrize(
+    ("num_bits", "searched", "expected"),
+    [(2, True, 0.02), (4, True, 0.005), (8, True, 0.02 / 64), (4, False, 0.02)],
+)
+def test_step_size_of_clipping(num_bits, searched, expected):
+    """From a searched range the largest weight moves by as many integers at all widths."""
+    assert default_minmax_lr(0.02, num_bits, searched) == expected
+    weight = torch.randn(4, 16)
+    args = QuantizationArgs(num_bits=num_bits, symmetric=False, strategy="channel")
+    fmt = make_format(weight, args, search_range(weight, args) if searched else None)
+    fmt.make_trainable(tune_clipping=True)
+    SignSGD([fmt], iters=50).step([torch.randn(4, 16)])
+    moved = torch.stack(fmt.clipping) - 1
+    torch.testing.assert_close(moved.abs().max(), torch.tensor(expected), rtol=1e-3, atol=0)
 
 
 def test_sign_steps_decay_to_zero_and_stay_in_the_clipping_limits():

@@ -48,15 +48,23 @@ class RoundingFormat(ABC):
     :ivar num_bits: bits of one value
     :ivar rounding: V, or None
     :ivar clipping: alpha and beta, or empty
-    :ivar clipping_limit: upper limit of alpha and beta; the lower one is 0
+    :ivar searched: whether the clipping range was found by a search; if not, it is the observed one
     """
 
     num_bits: int
-    clipping_limit: float = 1.0
+    searched: bool = False
 
     def __init__(self) -> None:
         self.rounding: Tensor | None = None
         self.clipping: list[Tensor] = []
+
+    @property
+    def clipping_limit(self) -> float:
+        """
+        Upper limit of alpha and beta; the lower one is 0. A searched range may also grow
+        (SignRoundV2); the observed one only shrinks.
+        """
+        return 2.0 if self.searched else 1.0
 
     @abstractmethod
     def make_trainable(self, tune_clipping: bool | None = None) -> None:

@@ -93,8 +93,7 @@ class GroupFormat(RoundingFormat):
         else:
             self.w_min, self.w_max = (bound.flatten() for bound in initial_range)
         self.global_scale = global_scale
-        # A searched range may also grow (SignRoundV2); the observed one only shrinks.
-        self.clipping_limit = 1.0 if initial_range is None else 2.0
+        self.searched = initial_range is not None
         self.fused = fused
 
     def make_trainable(self, tune_clipping: bool | None = None) -> None:

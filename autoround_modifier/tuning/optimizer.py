@@ -7,7 +7,7 @@ from torch import Tensor
 
 from autoround_modifier.formats import RoundingFormat
 
-__all__ = ["SignSGD", "default_lr"]
+__all__ = ["SignSGD", "default_lr", "default_minmax_lr"]
 
 
 def default_lr(iters: int, num_bits: int) -> float:
@@ -20,12 +20,24 @@ def default_lr(iters: int, num_bits: int) -> float:
     return (2.0 if iters >= 1000 and num_bits <= 3 else 1.0) / iters
 
 
+def default_minmax_lr(lr: float, num_bits: int, searched: bool) -> float:
+    """
+    ``lr``, as in SignRound, from the observed range. From a searched one, less the wider the
+    integers: alpha and beta are factors of the largest weight, which stands 2^(b-1) integer steps
+    from zero, so that this moves it by as many integer steps at 4 and 8 bits as at 2.
+
+    :param lr: step size of V
+    :param searched: whether the range is the best of a search, or the observed one
+    """
+    return lr / 2 ** (num_bits - 2) if searched else lr
+
+
 class SignSGD:
     """
     :param formats: the weights being tuned, trainable
     :param iters: number of steps; the step size falls linearly to zero over them
     :param lr: step size of V; None for `default_lr` of each weight's bit width
-    :param minmax_lr: step size of alpha and beta; None for that of V
+    :param minmax_lr: step size of alpha and beta; None for `default_minmax_lr`
     """
 
     def __init__(
@@ -40,7 +52,8 @@ class SignSGD:
         self.step_sizes = []
         for fmt in formats:
             rounding_lr = default_lr(iters, fmt.num_bits) if lr is None else lr
-            self.step_sizes.append((rounding_lr, rounding_lr if minmax_lr is None else minmax_lr))
+            clipping_lr = default_minmax_lr(rounding_lr, fmt.num_bits, fmt.searched)
+            self.step_sizes.append((rounding_lr, clipping_lr if minmax_lr is None else minmax_lr))
         self.iteration = 0
 
     def step(self, gradients: list[Tensor | None]) -> None:
