@@ -8,6 +8,7 @@ and small models, not for speed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -41,7 +42,7 @@ E8M0_BIAS = 127
 E4M3_MAX = 448.0
 
 
-class Dequantizing:
+class Dequantizing(ABC):
     """
     What the kernels have in common.
 
@@ -59,9 +60,9 @@ class Dequantizing:
     def can_implement(cls, config: object) -> tuple[bool, str | None]:
         return True, None
 
+    @abstractmethod
     def dequantized(self, layer: torch.nn.Module) -> torch.Tensor:
         """:return: (out_features, in_features)"""
-        raise NotImplementedError
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         weight = self.dequantized(layer).bfloat16()
