@@ -91,7 +91,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     weights, and are refused; those of static activations default to ``static_minmax``.
 
     :param preset: ``best`` (1000 iterations, 512 samples), ``default`` (200, 128), ``light``
-        (50, 128), ``opt_rtn`` (scale search, no tuning) or ``rtn`` (rounding to nearest, no data).
+        (50, 128), ``opt_rtn`` (scale search, no tuning) or ``rtn`` (rounding to nearest, data only
+        for static scales of activations).
         A field that is given overrides its preset.
     :param iters: sign-gradient steps per group of blocks; 0 tunes nothing
     :param lr: step size of V, the learned offset before rounding, in integer steps; it decays
@@ -101,7 +102,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     :param batch_size: calibration samples in each batch
     :param gradient_accumulate_steps: batches in each step
     :param num_calibration_samples: largest number of calibration samples tuned on; the importance
-        of input channels is summed over all that the pipeline runs
+        of input channels, and static scales where nothing is tuned, take all that the pipeline runs
     :param scale_search: start from the best scale of a search, which weighs errors by the
         importance of their input channel, and tune it within [0, 2] of that (SignRoundV2,
         https://arxiv.org/abs/2512.04746); false starts from the minimum and maximum of each
@@ -273,15 +274,18 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
         for block in self._blocks:
             self.register_hook(block, self._enter_block(state), "forward_pre", with_kwargs=True)
-        if self.iters or self._has_static_activations():
-            # without tuning, `rtn` among them, all samples that the pipeline runs
-            self._capture = BlockCapture(self._blocks, self.num_calibration_samples or None)
+        in_blocks = {module for block in self._blocks for module in block.modules()}
+        if self.iters or any(
+            site.module in in_blocks for site in self._sites if not site.calibrated
+        ):
+            # static scales alone take all samples that the pipeline runs
+            limit = self.num_calibration_samples if self.iters else None
+            self._capture = BlockCapture(self._blocks, limit)
             for block in self._blocks:
                 self.register_hook(block, self._record_block(), "forward", with_kwargs=True)
         for site in self._sites:
             if not site.calibrated:
                 self.register_hook(site.module, site.hook(self._observe(site)), site.hook_type)
-        in_blocks = {layer for block in self._blocks for layer in block.modules()}
         for layer in self._quantizer.names:
             if self.scale_search or layer not in in_blocks:
                 self.register_hook(layer, self._record_layer(), "forward_pre")
@@ -440,7 +444,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         if not layers and not self._chain:
             return  # nothing to tune, and nothing quantized before it
         if len(samples) < len(blocks):
-            if layers:
+            if layers and self.iters:
                 logger.warning(f"{name}: not run once for each sample, so not tuned")
             return
         sites = [site for site in self._sites if site.module in in_group]

@@ -11,7 +11,7 @@ __all__ = ["PRESETS", "PRESET_FIELDS", "Preset"]
 class Preset:
     """
     :param iters: sign-gradient steps per block; 0 tunes nothing
-    :param num_calibration_samples: calibration samples used, 0 for none
+    :param num_calibration_samples: calibration samples tuned on, 0 for none
     :param lr: step size of V; None for ``1 / iters`` (see `tuning.optimizer.default_lr`)
     :param scale_search: search each group's scale before tuning, weighted by the importance of
         its input channels (SignRoundV2)

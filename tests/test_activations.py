@@ -25,6 +25,7 @@ from autoround_modifier import AutoRoundModifier
 from autoround_modifier.activations import ActivationSite
 from autoround_modifier.errors import CalibrationError, SchemeError
 from autoround_modifier.evaluation import compare
+from autoround_modifier.export import choose_saved_format
 
 MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "type": "float"}
 NVFP4 = {
@@ -247,6 +248,46 @@ def test_saved_integers_are_the_tuned_integers(name, written, tmp_path):
         assert saved.dtype == torch.int8
         assert torch.equal(saved, weight.values), layer
         assert torch.equal(tensors[f"{layer}.weight_scale"], weight.scale)
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "packed"),
+    [
+        (INT8_CHANNEL, INT8_TOKEN, False),
+        (INT8_CHANNEL, INT8_TENSOR, False),
+        (INT4_GROUP, INT8_TOKEN, False),
+        (INT4_GROUP, FP8_TOKEN, True),
+        ({**INT8_CHANNEL, "symmetric": False}, INT8_TOKEN, True),
+        ({**INT4_GROUP, "symmetric": False}, INT8_TOKEN, True),
+        ({**INT4_GROUP, "num_bits": 8}, INT8_TOKEN, True),
+        ({**INT4_GROUP, "num_bits": 2}, INT8_TOKEN, True),
+        (INT4_GROUP, {**INT8_TOKEN, "strategy": "group", "group_size": 32}, True),
+    ],
+)
+def test_which_integers_are_packed(weights, activations, packed):
+    one = QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(**{"symmetric": True, **weights}),
+        input_activations=QuantizationArgs(**{"symmetric": True, **activations}),
+    )
+    choose_saved_format(one)
+    assert one.format == ("pack-quantized" if packed else None)
+
+
+def test_static_scales_without_tuning_see_all_samples():
+    """Not only as many as the preset would tune on."""
+    data = token_samples(24)
+    scales = []
+    for num_calibration_samples in (2, 24):
+        recipe = AutoRoundModifier(
+            preset="opt_rtn",
+            num_calibration_samples=num_calibration_samples,
+            config_groups={"group_0": scheme("W8A8 static")},
+            ignore=["lm_head"],
+        )
+        model = quantize(tiny_llama(), recipe, data)
+        scales.append([float(x.input_scale) for x in quantized_layers(model).values()])
+    assert scales[0] == scales[1]
 
 
 @pytest.mark.parametrize("preset", ["W2A8", "W3A8", "W6A8", "W4A4"])
@@ -494,10 +535,12 @@ def test_rtn_needs_data_for_static_scales(name):
     assert not dynamic.requires_calibration_data
 
 
-def test_a_cache_that_no_sample_reaches_keeps_the_scale_of_engines(log):
+@pytest.mark.parametrize("place", ["model", "model.layers.1"])
+def test_a_cache_that_no_sample_reaches_keeps_the_scale_of_engines(place, log):
     """Like that of a vision tower, when the calibration data is text."""
     model = tiny_llama()
-    model.model.unused = copy.deepcopy(model.model.layers[0].self_attn)
+    unused = copy.deepcopy(model.model.layers[0].self_attn)
+    model.get_submodule(place).unused = unused
     recipe = AutoRoundModifier(
         preset="rtn",
         config_groups={"group_0": weight_scheme(8, group_size=None)},
@@ -505,9 +548,9 @@ def test_a_cache_that_no_sample_reaches_keeps_the_scale_of_engines(log):
         ignore=["lm_head"],
     )
     quantize(model, recipe, token_samples(8))
-    assert model.model.unused.k_scale == model.model.unused.v_scale == 1
+    assert unused.k_scale == unused.v_scale == 1
     assert model.model.layers[0].self_attn.k_scale != 1
-    assert any("model.unused: no calibration sample reached its key-value" in x for x in log)
+    assert any(f"{place}.unused: no calibration sample reached its key-value" in x for x in log)
 
 
 @pytest.mark.parametrize("name", ["FP8 static", "W8A8 static"])

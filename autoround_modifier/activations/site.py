@@ -68,6 +68,7 @@ class ActivationSite:
         self.calibrated = not needs_calibration(args)
         self.hook_type = HOOK_TYPES[base_name]
         self._observer: Observer | None = None
+        self._earlier: Observer | None = None
 
     def hook(self, function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
         """
@@ -112,9 +113,14 @@ class ActivationSite:
             x = by_token[token_mask].unsqueeze(0).transpose(1, 2)
         self._observer(x)
 
-    def forget(self) -> None:
-        """Drop what was observed."""
-        self._observer = None
+    @property
+    def observed(self) -> bool:
+        """Whether anything was seen that a scale can be found from."""
+        return self._statistics() is not None
+
+    def observe_anew(self) -> None:
+        """Set aside what was observed; it counts only if nothing is observed from now on."""
+        self._earlier, self._observer = self._observer, None
 
     def calibrate(self) -> None:
         """
@@ -122,18 +128,23 @@ class ActivationSite:
 
         :raises CalibrationError: if nothing was observed
         """
-        if self._observer is None or not self._observer.has_statistics:
+        observer = self._statistics()
+        if observer is None:
             raise CalibrationError(
                 f"{self.name}: its activations have a static scale, and no calibration sample "
                 "reached it. Calibrate on data that does, or add it to `ignore`."
             )
-        qparams: dict[str, Tensor | None] = self._observer.get_qparams()  # type: ignore[call-arg]
+        qparams: dict[str, Tensor | None] = observer.get_qparams()  # type: ignore[call-arg]
         for name, value in qparams.items():
             parameter = f"{self.base_name}_{name}"
             if value is not None and hasattr(self.module, parameter):
                 update_offload_parameter(self.module, parameter, value)
         self.calibrated = True
-        self.forget()
+        self._observer = self._earlier = None
+
+    def _statistics(self) -> Observer | None:
+        seen = (x for x in (self._observer, self._earlier) if x is not None and x.has_statistics)
+        return next(seen, None)
 
     def calibrate_or_keep_one(self) -> bool:
         """
@@ -143,7 +154,7 @@ class ActivationSite:
         :return: whether that happened
         :raises CalibrationError: if nothing was observed of the input of a linear layer
         """
-        if self.base_name == "input" or self._observer is not None:
+        if self.base_name == "input" or self.observed:
             self.calibrate()
             return False
         scale = getattr(self.module, f"{self.base_name}_scale")

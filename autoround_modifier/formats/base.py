@@ -46,12 +46,14 @@ class RoundingFormat(ABC):
     The tuned state of one weight. Before `make_trainable` it rounds to nearest.
 
     :ivar num_bits: bits of one value
+    :ivar is_integer: whether its values are evenly spaced
     :ivar rounding: V, or None
     :ivar clipping: alpha and beta, or empty
     :ivar searched: whether the clipping range was found by a search; if not, it is the observed one
     """
 
     num_bits: int
+    is_integer: bool = True
     searched: bool = False
 
     def __init__(self) -> None:

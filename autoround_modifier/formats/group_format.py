@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from torch import Tensor
 
 from autoround_modifier.formats.base import QuantizedWeight, RoundingFormat
@@ -85,6 +85,7 @@ class GroupFormat(RoundingFormat):
         super().__init__()
         assert args.num_bits is not None
         self.num_bits = args.num_bits
+        self.is_integer = args.type == QuantizationType.INT
         self.grid = grid
         self.grouping = Grouping.of(weight.shape, args)
         self.weight = self.grouping.split(weight.detach())

@@ -99,12 +99,13 @@ class BlockGroup:
                 function = observer(site) if site in static else site.quantize
                 stack.callback(site.register(function).remove)
             for site in static:
-                site.forget()  # what it saw of the full-precision model
+                site.observe_anew()  # until now it saw the full-precision model
             for indices, stacked in self.batches(hidden, batch_size):
                 mask = stack_masks(masks, indices, stacked)
                 self.forward(stacked, indices)
         for site in static:
-            site.calibrate()
+            if site.observed:
+                site.calibrate()
 
     @torch.no_grad()
     def advance(

@@ -27,7 +27,8 @@ def default_minmax_lr(lr: float, num_bits: int, searched: bool) -> float:
     from zero, so that this moves it by as many integer steps at 4 and 8 bits as at 2.
 
     :param lr: step size of V
-    :param searched: whether the range is the best of a search, or the observed one
+    :param searched: whether the range of integers is the best of a search; false for the observed
+        one, and for floating-point numbers
     """
     return lr / 2 ** (num_bits - 2) if searched else lr
 
@@ -52,7 +53,8 @@ class SignSGD:
         self.step_sizes = []
         for fmt in formats:
             rounding_lr = default_lr(iters, fmt.num_bits) if lr is None else lr
-            clipping_lr = default_minmax_lr(rounding_lr, fmt.num_bits, fmt.searched)
+            searched_integers = fmt.searched and fmt.is_integer
+            clipping_lr = default_minmax_lr(rounding_lr, fmt.num_bits, searched_integers)
             self.step_sizes.append((rounding_lr, clipping_lr if minmax_lr is None else minmax_lr))
         self.iteration = 0
 
