@@ -631,3 +631,28 @@ def test_degenerate_layers(name, preset, tmp_path):
     model.save_pretrained(tmp_path, save_compressed=True)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(reloaded(UNSEEN).logits, logits, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("attention", "mlp"),
+    [("W4A8 group", "NVFP4"), ("FP8 dynamic", None), ("MXFP8", "MXFP4"), (None, "FP8 block")],
+)
+def test_two_formats_in_one_checkpoint(attention, mlp, tmp_path):
+    """None: 2-bit integers with 16-bit activations."""
+
+    def part(name: str | None, target: str) -> dict:
+        return (weight_scheme(2) if name is None else scheme(name)) | {"targets": [target]}
+
+    groups = {
+        "attention": part(attention, r"re:.*self_attn\..*_proj$"),
+        "mlp": part(mlp, r"re:.*mlp\..*_proj$"),
+    }
+    recipe = AutoRoundModifier(iters=2, config_groups=groups, batch_size=8, ignore=["lm_head"])
+    model = quantize(tiny_llama(), recipe, token_samples(16))
+    logits = model(UNSEEN).logits
+    model.save_pretrained(tmp_path, save_compressed=True)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    assert len({group["format"] for group in config["config_groups"].values()}) == 2
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(reloaded(UNSEEN).logits, logits, rtol=0, atol=2e-2)
