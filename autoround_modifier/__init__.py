@@ -7,6 +7,7 @@ modifier of that name.
 
 from llmcompressor.modifiers import ModifierFactory
 
+from autoround_modifier.auto_scheme import AutoSchemeModifier
 from autoround_modifier.calibration import self_generated, text_dataset
 from autoround_modifier.entrypoint import oneshot
 from autoround_modifier.modifier import AutoRoundModifier
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "AutoRoundModifier",
+    "AutoSchemeModifier",
     "ScaleDistillationModifier",
     "find_recipe",
     "list_recipes",
@@ -28,5 +30,5 @@ __all__ = [
     "text_dataset",
 ]
 
-for _modifier in (AutoRoundModifier, ScaleDistillationModifier):
+for _modifier in (AutoSchemeModifier, AutoRoundModifier, ScaleDistillationModifier):
     ModifierFactory.register(_modifier.__name__, _modifier)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from compressed_tensors.offload import is_distributed
 from compressed_tensors.quantization import (
+    QuantizationScheme,
     disable_quantization,
     is_preset_scheme,
 )
@@ -34,7 +35,7 @@ from autoround_modifier.activations import (
 from autoround_modifier.calibration.capture import BlockCapture
 from autoround_modifier.calibration.chain import QuantizedChain
 from autoround_modifier.calibration.samples import call_token_mask
-from autoround_modifier.errors import NonFiniteError
+from autoround_modifier.errors import NonFiniteError, RecipeError
 from autoround_modifier.export import choose_saved_format
 from autoround_modifier.layer_quantizer import LayerQuantizer
 from autoround_modifier.presets import PRESET_FIELDS, PRESETS
@@ -58,6 +59,15 @@ __all__ = ["AutoRoundModifier"]
 # take longer without.
 COMPILE_FROM = 1e9
 SEARCH_PASSES = 30
+
+
+def compilation_pays(layers: Iterable[Layer], searches: float) -> bool:
+    """
+    :param layers: to quantize
+    :param searches: how often their scales are searched, or steps that take as long
+    """
+    weights = sum(layer.weight.numel() for layer in layers)
+    return searches * SEARCH_PASSES * weights >= COMPILE_FROM
 
 
 class AutoRoundModifier(Modifier, QuantizationMixin):
@@ -172,14 +182,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     @field_validator("config_groups", "kv_cache_scheme")
     @classmethod
     def _observe_the_whole_range(cls, value: Any) -> Any:
-        """
-        Where no observer is named. LLM-Compressor's default is a moving average of which the
-        first batch makes up most; then results depend on batch size and order.
-        """
-        for scheme in value.values() if isinstance(value, dict) else [value]:
-            args = getattr(scheme, "input_activations", scheme)
-            if args is not None and needs_calibration(args) and args.observer is None:
-                args.observer = DEFAULT_OBSERVER
+        _set_default_observer(value.values() if isinstance(value, dict) else [value])
         return value
 
     @model_validator(mode="after")
@@ -204,10 +207,34 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             raise ValueError(
                 f"iters is {self.iters} but num_calibration_samples is 0; tuning needs samples"
             )
+        self._find_whether_data_is_needed()
+        return self
+
+    def _find_whether_data_is_needed(self) -> None:
         self.requires_calibration_data = bool(
             self.iters or self.scale_search or self._has_static_activations()
         )
-        return self
+
+    @property
+    def has_schemes(self) -> bool:
+        """Whether the recipe says how layers are quantized."""
+        return self.scheme is not None or self.config_groups is not None
+
+    def assign_schemes(self, config_groups: dict[str, Any], ignore: list[str]) -> None:
+        """
+        Called before `on_initialize`, where the recipe leaves the schemes open.
+
+        :param config_groups: as in a recipe
+        :param ignore: as in a recipe; added to what the modifier ignores
+        """
+        groups = {
+            name: QuantizationScheme.model_validate(group) for name, group in config_groups.items()
+        }
+        _set_default_observer(groups.values())
+        self.config_groups = groups
+        self.ignore = list(dict.fromkeys([*self.ignore, *ignore]))
+        self._resolved_config = None
+        self._find_whether_data_is_needed()
 
     def _has_static_activations(self) -> bool:
         groups = self.resolved_config.config_groups.values()
@@ -228,7 +255,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
-        :raises RecipeError: if no module is targeted
+        :raises RecipeError: if there is no scheme, or no module is targeted
         :raises SchemeError: if a scheme is not supported or does not fit its layer
         :raises CalibrationError: if data is needed and there is none
         :raises NonFiniteError: if a targeted weight has NaN or infinity
@@ -238,6 +265,11 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             raise RuntimeError(
                 "AutoRoundModifier does not run in several processes: each would tune on its own "
                 "share of the data, and the results would differ. Start one process."
+            )
+        if not self.has_schemes:
+            raise RecipeError(
+                "AutoRoundModifier has neither `scheme` nor `config_groups`: give one of them, or "
+                "put an AutoSchemeModifier before it, which chooses"
             )
         model = state.model
         schemes = resolve_schemes(model, self.resolved_config)
@@ -352,8 +384,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     def _compilation_pays(self, layers: Iterable[Layer]) -> bool:
         if self.enable_torch_compile is not None:
             return self.enable_torch_compile
-        passes = max(self.iters or 0, SEARCH_PASSES if self.scale_search else 0)
-        return passes * sum(layer.weight.numel() for layer in layers) >= COMPILE_FROM
+        passes = max((self.iters or 0) / SEARCH_PASSES, 1 if self.scale_search else 0)
+        return compilation_pays(layers, passes)
 
     def _say_what_may_not_be_meant(self, model: nn.Module) -> None:
         left_out = uncovered_layers(model, self._blocks, self.ignore)
@@ -511,3 +543,16 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             progress.update(num_blocks)
 
         return advance
+
+
+def _set_default_observer(schemes: Iterable[Any]) -> None:
+    """
+    Observe the whole range where no observer is named. LLM-Compressor's default is a moving
+    average of which the first batch makes up most; then results depend on batch size and order.
+
+    :param schemes: `QuantizationScheme` or `QuantizationArgs` of activations, or None; updated
+    """
+    for scheme in schemes:
+        args = getattr(scheme, "input_activations", scheme)
+        if args is not None and needs_calibration(args) and args.observer is None:
+            args.observer = DEFAULT_OBSERVER

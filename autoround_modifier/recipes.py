@@ -10,6 +10,7 @@ import yaml
 from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 
+from autoround_modifier.auto_scheme import AutoSchemeModifier
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.modifier import AutoRoundModifier
 from autoround_modifier.presets import PRESET_FIELDS
@@ -103,7 +104,10 @@ def check_recipe(text: str, source: str) -> None:
                 raise RecipeError(f"{source}:{line}: `{name}`: {problems}") from error
 
 
-_OURS = {modifier.__name__: modifier for modifier in (AutoRoundModifier, ScaleDistillationModifier)}
+_OURS = {
+    modifier.__name__: modifier
+    for modifier in (AutoSchemeModifier, AutoRoundModifier, ScaleDistillationModifier)
+}
 
 _LAYOUT = (
     "a recipe is `<name>_stage:`, in it `<name>_modifiers:`, in it `<Modifier>: {fields}`; "

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from autoround_modifier import layer_quantizer, oneshot
+from autoround_modifier import auto_scheme, layer_quantizer, oneshot
 from autoround_modifier.formats import QuantizedWeight
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +113,12 @@ def _fresh_session():
     """LLM-Compressor keeps one global session; a failed run must not leak into the next test."""
     yield
     reset_session()
+
+
+@pytest.fixture(autouse=True)
+def _own_score_cache(monkeypatch, tmp_path):
+    """Scores measured in a test are not kept for others, nor for the user."""
+    monkeypatch.setattr(auto_scheme, "default_cache_folder", lambda: tmp_path / "score_cache")
 
 
 def quantize(model: PreTrainedModel, recipe, dataset=None, **kwargs) -> PreTrainedModel:

@@ -46,6 +46,8 @@ EXPECTED = {
     "w4a16_fp8_kv_autoround",
     "nvfp4_w4a16_mixed_autoround",
     "fp8_w2a16_mixed_autoround",
+    "autoscheme_w2_w4_w8_autoround",
+    "autoscheme_nvfp4_fp8_autoround",
 }
 PRESETS = {"fp8_block_autoround": "rtn"}  # others: default
 TUNED = ("AutoRoundModifier", "ScaleDistillationModifier")
@@ -78,7 +80,7 @@ def test_loads(name):
     assert len(tuned) == 1
     assert tuned[0].preset == PRESETS.get(name, "default")
     first_line = path.read_text().splitlines()[0]
-    for scheme in tuned[0].resolved_config.config_groups.values():
+    for scheme in (tuned[0].config_groups or {}).values():
         assert f"{scheme.weights.num_bits}-bit" in path.read_text(), first_line
 
 

@@ -15,16 +15,12 @@ from typing import Any
 import torch
 from compressed_tensors.modeling import KV_CACHE_ATTR, register_key_hook, register_value_hook
 from compressed_tensors.offload import update_offload_parameter
-from compressed_tensors.quantization import QuantizationArgs, QuantizationType
-from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-from compressed_tensors.quantization.utils import (
-    calculate_range,
-    compute_dynamic_scales_and_zp,
-)
+from compressed_tensors.quantization import QuantizationArgs
 from llmcompressor.observers import Observer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from autoround_modifier.activations.functional import fake_quantize_activation
 from autoround_modifier.activations.support import needs_calibration
 from autoround_modifier.errors import CalibrationError
 from autoround_modifier.formats.fusion import fuse
@@ -32,7 +28,6 @@ from autoround_modifier.formats.fusion import fuse
 __all__ = ["DEFAULT_OBSERVER", "ActivationSite", "activation_sites"]
 
 DEFAULT_OBSERVER = "static_minmax"
-E4M3_LAST_STEP = 32.0  # between 416 and 448
 HOOK_TYPES = {"input": "forward_pre", "k": "key", "v": "value"}
 REGISTER: dict[str, Callable[..., RemovableHandle]] = {
     "input": lambda module, hook: module.register_forward_pre_hook(hook),
@@ -175,38 +170,13 @@ class ActivationSite:
         scale, zero_point, global_scale = (
             getattr(self.module, f"{self.base_name}_{name}", None) for name in names
         )
-        function = _fused_fake_quantize if self.fused else _fake_quantize
+        function = _fused_fake_quantize if self.fused else fake_quantize_activation
         with torch.no_grad():
             quantized, represented = function(batched, scale, zero_point, global_scale, self.args)
         return _StraightThrough.apply(batched, quantized, represented).view_as(x)
 
 
-def _fake_quantize(
-    x: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    global_scale: Tensor | None,
-    args: QuantizationArgs,
-) -> tuple[Tensor, Tensor | None]:
-    """
-    :param x: three dimensions or more
-    :return: what compressed-tensors' `forward_quantize` gives with these parameters, and where
-        ``x`` is within the range of a static scale, or rounds to its end; None if it always is
-    """
-    if args.dynamic:
-        scale, zero_point = compute_dynamic_scales_and_zp(x, args, None, global_scale)
-        quantized = fake_quantize(x, scale, zero_point, args, global_scale)
-        return quantized.to(x.dtype), None
-    assert scale is not None
-    quantized = fake_quantize(x, scale, zero_point, args, global_scale)
-    q_min, q_max = calculate_range(args, x.device)
-    offset = 0 if zero_point is None else zero_point.float()
-    half_step = 0.5 if args.type == QuantizationType.INT else E4M3_LAST_STEP / 2
-    low, high = q_min - offset - half_step, q_max - offset + half_step
-    return quantized.to(x.dtype), (x >= low * scale.float()) & (x <= high * scale.float())
-
-
-_fused_fake_quantize = fuse(_fake_quantize)
+_fused_fake_quantize = fuse(fake_quantize_activation)
 
 
 class _StraightThrough(torch.autograd.Function):

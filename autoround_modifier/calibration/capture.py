@@ -158,6 +158,12 @@ class ImportanceCapture:
         squares = x.flatten(0, -2).float().square().sum(0).double()
         self._sums[layer] = self._sums[layer] + squares if layer in self._sums else squares
 
+    def copy(self) -> ImportanceCapture:
+        """:return: the same record; what is taken out of it stays in this one"""
+        other = ImportanceCapture()
+        other._sums = dict(self._sums)
+        return other
+
     def pop(self, layer: nn.Module) -> Tensor | None:
         """:return: (in_features,), float32; None if the layer saw no tokens"""
         total = self._sums.pop(layer, None)

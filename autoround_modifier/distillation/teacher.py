@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from autoround_modifier.errors import CalibrationError, NonFiniteError
 
-__all__ = ["TeacherBatch", "divergence", "record_teacher"]
+__all__ = ["TeacherBatch", "counting_positions", "divergence", "logits_of", "record_teacher"]
 
 # Likeliest tokens kept for each position. The rest of the vocabulary counts as one more outcome.
 TOP_K = 256
@@ -54,7 +54,7 @@ def record_teacher(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[
     for index, batch in enumerate(batches):
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "loss_mask")}
         logits = logits_of(model, inputs)
-        mask = _counting(batch, logits.shape[:2])
+        mask = counting_positions(batch, logits.shape[:2])
         rows = logits[mask.to(logits.device)] if mask is not None else logits.flatten(0, 1)
         if not torch.isfinite(rows).all():
             raise NonFiniteError(
@@ -131,7 +131,7 @@ def _kept_divergence(logits: Tensor, tokens: Tensor, log_probs: Tensor) -> Tenso
     return kept + (rest * (rest / student_rest).log()).sum()
 
 
-def _counting(batch: dict[str, Any], shape: torch.Size) -> Tensor | None:
+def counting_positions(batch: dict[str, Any], shape: torch.Size) -> Tensor | None:
     """:return: (batch, length), bool; None if every position counts"""
     counts = torch.ones(shape, dtype=torch.bool)
     for name in ("attention_mask", "loss_mask"):

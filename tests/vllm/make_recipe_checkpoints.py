@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from autoround_modifier import AutoRoundModifier, list_recipes, load_recipe
+from autoround_modifier import AutoRoundModifier, AutoSchemeModifier, list_recipes, load_recipe
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import quantize, tiny_llama, token_samples
@@ -23,7 +23,8 @@ def main() -> None:
     output = parser.parse_args().output
     for name in list_recipes():
         modifiers = load_recipe(name, preset="rtn").modifiers
-        recipe = [modifier for modifier in modifiers if isinstance(modifier, AutoRoundModifier)]
+        kinds = (AutoSchemeModifier, AutoRoundModifier)
+        recipe = [modifier for modifier in modifiers if isinstance(modifier, kinds)]
         model = tiny_llama(num_layers=1, hidden_size=256)  # 128 divides its features
         quantize(model, recipe, token_samples(4))
         model.save_pretrained(output / name, save_compressed=True)
