@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 
 .PHONY: install quickstart test lint typecheck test-slow test-vllm bench-accuracy \
-	bench-ablation bench-formats bench-speed build clean
+	bench-ablation bench-formats bench-autoscheme bench-speed build clean
 
 install: $(VENV)/.installed
 
@@ -66,6 +66,10 @@ FORMATS = w8a8_autoround w8a8_static_autoround w4a8_autoround w4afp8_autoround f
 bench-formats: install
 	$(RUN) benchmarks/accuracy.py --suite formats --schemes $(FORMATS) --seeds 42 \
 		--length 128 --batch-size 2 --text "$(TEXT)" --output $(OUTPUT)/formats.json $(ARGS)
+
+# How well scores rank layers, what searching costs, and what its choices are worth.
+bench-autoscheme: install
+	$(RUN) benchmarks/autoscheme.py --text "$(TEXT)" --output $(OUTPUT)/autoscheme.json $(ARGS)
 
 bench-speed: install
 	$(RUN) benchmarks/speed.py --output $(OUTPUT)/speed.json $(ARGS)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from compressed_tensors.offload import is_distributed
+from compressed_tensors.offload import disable_onloading, is_distributed
 from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationScheme,
@@ -34,6 +33,7 @@ from autoround_modifier.autoscheme import (
     Unit,
     default_cache_folder,
     find_units,
+    first_samples,
     measure_sensitivity,
     resolve_options,
     saved_bits,
@@ -45,7 +45,8 @@ from autoround_modifier.errors import (
     SchemeError,
 )
 from autoround_modifier.files import write_atomically
-from autoround_modifier.modifier import AutoRoundModifier, compilation_pays
+from autoround_modifier.modifier import AutoRoundModifier
+from autoround_modifier.presets import PRESET_FIELDS, PRESETS
 from autoround_modifier.validation import (
     Layer,
     check_calibration_data,
@@ -77,7 +78,8 @@ class AutoSchemeModifier(Modifier):
 
     Layers that engines fuse (q/k/v, gate/up, the experts of a block), layers with one weight, and
     what ``shared_layers`` names get one scheme together. Bits are those of the checkpoint: packed
-    values, scales, zero points.
+    values, scales, zero points. The model is measured as it is when the recipe starts, on the
+    device it is on, before other modifiers (SmoothQuant, AWQ) change it.
 
     Lifecycle:
 
@@ -91,12 +93,12 @@ class AutoSchemeModifier(Modifier):
         integer weights also with zero points and a group size (``W2A16G64``, ``W4A16_ASYM_G32``),
         or fields of `QuantizationScheme` with a ``name``; ``UNQUANTIZED`` leaves a layer alone
     :param targets: layers to choose for, as in `AutoRoundModifier`
-    :param ignore: layers to leave out, from here and from the `AutoRoundModifier`
+    :param ignore: layers to leave out, with those that the `AutoRoundModifier` ignores
     :param shared_layers: further groups of layers that get one scheme, each a list of targets
     :param whole_model: let ``avg_bits`` be a mean over all parameters of the model, embeddings and
         norms included
     :param score: ``fisher``, the divergence to second order, or ``delta_loss``, SignRoundV2's first
-        order
+        order of the loss on the text
     :param scale_search: measure with searched scales, not with those of minimum and maximum
     :param num_calibration_samples: calibration samples to measure on
     :param batch_size: of them in each pass of a block
@@ -115,7 +117,7 @@ class AutoSchemeModifier(Modifier):
     whole_model: bool = False
     score: str = "fisher"
     scale_search: bool = True
-    num_calibration_samples: int = Field(default=64, ge=1)
+    num_calibration_samples: int = Field(default=32, ge=1)
     batch_size: int = Field(default=8, ge=1)
     output_dir: str | None = None
     cache_dir: str | bool = True
@@ -172,16 +174,25 @@ class AutoSchemeModifier(Modifier):
         self._check_output()
         check_calibration_data(state.data.calib, "AutoSchemeModifier")
         model, schemes = state.model, resolve_options(self.options)
-        layers = self._layers(model, schemes)
+        ignore = list(dict.fromkeys([*self.ignore, *tuner.ignore]))
+        layers = self._layers(model, schemes, ignore)
         units = find_units(model, layers, self.shared_layers)
         # All but the scores is known: the budget is checked before anything runs.
         empty = _measurement(model, layers, units, schemes, {}, self.score)
         empty.choose(self.avg_bits, self.whole_model)
+        original = any(scheme.weights is None for scheme in schemes.values())
+        if original and self.avg_bits >= empty.range(self.whole_model)[1]:
+            raise SchemeError(
+                f"avg_bits is {self.avg_bits}: the model fits without quantization; lower it, or "
+                "leave UNQUANTIZED out of `options`"
+            )
 
         targets = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         blocks = {block: name for name, block in match_named_modules(model, targets)}
         batches = cast(Iterable[dict[str, Any]], state.data.calib)
-        scores = self._scores(model, blocks, layers, schemes, batches)
+        # Once: a loader that shuffles would bring others the next time.
+        samples = list(first_samples(batches, self.num_calibration_samples))
+        scores = self._scores(model, blocks, layers, schemes, samples)
         measured = _measurement(model, layers, units, schemes, scores, self.score)
         self._choice = choice = measured.choose(self.avg_bits, self.whole_model)
         logger.info(f"Chosen schemes:\n{choice.table()}")
@@ -190,18 +201,20 @@ class AutoSchemeModifier(Modifier):
             f"{choice.avg_bits(whole_model=True):.4f} per parameter of the model, "
             f"{choice.model_bytes / 1e6:.1f} MB in all"
         )
-        tuner.assign_schemes(choice.config_groups(), self.ignore)
-        self._write_results(choice, [other for other in modifiers if other is not self])
+        tuner.assign_schemes(choice.config_groups(), ignore)
+        self._write_results(choice, tuner, [other for other in modifiers if other is not self])
         return True
 
     # ------------------------------------------------------------------ measurement
 
-    def _layers(self, model: nn.Module, options: dict[str, QuantizationScheme]) -> dict[str, Layer]:
+    def _layers(
+        self, model: nn.Module, options: dict[str, QuantizationScheme], ignore: list[str]
+    ) -> dict[str, Layer]:
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         layers: dict[str, Layer] = {}
         for option, scheme in options.items():
             groups = {"group_0": scheme.model_copy(update={"targets": targets})}
-            config = QuantizationConfig(config_groups=groups, ignore=self.ignore)
+            config = QuantizationConfig(config_groups=groups, ignore=ignore)
             resolved = resolve_schemes(model, config)
             layers = {name: layer for name, (layer, _) in resolved.items()}
             if scheme.weights is None:
@@ -224,7 +237,7 @@ class AutoSchemeModifier(Modifier):
         blocks: dict[nn.Module, str],
         layers: dict[str, Layer],
         options: dict[str, QuantizationScheme],
-        batches: Iterable[dict[str, Any]],
+        batches: list[dict[str, Any]],
     ) -> dict[str, dict[str, float]]:
         """:return: scheme -> layer -> score; layers that no gradient reached are not in it"""
         config = SensitivityConfig(
@@ -232,10 +245,9 @@ class AutoSchemeModifier(Modifier):
             scale_search=self.scale_search,
             num_samples=self.num_calibration_samples,
             batch_size=self.batch_size,
-            fused=self.scale_search and compilation_pays(layers.values(), len(options)),
             seed=self.seed,
         )
-        cache = self._cache(model, layers, batches)
+        cache = self._cache(model, blocks, layers, batches)
         scores: dict[str, dict[str, float]] = {}
         if cache is not None:
             found = {name: cache.find(scheme) for name, scheme in options.items()}
@@ -262,21 +274,22 @@ class AutoSchemeModifier(Modifier):
     def _cache(
         self,
         model: nn.Module,
+        blocks: dict[nn.Module, str],
         layers: dict[str, Layer],
-        batches: Iterable[dict[str, Any]],
+        batches: list[dict[str, Any]],
     ) -> ScoreCache | None:
         if self.cache_dir is False:
             return None
         folder = default_cache_folder() if self.cache_dir is True else Path(self.cache_dir)
         settings = {
+            "blocks": list(blocks.values()),
             "layers": list(layers),
             "score": self.score,
             "scale_search": self.scale_search,
             "num_calibration_samples": self.num_calibration_samples,
             "seed": self.seed,
         }
-        # As many batches as can be needed: each has a sample or more.
-        return ScoreCache(folder, model, islice(batches, self.num_calibration_samples), settings)
+        return ScoreCache(folder, model, batches, settings)
 
     # ------------------------------------------------------------------ results
 
@@ -295,37 +308,47 @@ class AutoSchemeModifier(Modifier):
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} cannot be written to; choose another `output_dir`")
 
-    def _write_results(self, choice: Choice, others: list[Modifier]) -> None:
+    def _write_results(
+        self, choice: Choice, tuner: AutoRoundModifier, others: list[Modifier]
+    ) -> None:
         if self.output_dir is None:
             return
         folder = Path(self.output_dir)
         choice.measurement.save(folder / MEASUREMENT_FILE)
-        write_atomically(folder / RECIPE_FILE, explicit_recipe(choice, others))
+        write_atomically(folder / RECIPE_FILE, explicit_recipe(choice, tuner, others))
         try:
             from autoround_modifier.autoscheme.plot import plot_choice
 
             plot_choice(choice, folder / PLOT_FILE)
         except ImportError:
             logger.info("no picture: `pip install autoround-modifier[plot]` brings matplotlib")
+        except Exception as error:  # a picture is not worth the run
+            logger.warning(f"no picture: {error}")
 
 
-def explicit_recipe(choice: Choice, modifiers: list[Modifier]) -> str:
+def explicit_recipe(choice: Choice, tuner: AutoRoundModifier, modifiers: list[Modifier]) -> str:
     """
+    :param tuner: the modifier that took over the choice
     :param modifiers: of the recipe, without the AutoSchemeModifier
     :return: a recipe that gives the same schemes without a search, YAML
     """
     groups: dict[str, dict[str, Any]] = {}
+    group = "quant_modifiers"
     for modifier in modifiers:
-        group = f"{modifier.group or 'quant'}_modifiers"
-        defaults = type(modifier).model_fields
-        fields = {
-            name: value
-            for name, value in modifier.model_dump(exclude_unset=True).items()
-            if name in defaults and not name.endswith("_") and value is not None and name != "group"
-        }
-        if isinstance(modifier, AutoRoundModifier):
+        name = type(modifier).__name__
+        if name in groups.get(group, {}):  # a second one in a group would replace the first
+            group = f"quant_{len(groups)}_modifiers"
+        fields = modifier.model_dump(exclude_unset=True)
+        for unwanted in ("group", "requires_calibration_data"):
+            fields.pop(unwanted, None)
+        if modifier is tuner:
+            preset = PRESETS[tuner.preset]
+            for field in PRESET_FIELDS:  # what the preset stands for anyway
+                if fields.get(field) == getattr(preset, field):
+                    del fields[field]
             fields["config_groups"] = choice.config_groups()
-        groups.setdefault(group, {})[type(modifier).__name__] = fields
+        fields = {k: v for k, v in fields.items() if v is not None and not k.endswith("_")}
+        groups.setdefault(group, {})[name] = fields
     head = (
         f"# {choice.avg_bits():.4f} bits per weight, chosen from "
         f"{', '.join(choice.measurement.schemes)} by AutoSchemeModifier.\n"
@@ -360,6 +383,18 @@ def _measurement(
     :raises CalibrationError: if no layer of a unit has a score
     """
     measured, unreached, partly = [], [], []
+    with disable_onloading():  # an onloaded parameter is another object each time
+        sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+        chosen = set(layers.values())
+        # By module: an embedding whose weight a chosen layer shares is saved by itself as well.
+        others = {
+            id(parameter): parameter
+            for module in model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if name != "weight" or module not in chosen
+        }.values()
+        other_weights = sum(p.numel() for p in others)
+        other_bits = sum(p.numel() * p.itemsize * 8 for p in others)
     for unit in units:
         reached = [name for name in unit.layers if all(name in x for x in scores.values())]
         if not reached:
@@ -370,7 +405,8 @@ def _measurement(
             MeasuredUnit(
                 name=unit.name,
                 layers=unit.layers,
-                num_weights=sum(layers[name].weight.numel() for name in unit.layers),
+                targets=unit.targets,
+                num_weights=sum(sizes[name] for name in unit.layers),
                 bits={
                     option: sum(saved_bits(layers[name], scheme) for name in unit.layers)
                     for option, scheme in options.items()
@@ -391,18 +427,4 @@ def _measurement(
             f"{len(partly)} layers saw no calibration token and count as if they lost nothing; "
             f"they share the scheme of those that did: {listed(partly)}"
         )
-    chosen = {id(layer): layer for layer in layers.values()}
-    # By module: an embedding whose weight a chosen layer shares is saved by itself as well.
-    others = {
-        id(parameter): parameter
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if name != "weight" or id(module) not in chosen
-    }.values()
-    return Measurement(
-        score=score,
-        schemes=options,
-        units=measured,
-        other_weights=sum(p.numel() for p in others),
-        other_bits=sum(p.numel() * p.itemsize * 8 for p in others),
-    )
+    return Measurement(score, options, measured, other_weights, other_bits)

@@ -61,15 +61,6 @@ COMPILE_FROM = 1e9
 SEARCH_PASSES = 30
 
 
-def compilation_pays(layers: Iterable[Layer], searches: float) -> bool:
-    """
-    :param layers: to quantize
-    :param searches: how often their scales are searched, or steps that take as long
-    """
-    weights = sum(layer.weight.numel() for layer in layers)
-    return searches * SEARCH_PASSES * weights >= COMPILE_FROM
-
-
 class AutoRoundModifier(Modifier, QuantizationMixin):
     """
     Learns how each weight rounds, by the sign of the gradient, one decoder block at a time
@@ -384,8 +375,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     def _compilation_pays(self, layers: Iterable[Layer]) -> bool:
         if self.enable_torch_compile is not None:
             return self.enable_torch_compile
-        passes = max((self.iters or 0) / SEARCH_PASSES, 1 if self.scale_search else 0)
-        return compilation_pays(layers, passes)
+        passes = max(self.iters or 0, SEARCH_PASSES if self.scale_search else 0)
+        return passes * sum(layer.weight.numel() for layer in layers) >= COMPILE_FROM
 
     def _say_what_may_not_be_meant(self, model: nn.Module) -> None:
         left_out = uncovered_layers(model, self._blocks, self.ignore)

@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 from compressed_tensors.offload import offload_module
-from conftest import VOCABULARY, quantize, tiny_llama, token_samples
+from conftest import VOCABULARY, quantize, tiny_llama, token_samples, weight_scheme
 from helpers import quantized_layers, saved_tensors
 from torch import nn
 from torch.nn import functional as F
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from autoround_modifier import AutoRoundModifier, AutoSchemeModifier, auto_scheme, oneshot
 from autoround_modifier.autoscheme import (
@@ -28,6 +29,7 @@ from autoround_modifier.autoscheme.options import named_scheme
 from autoround_modifier.calibration.samples import content_key
 from autoround_modifier.errors import (
     CalibrationError,
+    NonFiniteError,
     OutputExistsError,
     RecipeError,
     SchemeError,
@@ -144,7 +146,10 @@ def _by_autograd(model, samples, options, layers, score):
         logits = model(**batch).logits[0]
         for handle in handles:
             handle.remove()
-        loss = F.cross_entropy(logits, _labels(batch, logits), reduction="sum")
+        if score == "fisher":
+            loss = F.cross_entropy(logits, _labels(batch, logits), reduction="sum")
+        else:  # of the text itself
+            loss = F.cross_entropy(logits[:-1], batch["input_ids"][0, 1:], reduction="sum")
         model.zero_grad()
         loss.backward()
         tokens += len(logits)
@@ -231,6 +236,54 @@ def test_the_model_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_embeddings_that_are_scaled():
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 8.0
+
+    model, samples = tiny_llama(torch.float32), batches()
+    (plain,) = sensitivity(model, samples, layers=["model.embed_tokens"]).values()
+    scaled = Scaled(VOCABULARY, 64)
+    scaled.weight = nn.Parameter(model.model.embed_tokens.weight.detach() / 8)
+    model.model.embed_tokens = scaled  # the same model, in other numbers
+    (row,) = sensitivity(model, samples, layers=["model.embed_tokens"]).values()
+    assert row == pytest.approx(plain, rel=1e-3)
+
+
+def test_blocks_of_another_tower_do_not_count():
+    """They run, but no block follows from them."""
+    model, samples = tiny_llama(), batches()
+    expected = sensitivity(model, samples)
+    tower = nn.Linear(4, 4, dtype=torch.bfloat16)
+
+    def look(*_):
+        tower(torch.ones(1, 2, 4, dtype=torch.bfloat16))
+
+    model.model.register_forward_pre_hook(look)
+    blocks = {tower: "tower", **{b: f"model.layers.{i}" for i, b in enumerate(model.model.layers)}}
+    names = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    config = SensitivityConfig(batch_size=4)
+    options = resolve_options(OPTIONS)
+    assert measure_sensitivity(model, blocks, names, options, samples, config) == expected
+
+
+def test_the_batches_of_the_pipeline_do_not_count():
+    model, rows = tiny_llama(torch.float32), batches(num_samples=6)
+    whole = [{"input_ids": torch.cat([row["input_ids"] for row in rows])}]
+    one, other = sensitivity(model, rows), sensitivity(model, whole)
+    for name in one:
+        assert one[name] == pytest.approx(other[name], rel=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.register_forward_hook(
+        lambda m, args, y: (y.requires_grad and y.register_hook(lambda g: g * torch.nan), None)[1]
+    )
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.self_attn"):
+        sensitivity(model, batches())
+
+
 def test_an_offloaded_model(tmp_path):
     model, samples = tiny_llama(), batches()
     expected = sensitivity(model, samples)
@@ -268,6 +321,16 @@ def test_layers_with_one_weight_and_named_groups_form_one_unit():
         find_units(model, layers, [["nowhere"]])
 
 
+def test_only_layers_with_one_weight_are_tied_when_offloaded(tmp_path):
+    model = tiny_llama(tied=False)
+    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    expected = find_units(model, layers)
+    for module in list(model.modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            offload_module(module, "cpu", "disk", offload_dir=str(tmp_path))
+    assert find_units(model, layers) == expected
+
+
 def test_experts_of_a_block_form_one_unit():
     class Experts(nn.Module):
         def __init__(self):
@@ -286,12 +349,20 @@ def test_experts_of_a_block_form_one_unit():
         r"re:^mlp\.experts\.[0-9]+\.w1$",
         r"re:^mlp\.experts\.[0-9]+\.w2$",
     ]
+    some = [name for name in layers if int(name.split(".")[2]) < 10]
+    (unit,) = find_units(model, some)  # a pattern would take the others along
+    assert unit.targets == unit.layers
 
 
 def _measured(unit, layers):
     schemes = resolve_options(["W2A16", "W4A16"])
     row = MeasuredUnit(
-        unit.name, unit.layers, 10, {"W2A16": 20, "W4A16": 40}, {"W2A16": 1.0, "W4A16": 0.5}
+        unit.name,
+        unit.layers,
+        unit.targets,
+        10,
+        {"W2A16": 20, "W4A16": 40},
+        {"W2A16": 1.0, "W4A16": 0.5},
     )
     return Measurement("fisher", schemes, [row], 0, 0)
 
@@ -429,7 +500,85 @@ def test_mixed_families(tmp_path):
     assert config["format"] == "mixed-precision"
 
 
+def test_what_the_tuner_ignores_is_left_out():
+    modifier = chooser(avg_bits=3.0)
+    model = tiny_llama()
+    quantize(model, [modifier, tuner(ignore=["re:.*down_proj"])])
+    chosen = {name for unit in modifier.choice.measurement.units for name in unit.layers}
+    assert chosen == set(quantized_layers(model))
+    assert not any("down_proj" in name for name in chosen)
+
+
+def test_a_mixture_of_experts(tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    source = tmp_path / "source"
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
+    model = Qwen3MoeForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    modifier = chooser(avg_bits=4.0, ignore=["lm_head", "re:.*gate$"])
+    quantize(model, [modifier, tuner()], output_dir=tmp_path / "out")
+    (experts,) = [unit for unit in modifier.choice.measurement.units if "experts" in unit.name]
+    assert len(experts.layers) == 24
+    assert len(experts.targets) == 3
+    assert min(experts.scores.values()) > 0
+    bits = {
+        model.get_submodule(name).quantization_scheme.weights.num_bits for name in experts.layers
+    }
+    assert len(bits) == 1
+    saved = sum(tensor.nbytes for tensor in saved_tensors(tmp_path / "out").values())
+    assert saved == modifier.choice.model_bytes
+
+
+def test_a_second_tuner_keeps_its_own_schemes(tmp_path):
+    head = tuner(config_groups={"head": weight_scheme(8, targets=("lm_head",))})
+    recipe = [head, chooser(output_dir=str(tmp_path)), tuner()]
+    quantize(tiny_llama(), recipe)
+    text = (tmp_path / "recipe.yaml").read_text()
+    check_recipe(text, "recipe.yaml")
+    first, second = yaml.safe_load(text)["quant_stage"].values()
+    assert list(first["AutoRoundModifier"]["config_groups"]) == ["head"]
+    assert set(second["AutoRoundModifier"]["config_groups"]) <= set(OPTIONS)
+
+
+@pytest.mark.parametrize("damage", ["", "[1", "[]", '{"a": "b"}'])
+def test_a_damaged_cache_is_measured_again(damage, tmp_path, log):
+    first, second = (chooser(cache_dir=str(tmp_path)) for _ in range(2))
+    quantize(tiny_llama(), [first, tuner()])
+    for path in tmp_path.iterdir():
+        path.write_text(damage)
+    quantize(tiny_llama(), [second, tuner()])
+    assert second.choice == first.choice
+    assert any("cannot be read" in message for message in log)
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path, log):
+    (tmp_path / "file").write_text("")
+    modifier = chooser(cache_dir=str(tmp_path / "file" / "cache"))
+    quantize(tiny_llama(), [modifier, tuner()])
+    assert modifier.choice is not None
+    assert any("are not kept" in message for message in log)
+
+
 # ---------------------------------------------------------------------- bad input
+
+
+def test_a_budget_for_the_original_is_refused(monkeypatch):
+    monkeypatch.setattr(auto_scheme, "measure_sensitivity", None)
+    fields = {"avg_bits": 16, "options": ["W4A16G32", "UNQUANTIZED"]}
+    with pytest.raises(SchemeError, match="fits without quantization"):
+        quantize(tiny_llama(), [chooser(**fields), tuner()])
 
 
 def test_a_budget_that_cannot_be_kept_is_refused_before_anything_runs(monkeypatch):

@@ -4,7 +4,11 @@ from autoround_modifier.autoscheme.cache import ScoreCache, default_cache_folder
 from autoround_modifier.autoscheme.measurement import Choice, MeasuredUnit, Measurement
 from autoround_modifier.autoscheme.options import resolve_options
 from autoround_modifier.autoscheme.scores import SCORES
-from autoround_modifier.autoscheme.sensitivity import SensitivityConfig, measure_sensitivity
+from autoround_modifier.autoscheme.sensitivity import (
+    SensitivityConfig,
+    first_samples,
+    measure_sensitivity,
+)
 from autoround_modifier.autoscheme.size import saved_bits
 from autoround_modifier.autoscheme.units import Unit, find_units
 
@@ -18,6 +22,7 @@ __all__ = [
     "Unit",
     "default_cache_folder",
     "find_units",
+    "first_samples",
     "measure_sensitivity",
     "resolve_options",
     "saved_bits",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ class MeasuredUnit:
 
     :param name: for people
     :param layers: names of the layers
+    :param targets: the same in the syntax of recipes
     :param num_weights: of all of them
     :param bits: in the checkpoint, by scheme
     :param scores: what is lost, by scheme; the lower the better
@@ -32,6 +31,7 @@ class MeasuredUnit:
 
     name: str
     layers: tuple[str, ...]
+    targets: tuple[str, ...]
     num_weights: int
     bits: dict[str, int]
     scores: dict[str, float]
@@ -117,7 +117,10 @@ class Measurement:
             for name, scheme in content["schemes"].items()
         }
         content["units"] = [
-            MeasuredUnit(**{**unit, "layers": tuple(unit["layers"])}) for unit in content["units"]
+            MeasuredUnit(
+                **{**unit, "layers": tuple(unit["layers"]), "targets": tuple(unit["targets"])}
+            )
+            for unit in content["units"]
         ]
         return cls(**content)
 
@@ -158,7 +161,6 @@ class Choice:
     def config_groups(self) -> dict[str, Any]:
         """:return: the choice in the syntax of recipes, plain data"""
         groups = {}
-        all_layers = [layer for unit in self.measurement.units for layer in unit.layers]
         for name, scheme in self.measurement.schemes.items():
             units = [
                 unit
@@ -167,7 +169,7 @@ class Choice:
             ]
             if units and scheme.weights is not None:
                 fields = scheme.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-                targets = [target for unit in units for target in _targets(unit, all_layers)]
+                targets = [target for unit in units for target in unit.targets]
                 groups[name] = {**fields, "targets": targets}
         return groups
 
@@ -183,14 +185,3 @@ class Choice:
                 f"{unit.name:{width}}  {name:{scheme_width}}  {bits:5.2f}  {unit.scores[name]:.3e}"
             )
         return "\n".join(lines)
-
-
-def _targets(unit: MeasuredUnit, all_layers: Iterable[str]) -> list[str]:
-    """:return: names of the layers; patterns for experts, if they match no other layer"""
-    patterns = sorted({re.sub(r"(?<=experts\\\.)\d+", "[0-9]+", re.escape(x)) for x in unit.layers})
-    if len(patterns) == len(unit.layers):
-        return list(unit.layers)
-    joined = re.compile("|".join(patterns))
-    if {layer for layer in all_layers if joined.fullmatch(layer)} != set(unit.layers):
-        return list(unit.layers)
-    return [f"re:^{pattern}$" for pattern in patterns]

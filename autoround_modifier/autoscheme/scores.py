@@ -4,12 +4,15 @@ What a layer loses under each scheme, from its inputs and the gradients at its o
 The divergence of the quantized model from the original is zero at the original, and so is its
 gradient; what remains is its curvature, the Fisher information. With labels drawn from the
 original's own predictions, the gradients ``g_t = dL/dy_t`` at the output of a layer give it: an
-error ``e_t`` of the output at token t raises the divergence by about ``(g_t e_t)^2 / 2``
-(`FisherScore`). The gradients are those of the original, so one backward pass serves all schemes;
-the errors are those of weights and activations together, ``e_t = Q(W) Q(x_t) - W x_t``.
+error ``e_t`` of the output at token t raises the divergence by about ``(g_t e_t)^2 / 2``, if errors
+at different tokens and layers are taken for independent (`FisherScore`). The gradients are those
+of the original, so one backward pass serves all schemes; the errors are those of weights and
+activations together, ``e_t = Q(W) Q(x_t) - W x_t``.
 
 DeltaLoss of SignRoundV2 (https://arxiv.org/abs/2512.04746, section 3.1) is the first order,
-``sum |dL/dW (Q(W) - W)|``, here with the same gradients (`DeltaLossScore`).
+``sum |dL/dW (Q(W) - W)|``, where L is the loss on the text itself: labels drawn from the model
+would leave nothing but noise of that gradient (`DeltaLossScore`). SignRoundV2 takes it at the
+quantized weights, with one pass for each scheme; here it is taken at the original's.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +49,10 @@ class Score(ABC):
 
     :param weight: W, (out_features, in_features); (vocabulary, features) of an embedding
     :param options: by name of the scheme
+    :cvar sampled_labels: whether the loss has labels drawn from the model, or those of the text
     """
+
+    sampled_labels: ClassVar[bool]
 
     def __init__(self, weight: Tensor, options: dict[str, QuantizedLayer]):
         self.weight = weight
@@ -65,6 +72,8 @@ class Score(ABC):
 
 class FisherScore(Score):
     """``sum over t of (g_t e_t)^2 / 2``: the divergence to second order, in nats."""
+
+    sampled_labels = True
 
     def __init__(self, weight: Tensor, options: dict[str, QuantizedLayer]):
         super().__init__(weight, options)
@@ -86,6 +95,8 @@ class FisherScore(Score):
 
 class DeltaLossScore(Score):
     """``sum |dL/dW (Q(W) - W)| + sum |dL/dx (Q(x) - x)|``"""
+
+    sampled_labels = False
 
     def __init__(self, weight: Tensor, options: dict[str, QuantizedLayer]):
         super().__init__(weight, options)

@@ -3,13 +3,14 @@ Measures what each layer loses under each scheme: one pass forward, one pass bac
 
 The forward pass runs the original on the calibration data, keeps what every block was called with,
 and takes the gradient of the loss at the output of the last block. The way back goes block by
-block: each runs again, with gradients, on the inputs that were kept, so that activations and
-quantized weights of one block at a time are in memory.
+block: each runs again, with gradients, on the inputs that were kept. In memory are the inputs of
+all blocks, and the activations and quantized weights of one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor.utils.helpers import eval_context
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from autoround_modifier.activations import fake_quantize_in_range
+from autoround_modifier.activations import fake_quantize_in_range, needs_calibration
 from autoround_modifier.autoscheme.scores import SCORES, QuantizedLayer, Score
 from autoround_modifier.calibration.capture import BlockCapture, ImportanceCapture
 from autoround_modifier.calibration.samples import call_token_mask, content_key, output_hidden
@@ -31,7 +33,7 @@ from autoround_modifier.patching import parameters_frozen
 from autoround_modifier.tuning.block import BlockGroup
 from autoround_modifier.validation import Layer
 
-__all__ = ["SensitivityConfig", "measure_sensitivity"]
+__all__ = ["SensitivityConfig", "first_samples", "measure_sensitivity"]
 
 Scores = dict[str, dict[str, float]]  # layer -> scheme -> score
 
@@ -42,9 +44,8 @@ class SensitivityConfig:
 
     score: str = "fisher"
     scale_search: bool = True
-    num_samples: int = 64
+    num_samples: int = 32
     batch_size: int = 8
-    fused: bool = False
     seed: int = 42
 
 
@@ -59,7 +60,8 @@ def measure_sensitivity(
 ) -> Scores:
     """
     :param model: the original; it is not changed
-    :param blocks: its decoder blocks and their names, in the order in which they run
+    :param blocks: its blocks and their names, in any order; those count that lead one to the next
+        up to the last that runs, not those of another tower
     :param layers: to measure, and their names
     :param options: schemes by name
     :param batches: arguments of the model's forward; ``attention_mask`` and ``loss_mask``,
@@ -68,8 +70,8 @@ def measure_sensitivity(
     :param on_block: called after each block on the way back, for progress bars
     :return: score of each layer under each scheme, divided by the number of tokens; layers that no
         gradient reached, such as experts without tokens, are not in it
-    :raises CalibrationError: if no position counts, or a block does not follow the one before
-    :raises NonFiniteError: if the original gives NaN or infinity
+    :raises CalibrationError: if no position counts, or the output does not depend on the blocks
+    :raises NonFiniteError: if the original or a gradient gives NaN or infinity
     """
     return _Measurement(model, blocks, layers, options, config).run(batches, on_block)
 
@@ -78,7 +80,6 @@ class _Measurement:
     """
     :ivar gradients: dL/dh of each sample, (1, tokens, hidden), at the input of the block whose turn
         was last; at first at the output of the last block
-    :ivar next_inputs: of the block whose turn was last, by sample
     :ivar ranges: smallest and largest input of each layer, (1,)
     """
 
@@ -95,21 +96,22 @@ class _Measurement:
         self.layers = layers
         self.options = {name: s for name, s in options.items() if s.weights is not None}
         self.unquantized = [name for name in options if name not in self.options]
+        self.static = any(needs_calibration(s.input_activations) for s in options.values())
         self.config = config
-        self.capture = BlockCapture(blocks, num_samples=None)
+        self.capture = BlockCapture(blocks, num_samples=None, keep_outputs=False)
         self.importance = ImportanceCapture()
         self.ranges: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.gradients: list[Tensor] = []
-        self.next_inputs: list[Tensor] | None = None
         self.num_tokens = 0
         self.scores: Scores = {}
         self.reached: set[Layer] = set()
 
     def run(self, batches: Iterable[dict[str, Any]], on_block: Callable[[], None]) -> Scores:
-        used = list(_first_samples(batches, self.config.num_samples))
+        used = list(first_samples(batches, self.config.num_samples))
         with ExitStack() as stack:
             stack.enter_context(eval_context(self.model))
             stack.enter_context(parameters_frozen([self.model]))
+            self.blocks = self._chain(used[0]) if used else {}
             self._forward(used)
             for block in reversed(self.blocks):
                 self._backward(block)
@@ -119,11 +121,38 @@ class _Measurement:
 
     # ------------------------------------------------------------------ forward
 
+    @torch.no_grad()
+    def _chain(self, batch: dict[str, Any]) -> dict[nn.Module, str]:
+        """:return: the blocks that run one after the other on each other's output, to the last"""
+        ran: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+        def leave_block(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            ran.append((block, hidden, output_hidden(output)))
+
+        with ExitStack() as stack:
+            for block in self.blocks:
+                handle = block.register_forward_hook(leave_block, with_kwargs=True)
+                stack.callback(handle.remove)
+            logits_of(self.model, _forward_arguments(batch))
+        chain: dict[nn.Module, str] = {}
+        expected: Tensor | None = None
+        for block, hidden, output in reversed(ran):
+            if block in chain or (expected is not None and not torch.equal(output, expected)):
+                break
+            chain[block] = self.blocks[block]
+            expected = hidden
+        return dict(reversed(chain.items()))
+
     def _forward(self, batches: list[dict[str, Any]]) -> None:
         """
         Record what blocks and layers see, score the layers behind the last block, and find the
         gradient at its output.
         """
+        if not self.blocks:
+            raise CalibrationError(
+                "no decoder block ran on the calibration data; name them by `sequential_targets`"
+            )
         in_blocks = {module for block in self.blocks for module in block.modules()}
         outside = [x for x in self.layers if x not in in_blocks and isinstance(x, nn.Linear)]
         # What they see is not known yet, so the search weighs their input channels alike.
@@ -146,7 +175,7 @@ class _Measurement:
 
         def enter_layer(layer: nn.Module, args: Any) -> None:
             self.importance.record(layer, args, mask)
-            self._record_range(layer, args[0])
+            self._record_range(layer, args, mask)
 
         with ExitStack() as stack:
             for block in self.blocks:
@@ -164,7 +193,8 @@ class _Measurement:
                 self._pull_back_from_logits(batch, index)
                 if leaf is None or leaf.grad is None:
                     raise CalibrationError(
-                        f"{self.blocks[last_block]}: the model's output does not depend on it"
+                        f"{self.blocks[last_block]}: the model's output does not depend on it in "
+                        f"calibration batch {index}"
                     )
                 self.gradients += [g.unsqueeze(0).to("cpu", copy=True) for g in leaf.grad]
         if not self.num_tokens:
@@ -174,34 +204,64 @@ class _Measurement:
 
     def _pull_back_from_logits(self, batch: dict[str, Any], index: int) -> None:
         """
-        Run the model, and send back the gradient of the cross entropy of labels drawn from its own
-        predictions, summed over the positions that count.
+        Run the model, and send back the gradient of the cross entropy, summed over the positions
+        that count.
         """
         logits = logits_of(self.model, _forward_arguments(batch))
         mask = counting_positions(batch, logits.shape[:2])
-        rows = logits.flatten(0, 1) if mask is None else logits[mask.to(logits.device)]
-        if not torch.isfinite(rows).all():
-            raise NonFiniteError(
-                f"the original's output has NaN or infinity in calibration batch {index}; load the "
-                "model in bfloat16 or float32"
-            )
-        self.num_tokens += len(rows)
-        # Drawn on the CPU and by the content of the batch: the same on any device, in any order.
-        key = int.from_bytes(content_key(batch["input_ids"], mask)[:7], "little")
-        generator = torch.Generator().manual_seed(key ^ self.config.seed)
-        gradient = torch.empty_like(rows)
-        for part, out in zip(
-            rows.detach().split(POSITIONS), gradient.split(POSITIONS), strict=True
-        ):
-            probabilities = part.float().softmax(-1)
-            labels = torch.multinomial(probabilities.cpu(), 1, generator=generator)
-            ones = torch.ones(labels.shape, device=part.device)
-            out.copy_(probabilities.scatter_add_(-1, labels.to(part.device), -ones))
-        if rows.requires_grad:
-            rows.backward(gradient)
+        gradient = torch.zeros_like(logits)
+        for row, ids in enumerate(batch["input_ids"]):
+            counts = torch.ones(len(ids), dtype=torch.bool) if mask is None else mask[row]
+            positions = counts.nonzero().squeeze(-1)
+            real = logits.detach()[row, positions.to(logits.device)]
+            if not torch.isfinite(real).all():
+                raise NonFiniteError(
+                    f"the original's output has NaN or infinity in calibration batch {index}; load "
+                    "the model in bfloat16 or float32"
+                )
+            self.num_tokens += len(positions)
+            labels = self._labels(ids.cpu(), positions, real)
+            rows = gradient[row]
+            for part, where, wanted in zip(
+                real.split(POSITIONS),
+                positions.split(POSITIONS),
+                labels.split(POSITIONS),
+                strict=True,
+            ):
+                slope = part.float().softmax(-1)
+                slope.scatter_add_(-1, wanted.unsqueeze(-1), -torch.ones_like(slope[:, :1]))
+                rows[where.to(rows.device)] = slope.to(rows.dtype)
+            if not SCORES[self.config.score].sampled_labels and len(positions):
+                rows[positions[-1]] = 0  # nothing follows
+        if logits.requires_grad:
+            logits.backward(gradient)
 
-    def _record_range(self, layer: nn.Module, x: Tensor) -> None:
-        low, high = (end.view(1) for end in x.detach().aminmax())
+    def _labels(self, ids: Tensor, positions: Tensor, logits: Tensor) -> Tensor:
+        """
+        :param ids: (length,), of one sample
+        :param positions: (tokens,), those that count
+        :param logits: (tokens, vocabulary)
+        :return: (tokens,), the wanted next tokens, on the device of the logits
+        """
+        if not SCORES[self.config.score].sampled_labels:
+            return ids.roll(-1)[positions].to(logits.device)
+        # Drawn on the CPU and by the content of the sample: the same on any device, in any batch.
+        key = int.from_bytes(content_key(ids[positions], None)[:7], "little")
+        generator = torch.Generator().manual_seed(key ^ self.config.seed)
+        drawn = [
+            torch.multinomial(part.float().softmax(-1).cpu(), 1, generator=generator)
+            for part in logits.split(POSITIONS)
+        ]
+        return torch.cat(drawn).squeeze(-1).to(logits.device)
+
+    def _record_range(self, layer: nn.Module, args: Any, mask: Tensor | None) -> None:
+        """Of the inputs that count, where a scale of some option is static."""
+        if not self.static or not args or not args[0].numel():
+            return
+        x = args[0].detach()
+        if mask is not None and x.shape[:-1] == mask.shape:
+            x = x[mask]
+        low, high = (end.view(1) for end in x.aminmax())
         if layer in self.ranges:
             low, high = low.minimum(self.ranges[layer][0]), high.maximum(self.ranges[layer][1])
         self.ranges[layer] = low, high
@@ -211,18 +271,11 @@ class _Measurement:
     def _backward(self, block: nn.Module) -> None:
         """Run a block again, score its layers, and take the gradient to its input."""
         captured = self.capture.pop(block)
-        follows = self.next_inputs is None or (
-            captured is not None
-            and len(captured.outputs) == len(self.next_inputs)
-            and all(map(torch.equal, captured.outputs, self.next_inputs))
-        )
-        if captured is None or len(captured.inputs) != len(self.gradients) or not follows:
+        if captured is None or len(captured.inputs) != len(self.gradients):
             raise CalibrationError(
-                f"{self.blocks[block]}: its output is not what the block after it sees, once for "
-                "each sample, so no gradient leads through it. Choose `sequential_targets` that "
-                "follow each other."
+                f"{self.blocks[block]}: not run once for each sample, so no gradient leads through "
+                "it. Choose `sequential_targets` that follow each other."
             )
-        self.next_inputs = captured.inputs
         inside = set(block.modules())
         scores = self._new_scores([layer for layer in self.layers if layer in inside])
         group = BlockGroup([block], [captured.calls])
@@ -276,7 +329,7 @@ class _Measurement:
             search = self.config.scale_search and scheme.weights.num_bits < 8
             names = {layer: self.layers[layer] for layer in layers}
             args = dict.fromkeys(layers, scheme.weights)
-            quantizer = LayerQuantizer(names, args, self.config.fused)
+            quantizer = LayerQuantizer(names, args, fused=False)
             quantizer.importance = self.importance.copy()
             quantizer.find_shared_scales(self.model, layers, search)
             for layer in layers:
@@ -292,22 +345,33 @@ class _Measurement:
     ) -> Callable[[Tensor], Tensor] | None:
         if args is None:
             return None
-        return lambda x: fake_quantize_in_range(x, args, *self.ranges[layer])
+        unknown = torch.zeros(1)
+
+        def quantize(x: Tensor) -> Tensor:
+            low, high = self.ranges.get(layer, (unknown, unknown))
+            return fake_quantize_in_range(x, args, low, high)
+
+        return quantize
 
     @contextlib.contextmanager
     def _scoring(self, scores: dict[Layer, Score]) -> Iterator[None]:
         """Let scores count what their layers do and what gradient comes back."""
+        gains = {
+            layer: embedding_gain(layer) for layer in scores if isinstance(layer, nn.Embedding)
+        }
 
         def watch(layer: Layer, args: Any, output: Tensor) -> None:
             if not output.requires_grad:
                 return
             x = args[0].detach()
             x = x.flatten(0, -2) if x.is_floating_point() else x.flatten()
+            gain = gains.get(layer, 1.0)
 
+            @torch.no_grad()
             def count(gradient: Tensor) -> None:
-                with torch.no_grad():
-                    scores[layer].add(x, gradient.flatten(0, -2))
-                self.reached.add(layer)
+                if gradient.any():
+                    scores[layer].add(x, gradient.flatten(0, -2) * gain)
+                    self.reached.add(layer)
 
             output.register_hook(count)
 
@@ -322,6 +386,11 @@ class _Measurement:
         for layer, score in scores.items():
             if layer in self.reached:
                 means = {name: value / self.num_tokens for name, value in score.total().items()}
+                if not all(map(math.isfinite, means.values())):
+                    raise NonFiniteError(
+                        f"{self.layers[layer]}: its gradient or its error has NaN or infinity; "
+                        "load the model in bfloat16 or float32"
+                    )
                 self.scores[self.layers[layer]] = dict.fromkeys(self.unquantized, 0.0) | means
 
 
@@ -333,8 +402,16 @@ def _forward_arguments(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key not in ("labels", "loss_mask")}
 
 
-def _first_samples(batches: Iterable[dict[str, Any]], num_samples: int) -> Iterator[dict[str, Any]]:
-    """Yield batches until there are ``num_samples`` rows."""
+def embedding_gain(layer: nn.Embedding) -> float:
+    """:return: by what the layer multiplies the rows of its weight, as Gemma 3's does"""
+    row = torch.ones_like(layer.weight[:1])
+    index = torch.zeros(1, dtype=torch.long, device=row.device)
+    with torch.no_grad():
+        return float(functional_call(layer, {"weight": row}, (index,)).flatten()[0])
+
+
+def first_samples(batches: Iterable[dict[str, Any]], num_samples: int) -> Iterator[dict[str, Any]]:
+    """Yield batches of the model's arguments until there are ``num_samples`` rows."""
     for batch in batches:
         if num_samples <= 0:
             return

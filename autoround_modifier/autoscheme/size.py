@@ -6,6 +6,7 @@ import functools
 
 import torch
 from compressed_tensors.compressors import compress_module
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.lifecycle.initialize import (
     initialize_module_for_quantization,
@@ -26,7 +27,8 @@ def saved_bits(layer: Layer, scheme: QuantizationScheme) -> int:
     :param scheme: one without ``weights`` leaves the layer as it is
     :return: bits of all tensors of the layer in the checkpoint
     """
-    weight = layer.weight
+    with disable_onloading():
+        weight = layer.weight
     if scheme.weights is None:
         return weight.numel() * weight.itemsize * 8
     rows, columns = weight.shape

@@ -22,6 +22,9 @@ __all__ = ["InfeasibleBudgetError", "frontier", "solve"]
 
 # Relative; sums of costs in another order differ by less.
 TOLERANCE = 1e-9
+# Kept at most. Only items whose options cost the same for their size need as many; beyond that, the
+# choice is the best of those followed.
+MAX_STATES = 200_000
 
 Number = TypeVar("Number", int, float)
 
@@ -179,6 +182,8 @@ def _improve(
         pareto = np.ones(len(order), dtype=bool)
         pareto[1:] = cheapest[1:] < cheapest[:-1]
         kept = alive[order[pareto]]
+        if len(kept) > MAX_STATES:
+            kept = np.sort(kept[np.argsort(new_excess[kept], kind="stable")[:MAX_STATES]])
         size, excess = new_size[kept], new_excess[kept]
         history.append((kept // len(item.options), item.options[kept % len(item.options)]))
         if not len(kept):

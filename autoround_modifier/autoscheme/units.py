@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.observers.helpers import FUSED_LAYER_NAMES
 from torch import nn
@@ -38,10 +39,12 @@ class Unit:
 
     :param name: for people: the common part of the names, and where they differ
     :param layers: names, in the order of the model
+    :param targets: the same in the syntax of recipes: names, or patterns for many experts
     """
 
     name: str
     layers: tuple[str, ...]
+    targets: tuple[str, ...]
 
 
 def find_units(
@@ -71,7 +74,11 @@ def find_units(
     units: dict[str, list[str]] = {}
     for name in names:
         units.setdefault(root(name), []).append(name)
-    return [Unit(_common_name(members), tuple(members)) for members in units.values()]
+    every = [name for name, _ in model.named_modules()]
+    return [
+        Unit(_common_name(members), tuple(members), _targets(members, every))
+        for members in units.values()
+    ]
 
 
 def _fused(model: nn.Module) -> Iterator[list[str]]:
@@ -93,9 +100,10 @@ def _experts(names: list[str]) -> Iterator[list[str]]:
 
 def _tied(model: nn.Module) -> Iterator[list[str]]:
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            owners.setdefault(id(module.weight), []).append(name)
+    with disable_onloading():  # an onloaded weight is another object each time
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                owners.setdefault(id(module.weight), []).append(name)
     yield from (group for group in owners.values() if len(group) > 1)
 
 
@@ -123,3 +131,20 @@ def _common_name(names: list[str]) -> str:
     prefix = "".join(f"{part}." for part in split[0][:depth])
     rest = [".".join(parts[depth:]) for parts in split]
     return prefix + ("{" + ",".join(rest) + "}" if len(rest) <= 4 else f"({len(rest)} layers)")
+
+
+def _targets(layers: list[str], every: list[str]) -> tuple[str, ...]:
+    """
+    :param every: names of all modules of the model
+    :return: patterns for the experts of a block, if they match no other module, else the names
+    """
+    # From `layers` on: engines may know the model under another prefix.
+    from_layers = [re.sub(r"^.*?\.(?=layers\.)", "", name) for name in layers]
+    for prefix, names in ((r".*\.", from_layers), ("^", layers)):
+        patterns = {re.sub(r"(?<=\bexperts\\\.)\d+", "[0-9]+", re.escape(x)) for x in names}
+        if len(patterns) == len(layers):
+            break
+        targets = [f"{prefix}{pattern}$" for pattern in sorted(patterns)]
+        if {name for name in every if re.match("|".join(targets), name)} == set(layers):
+            return tuple(f"re:{target}" for target in targets)
+    return tuple(layers)

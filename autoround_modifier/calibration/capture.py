@@ -40,7 +40,8 @@ class CapturedBlock:
         """Keep the samples ``order``, in that order."""
         for name in ("inputs", "outputs", "calls", "masks"):
             values = getattr(self, name)
-            setattr(self, name, [values[index] for index in order])
+            if values:
+                setattr(self, name, [values[index] for index in order])
 
 
 class BlockCapture:
@@ -53,6 +54,7 @@ class BlockCapture:
     :param names: name of each block that is recorded
     :param num_samples: largest number of samples to keep; None for all
     :param offload_device: where captured tensors are kept
+    :param keep_outputs: false where nobody needs them
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class BlockCapture:
         names: dict[nn.Module, str],
         num_samples: int | None,
         offload_device: torch.device | str = "cpu",
+        keep_outputs: bool = True,
     ):
         self.names = names
         self.num_samples = num_samples
+        self.keep_outputs = keep_outputs
         self.offload_device = offload_device
         self.order: list[int] | None = None
         self.num_recorded = 0
@@ -93,11 +97,12 @@ class BlockCapture:
             if not torch.isfinite(real).all():
                 raise NonFiniteError(
                     f"{self.names[block]}: the full-precision output has NaN or infinity in "
-                    f"calibration sample {len(captured.outputs)}. Check the weights of this block "
+                    f"calibration sample {len(captured.inputs)}. Check the weights of this block "
                     "and the calibration text, or load the model in bfloat16 or float32."
                 )
             captured.inputs.append(offload(hidden))
-            captured.outputs.append(offload(out))
+            if self.keep_outputs:
+                captured.outputs.append(offload(out))
             captured.calls.append(
                 BlockCall(
                     tree_map(offload, call.args), tree_map(offload, call.kwargs), call.hidden_name

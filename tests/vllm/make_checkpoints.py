@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 
 import torch
+from llmcompressor.modifiers import Modifier
 from rows import ROWS, Row
 from safetensors.torch import save_file
 from transformers import (
@@ -26,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from autoround_modifier import AutoRoundModifier, oneshot, self_generated
+from autoround_modifier import AutoRoundModifier, AutoSchemeModifier, oneshot, self_generated
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is Rome. The capital of Germany is",
@@ -52,14 +53,24 @@ PROJECTIONS = (
 def quantize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
     """Quantize in place, tuned for a few iterations on text of the model's own."""
     dataset = self_generated(model, tokenizer, num_samples=16, max_seq_length=64)
-    modifier = AutoRoundModifier(
-        iters=10,
-        batch_size=4,
-        config_groups=row.config_groups,
-        kv_cache_scheme=row.kv_cache_scheme,
-        ignore=["lm_head"],
+    recipe: list[Modifier] = []
+    config_groups = row.config_groups
+    if row.avg_bits is not None:
+        options = [
+            {"name": name, "weights": group["weights"]} for name, group in config_groups.items()
+        ]
+        recipe.append(AutoSchemeModifier(avg_bits=row.avg_bits, options=options, cache_dir=False))
+        config_groups = None
+    recipe.append(
+        AutoRoundModifier(
+            iters=10,
+            batch_size=4,
+            config_groups=config_groups,
+            kv_cache_scheme=row.kv_cache_scheme,
+            ignore=["lm_head"],
+        )
     )
-    oneshot(model=model, tokenizer=tokenizer, dataset=dataset, recipe=modifier)
+    oneshot(model=model, tokenizer=tokenizer, dataset=dataset, recipe=recipe)
 
 
 def save_checkpoint(source: Path, directory: Path, row: Row) -> None:

@@ -26,6 +26,7 @@ class Row:
     :param kv_cache_scheme: the recipe's field of that name
     :param tolerance: factor of the allowed gap; vLLM's CPU kernel rounds towards zero what it
         caches in FP8 (its codes are those of truncation), Transformers to nearest
+    :param avg_bits: if given, AutoSchemeModifier chooses one of the groups for each layer
     """
 
     name: str
@@ -34,6 +35,7 @@ class Row:
     broken_kernel: str | None = None
     kv_cache_scheme: dict | None = None
     tolerance: float = 1.0
+    avg_bits: float | None = None
 
     @property
     def activations(self) -> dict | None:
@@ -122,6 +124,7 @@ ROWS = (
         "mixed_attn4_mlp2_g64",
         {"group_0": group(4, targets=ATTENTION), "group_1": group(2, targets=MLP)},
     ),
+    Row("autoscheme_w4_w8_g64", {"w4": group(4), "w8": group(8)}, avg_bits=5.0),
     Row("w8a8_int8_dynamic", integer(8, INT8_TOKEN), "CPUInt8ScaledMMLinearKernel"),
     Row("w8a8_int8_static", integer(8, INT8_TENSOR), "CPUInt8ScaledMMLinearKernel"),
     Row("w4a8_int8_dynamic_g64", integer(4, INT8_TOKEN, 64), "Dynamic4bitLinearKernel"),
