@@ -356,7 +356,7 @@ class _Measurement:
     @contextlib.contextmanager
     def _scoring(self, scores: dict[Layer, Score]) -> Iterator[None]:
         """Let scores count what their layers do and what gradient comes back."""
-        gains = {
+        gains: dict[Layer, float] = {
             layer: embedding_gain(layer) for layer in scores if isinstance(layer, nn.Embedding)
         }
 
