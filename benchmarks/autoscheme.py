@@ -55,10 +55,16 @@ from smollm2 import save_smollm2
 BITS = (2, 4, 8)
 OPTIONS = [f"W{bits}A16G64" for bits in BITS]
 BUDGETS = (2.5, 3.0, 3.5)
-RULES = ("ours", "auto-round", "uniform", "ends")
+RULES = ("ours", "ours-with-W3", "auto-round", "uniform", "ends")
 SCORES = ("fisher", "delta_loss")
-# One scheme for all layers, as close to the budget as group sizes allow: integer bits, group size
+SEARCHES = (*SCORES, "fisher-with-W3", "auto-round")
+CHANNEL = {"num_bits": 3, "type": "int", "symmetric": True, "strategy": "channel"}
+# One scheme for all layers, as close to the budget as group sizes allow
 UNIFORM = {2.5: "W2A16G32", 3.0: "W3A16_channel", 3.5: "W3A16G32"}
+WITH_W3 = [*OPTIONS, *UNIFORM.values(), "W3A16G64"]
+SCHEMES = resolve_options(
+    [{"name": x, "weights": CHANNEL} if x.endswith("_channel") else x for x in WITH_W3]
+)
 
 
 class Bench:
@@ -86,7 +92,7 @@ class Bench:
     def load(self) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(self.arguments.model, dtype=torch.bfloat16)
 
-    def scores(self, score: str) -> dict[str, dict[str, float]]:
+    def scores(self, score: str, options: list[str]) -> dict[str, dict[str, float]]:
         """:return: layer -> scheme -> score, as `AutoSchemeModifier` measures it"""
         targets = infer_sequential_targets(self.model, None)
         blocks = {block: name for name, block in match_named_modules(self.model, targets)}
@@ -94,29 +100,27 @@ class Bench:
         ids = torch.tensor(self.calibration["input_ids"][: self.arguments.search_samples])
         batches = [{"input_ids": row[None]} for row in ids]
         config = SensitivityConfig(score=score, num_samples=len(batches))
-        return measure_sensitivity(
-            self.model, blocks, names, resolve_options(OPTIONS), batches, config
-        )
+        schemes = {option: SCHEMES[option] for option in options}
+        return measure_sensitivity(self.model, blocks, names, schemes, batches, config)
 
-    def measurement(self, score: str) -> Measurement:
-        scores = self.scores(score)
-        schemes = resolve_options(OPTIONS)
+    def measurement(self, score: str, options: list[str]) -> Measurement:
+        scores = self.scores(score, options)
+        schemes = {option: SCHEMES[option] for option in options}
         units = [
             MeasuredUnit(
                 unit.name,
                 unit.layers,
                 unit.targets,
                 sum(self.layers[name].weight.numel() for name in unit.layers),
-                {option: self.bits(unit, option) for option in OPTIONS},
-                {option: sum(scores[name][option] for name in unit.layers) for option in OPTIONS},
+                {option: self.bits(unit, option) for option in options},
+                {option: sum(scores[name][option] for name in unit.layers) for option in options},
             )
             for unit in self.units
         ]
         return Measurement(score, schemes, units, 0, 0)
 
     def bits(self, unit: Unit, option: str) -> int:
-        scheme = resolve_options(OPTIONS)[option]
-        return sum(saved_bits(self.layers[name], scheme) for name in unit.layers)
+        return sum(saved_bits(self.layers[name], SCHEMES[option]) for name in unit.layers)
 
 
 # ---------------------------------------------------------------------- ranking
@@ -140,7 +144,7 @@ def rank(bench: Bench) -> dict[str, Any]:
     truth: dict[str, list[float]] = {option: [] for option in OPTIONS[:2]}
     for unit in bench.units:
         for option, divergences in truth.items():
-            args = resolve_options(OPTIONS)[option].weights
+            args = SCHEMES[option].weights
             saved = {}
             for name in unit.layers:
                 layer = bench.layers[name]
@@ -155,7 +159,7 @@ def rank(bench: Bench) -> dict[str, Any]:
         print(unit.name, {k: f"{v[-1]:.4f}" for k, v in truth.items()}, file=sys.stderr, flush=True)
     result: dict[str, Any] = {"units": [unit.name for unit in bench.units], "truth": truth}
     for score in SCORES:
-        measured = bench.measurement(score)
+        measured = bench.measurement(score, OPTIONS)
         for option, divergences in truth.items():
             values = [unit.scores[option] for unit in measured.units]
             result[f"{score} {option}"] = {
@@ -186,7 +190,8 @@ def search(bench: Bench, method: str) -> dict[str, Any]:
         chosen = auto_round_choices(bench)
         seconds = time.perf_counter() - started
     else:
-        measured = bench.measurement(method)
+        options = WITH_W3 if method.endswith("-with-W3") else OPTIONS
+        measured = bench.measurement(method.removesuffix("-with-W3"), options)
         seconds = time.perf_counter() - started
         chosen = {str(budget): measured.choose(budget).schemes for budget in BUDGETS}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -259,19 +264,14 @@ def ends(bench: Bench, budget: float) -> list[str]:
     return schemes
 
 
-def tuned(bench: Bench, budget: float, schemes: list[str] | str) -> dict[str, Any]:
+def tuned(bench: Bench, schemes: list[str]) -> dict[str, Any]:
     """
-    :param schemes: of each unit; or one name for all layers
+    :param schemes: of each unit
     """
-    if isinstance(schemes, str):
-        options = {schemes: uniform_scheme(schemes)}
-        schemes = [schemes] * len(bench.units)
-    else:
-        options = resolve_options(OPTIONS)
     groups: dict[str, Any] = {}
     bits = 0
     for unit, name in zip(bench.units, schemes, strict=True):
-        scheme = options[name]
+        scheme = SCHEMES[name]
         group = groups.setdefault(name, scheme.model_copy(update={"targets": []}))
         group.targets += unit.layers
         bits += sum(saved_bits(bench.layers[layer], scheme) for layer in unit.layers)
@@ -295,14 +295,6 @@ def tuned(bench: Bench, budget: float, schemes: list[str] | str) -> dict[str, An
     }
 
 
-def uniform_scheme(name: str) -> Any:
-    if not name.endswith("_channel"):
-        return resolve_options([name, "UNQUANTIZED"])[name]
-    bits = int(name[1])
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}
-    return resolve_options([{"name": name, "weights": weights}, "UNQUANTIZED"])[name]
-
-
 def current_rss() -> int:
     """:return: resident bytes of this process (Linux)"""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -322,12 +314,12 @@ def run_row(arguments: argparse.Namespace, row: list[str]) -> dict[str, Any]:
         return search(bench, rest[0])
     rule, budget = rest[0], float(rest[1])
     if rule == "uniform":
-        return tuned(bench, budget, UNIFORM[budget])
+        return tuned(bench, [UNIFORM[budget]] * len(bench.units))
     if rule == "ends":
-        return tuned(bench, budget, ends(bench, budget))
-    method = "fisher" if rule == "ours" else rule
+        return tuned(bench, ends(bench, budget))
+    method = rule.replace("ours", "fisher")
     searched = json.loads(arguments.output.read_text())[f"search {method}"]
-    return tuned(bench, budget, searched["schemes"][str(budget)])
+    return tuned(bench, searched["schemes"][str(budget)])
 
 
 def markdown(results: dict[str, dict]) -> str:
@@ -346,7 +338,7 @@ def markdown(results: dict[str, dict]) -> str:
                 )
         lines.append("")
     lines += ["| search | seconds | peak MiB | beyond the model |", "| --- " * 4 + "|"]
-    for method in (*SCORES, "auto-round"):
+    for method in SEARCHES:
         row = results.get(f"search {method}")
         if row:
             lines.append(
@@ -390,7 +382,7 @@ def main() -> None:
     rows = []
     for part in arguments.parts:
         if part == "search":
-            rows += [["search", method] for method in (*SCORES, "auto-round")]
+            rows += [["search", method] for method in SEARCHES]
         elif part == "compare":
             rows += [
                 ["compare", rule, str(budget)]
