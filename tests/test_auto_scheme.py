@@ -224,6 +224,16 @@ def test_padding_does_not_count():
         assert got[name] == pytest.approx(expected[name], rel=1e-3)
 
 
+@pytest.mark.parametrize("score", ["fisher", "delta_loss"])
+def test_a_sample_whose_tokens_do_not_count(score):
+    model, samples = tiny_llama(torch.float32), batches()
+    expected = sensitivity(model, samples, score=score, scale_search=False)
+    extra = {"input_ids": samples[0]["input_ids"].flip(-1), "loss_mask": torch.zeros(1, 8)}
+    got = sensitivity(model, [*samples, extra], score=score, scale_search=False)
+    for name in expected:
+        assert got[name] == pytest.approx(expected[name], rel=1e-4)
+
+
 def test_the_model_is_left_as_it_was():
     model = tiny_llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}

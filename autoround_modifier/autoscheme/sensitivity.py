@@ -213,6 +213,8 @@ class _Measurement:
         for row, ids in enumerate(batch["input_ids"]):
             counts = torch.ones(len(ids), dtype=torch.bool) if mask is None else mask[row]
             positions = counts.nonzero().squeeze(-1)
+            if not len(positions):
+                continue
             real = logits.detach()[row, positions.to(logits.device)]
             if not torch.isfinite(real).all():
                 raise NonFiniteError(
@@ -231,7 +233,7 @@ class _Measurement:
                 slope = part.float().softmax(-1)
                 slope.scatter_add_(-1, wanted.unsqueeze(-1), -torch.ones_like(slope[:, :1]))
                 rows[where.to(rows.device)] = slope.to(rows.dtype)
-            if not SCORES[self.config.score].sampled_labels and len(positions):
+            if not SCORES[self.config.score].sampled_labels:
                 rows[positions[-1]] = 0  # nothing follows
         if logits.requires_grad:
             logits.backward(gradient)
