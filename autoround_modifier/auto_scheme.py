@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +33,6 @@ from autoround_modifier.autoscheme import (
     Unit,
     default_cache_folder,
     find_units,
-    first_samples,
     measure_sensitivity,
     resolve_options,
     saved_bits,
@@ -191,7 +190,7 @@ class AutoSchemeModifier(Modifier):
         blocks = {block: name for name, block in match_named_modules(model, targets)}
         batches = cast(Iterable[dict[str, Any]], state.data.calib)
         # Once: a loader that shuffles would bring others the next time.
-        samples = list(first_samples(batches, self.num_calibration_samples))
+        samples = list(_first_samples(batches, self.num_calibration_samples))
         scores = self._scores(model, blocks, layers, schemes, samples)
         measured = _measurement(model, layers, units, schemes, scores, self.score)
         self._choice = choice = measured.choose(self.avg_bits, self.whole_model)
@@ -243,7 +242,6 @@ class AutoSchemeModifier(Modifier):
         config = SensitivityConfig(
             score=self.score,
             scale_search=self.scale_search,
-            num_samples=self.num_calibration_samples,
             batch_size=self.batch_size,
             seed=self.seed,
         )
@@ -368,6 +366,15 @@ def _following_tuner(
             "add one"
         )
     return next((tuner for tuner in following if not tuner.has_schemes), following[0])
+
+
+def _first_samples(batches: Iterable[dict[str, Any]], num_samples: int) -> Iterator[dict[str, Any]]:
+    """Yield batches until there are ``num_samples`` rows."""
+    for batch in batches:
+        if num_samples <= 0:
+            return
+        num_samples -= len(batch["input_ids"])
+        yield batch
 
 
 def _measurement(

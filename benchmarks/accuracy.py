@@ -35,6 +35,7 @@ from autoround_modifier import (
     text_dataset,
 )
 from autoround_modifier.evaluation import compare
+from autoround_modifier.files import write_atomically
 from autoround_modifier.formats.floating import FloatElement
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -268,9 +269,7 @@ def main() -> None:
         except RuntimeError:
             print(f"| {' | '.join(map(str, row))} | failed, see above |", flush=True)
             continue
-        partial = output.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1))
-        partial.replace(output)
+        write_atomically(output, json.dumps(results, indent=1))
         output.with_suffix(".md").write_text(markdown(results) + "\n")
         print(markdown(results[-1:]).splitlines()[-1], flush=True)
     print(markdown(results))

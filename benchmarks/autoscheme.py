@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from child import report, run_child
+from child import current_rss, report, run_child
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.utils.pytorch import infer_sequential_targets
 from torch import nn
@@ -46,6 +46,7 @@ from autoround_modifier.autoscheme import (
 )
 from autoround_modifier.calibration.capture import ImportanceCapture
 from autoround_modifier.evaluation import compare, logits_of
+from autoround_modifier.files import write_atomically
 from autoround_modifier.formats import make_format
 from autoround_modifier.initialization import search_range
 
@@ -99,7 +100,7 @@ class Bench:
         names = {layer: name for name, layer in self.layers.items()}
         ids = torch.tensor(self.calibration["input_ids"][: self.arguments.search_samples])
         batches = [{"input_ids": row[None]} for row in ids]
-        config = SensitivityConfig(score=score, num_samples=len(batches))
+        config = SensitivityConfig(score=score)
         schemes = {option: SCHEMES[option] for option in options}
         return measure_sensitivity(self.model, blocks, names, schemes, batches, config)
 
@@ -295,12 +296,6 @@ def tuned(bench: Bench, schemes: list[str]) -> dict[str, Any]:
     }
 
 
-def current_rss() -> int:
-    """:return: resident bytes of this process (Linux)"""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
 # ---------------------------------------------------------------------- rows
 
 
@@ -402,9 +397,7 @@ def main() -> None:
         # Read again: another process may have added rows of its own.
         results = json.loads(output.read_text()) if output.exists() else {}
         results[key] = result
-        partial = output.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1))
-        partial.replace(output)
+        write_atomically(output, json.dumps(results, indent=1))
         output.with_suffix(".md").write_text(markdown(results) + "\n")
     print(markdown(json.loads(output.read_text())))
 

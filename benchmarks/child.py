@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
-__all__ = ["report", "run_child"]
+__all__ = ["current_rss", "report", "run_child"]
 
 PREFIX = "RESULT "
 
@@ -27,3 +29,9 @@ def run_child(*arguments: str) -> dict:
     if child.returncode or len(lines) != 1:
         raise RuntimeError(f"failed with exit code {child.returncode}: {' '.join(arguments)}")
     return json.loads(lines[0].removeprefix(PREFIX))
+
+
+def current_rss() -> int:
+    """:return: resident bytes of this process (Linux)"""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import torch
-from child import report, run_child
+from child import current_rss, report, run_child
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -142,12 +142,6 @@ def peer(model, tokenizer, ids, method, iters, shape):
         "enable_torch_compile": "compile" in method,
     }
     return lambda: PEERS["auto-round"](task, **options)
-
-
-def current_rss() -> int:
-    """:return: resident bytes of this process (Linux)"""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 def measure(

@@ -6,7 +6,6 @@ from autoround_modifier.autoscheme.options import resolve_options
 from autoround_modifier.autoscheme.scores import SCORES
 from autoround_modifier.autoscheme.sensitivity import (
     SensitivityConfig,
-    first_samples,
     measure_sensitivity,
 )
 from autoround_modifier.autoscheme.size import saved_bits
@@ -22,7 +21,6 @@ __all__ = [
     "Unit",
     "default_cache_folder",
     "find_units",
-    "first_samples",
     "measure_sensitivity",
     "resolve_options",
     "saved_bits",

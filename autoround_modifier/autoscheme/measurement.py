@@ -62,10 +62,9 @@ class Measurement:
         :return: the choice with the lowest sum of scores
         :raises SchemeError: if no choice fits; says what would
         """
-        weights = sum(unit.num_weights for unit in self.units)
-        other_weights, other_bits = self._counted(whole_model)
+        weights, other_bits = self.counted(whole_model)
         # Half a bit of the whole sum of room for 2.25 bits given as a decimal fraction.
-        budget = int(avg_bits * (weights + other_weights) + 0.5) - other_bits
+        budget = int(avg_bits * weights + 0.5) - other_bits
         names = list(self.schemes)
         scores = [[unit.scores[name] for name in names] for unit in self.units]
         bits = [[unit.bits[name] for name in names] for unit in self.units]
@@ -81,8 +80,7 @@ class Measurement:
 
     def range(self, whole_model: bool = False) -> tuple[float, float]:
         """:return: the smallest and the largest budget that make a difference"""
-        other_weights, other_bits = self._counted(whole_model)
-        weights = sum(unit.num_weights for unit in self.units) + other_weights
+        weights, other_bits = self.counted(whole_model)
         low, high = (
             (sum(end(unit.bits.values()) for unit in self.units) + other_bits) / weights
             for end in (min, max)
@@ -91,15 +89,17 @@ class Measurement:
 
     def frontier(self) -> list[tuple[float, float]]:
         """:return: mean bits and summed score of the best choices, from the smallest to the best"""
-        weights = sum(unit.num_weights for unit in self.units)
+        weights, _ = self.counted(whole_model=False)
         points = frontier(
             [list(unit.scores.values()) for unit in self.units],
             [list(unit.bits.values()) for unit in self.units],
         )
         return [(bits / weights, score) for bits, score in points]
 
-    def _counted(self, whole_model: bool) -> tuple[int, int]:
-        return (self.other_weights, self.other_bits) if whole_model else (0, 0)
+    def counted(self, whole_model: bool) -> tuple[int, int]:
+        """:return: weights that `avg_bits` is a mean over, and their bits outside of the units"""
+        weights = sum(unit.num_weights for unit in self.units)
+        return (weights + self.other_weights, self.other_bits) if whole_model else (weights, 0)
 
     def save(self, path: Path) -> None:
         content = asdict(self)
@@ -136,21 +136,22 @@ class Choice:
     schemes: list[str]
 
     @property
+    def pairs(self) -> list[tuple[MeasuredUnit, str]]:
+        """Units, each with the name of its scheme."""
+        return list(zip(self.measurement.units, self.schemes, strict=True))
+
+    @property
     def bits(self) -> int:
         """Bits of all units in the checkpoint."""
-        pairs = zip(self.measurement.units, self.schemes, strict=True)
-        return sum(unit.bits[name] for unit, name in pairs)
+        return sum(unit.bits[name] for unit, name in self.pairs)
 
     @property
     def score(self) -> float:
-        pairs = zip(self.measurement.units, self.schemes, strict=True)
-        return sum(unit.scores[name] for unit, name in pairs)
+        return sum(unit.scores[name] for unit, name in self.pairs)
 
     def avg_bits(self, whole_model: bool = False) -> float:
         """:return: mean of bits for each weight of the units, or each parameter of the model"""
-        measured = self.measurement
-        other_weights, other_bits = measured._counted(whole_model)
-        weights = sum(unit.num_weights for unit in measured.units) + other_weights
+        weights, other_bits = self.measurement.counted(whole_model)
         return (self.bits + other_bits) / weights
 
     @property
@@ -162,11 +163,7 @@ class Choice:
         """:return: the choice in the syntax of recipes, plain data"""
         groups = {}
         for name, scheme in self.measurement.schemes.items():
-            units = [
-                unit
-                for unit, chosen in zip(self.measurement.units, self.schemes, strict=True)
-                if chosen == name
-            ]
+            units = [unit for unit, chosen in self.pairs if chosen == name]
             if units and scheme.weights is not None:
                 fields = scheme.model_dump(mode="json", exclude_unset=True, exclude_none=True)
                 targets = [target for unit in units for target in unit.targets]
@@ -179,7 +176,7 @@ class Choice:
         width = max(len("layers"), *(len(unit.name) for unit in units))
         scheme_width = max(len("scheme"), *map(len, self.measurement.schemes))
         lines = [f"{'layers':{width}}  {'scheme':{scheme_width}}   bits  score"]
-        for unit, name in zip(units, self.schemes, strict=True):
+        for unit, name in self.pairs:
             bits = unit.bits[name] / unit.num_weights
             lines.append(
                 f"{unit.name:{width}}  {name:{scheme_width}}  {bits:5.2f}  {unit.scores[name]:.3e}"

@@ -17,10 +17,7 @@ def plot_choice(choice: Choice, path: Path) -> None:
     from matplotlib.figure import Figure
 
     measured = choice.measurement
-    bits = [
-        unit.bits[name] / unit.num_weights
-        for unit, name in zip(measured.units, choice.schemes, strict=True)
-    ]
+    bits = [unit.bits[name] / unit.num_weights for unit, name in choice.pairs]
     figure = Figure(figsize=(max(8.0, len(bits) / 12), 7.0), layout="constrained")
     by_layer, by_budget = figure.subplots(2, 1)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,14 +26,19 @@ from autoround_modifier.activations import fake_quantize_in_range, needs_calibra
 from autoround_modifier.autoscheme.scores import SCORES, QuantizedLayer, Score
 from autoround_modifier.calibration.capture import BlockCapture, ImportanceCapture
 from autoround_modifier.calibration.samples import call_token_mask, content_key, output_hidden
-from autoround_modifier.distillation.teacher import POSITIONS, counting_positions, logits_of
+from autoround_modifier.distillation.teacher import (
+    POSITIONS,
+    counting_positions,
+    forward_arguments,
+    logits_of,
+)
 from autoround_modifier.errors import CalibrationError, NonFiniteError
 from autoround_modifier.layer_quantizer import LayerQuantizer
 from autoround_modifier.patching import parameters_frozen
 from autoround_modifier.tuning.block import BlockGroup
 from autoround_modifier.validation import Layer
 
-__all__ = ["SensitivityConfig", "first_samples", "measure_sensitivity"]
+__all__ = ["SensitivityConfig", "measure_sensitivity"]
 
 Scores = dict[str, dict[str, float]]  # layer -> scheme -> score
 
@@ -44,7 +49,6 @@ class SensitivityConfig:
 
     score: str = "fisher"
     scale_search: bool = True
-    num_samples: int = 32
     batch_size: int = 8
     seed: int = 42
 
@@ -54,7 +58,7 @@ def measure_sensitivity(
     blocks: dict[nn.Module, str],
     layers: dict[Layer, str],
     options: dict[str, QuantizationScheme],
-    batches: Iterable[dict[str, Any]],
+    batches: list[dict[str, Any]],
     config: SensitivityConfig,
     on_block: Callable[[], None] = lambda: None,
 ) -> Scores:
@@ -106,17 +110,16 @@ class _Measurement:
         self.scores: Scores = {}
         self.reached: set[Layer] = set()
 
-    def run(self, batches: Iterable[dict[str, Any]], on_block: Callable[[], None]) -> Scores:
-        used = list(first_samples(batches, self.config.num_samples))
+    def run(self, batches: list[dict[str, Any]], on_block: Callable[[], None]) -> Scores:
         with ExitStack() as stack:
             stack.enter_context(eval_context(self.model))
             stack.enter_context(parameters_frozen([self.model]))
-            self.blocks = self._chain(used[0]) if used else {}
-            self._forward(used)
+            self.blocks = self._chain(batches[0]) if batches else {}
+            self._forward(batches)
             for block in reversed(self.blocks):
                 self._backward(block)
                 on_block()
-            self._score_embeddings(used)
+            self._score_embeddings(batches)
         return self.scores
 
     # ------------------------------------------------------------------ forward
@@ -134,7 +137,7 @@ class _Measurement:
             for block in self.blocks:
                 handle = block.register_forward_hook(leave_block, with_kwargs=True)
                 stack.callback(handle.remove)
-            logits_of(self.model, _forward_arguments(batch))
+            logits_of(self.model, forward_arguments(batch))
         chain: dict[nn.Module, str] = {}
         expected: Tensor | None = None
         for block, hidden, output in reversed(ran):
@@ -207,7 +210,7 @@ class _Measurement:
         Run the model, and send back the gradient of the cross entropy, summed over the positions
         that count.
         """
-        logits = logits_of(self.model, _forward_arguments(batch))
+        logits = logits_of(self.model, forward_arguments(batch))
         mask = counting_positions(batch, logits.shape[:2])
         gradient = torch.zeros_like(logits)
         for row, ids in enumerate(batch["input_ids"]):
@@ -317,7 +320,7 @@ class _Measurement:
             stack.callback(first.register_forward_pre_hook(enter_block, with_kwargs=True).remove)
             for batch in batches:
                 with contextlib.suppress(_FirstBlockReached):
-                    logits_of(self.model, _forward_arguments(batch))
+                    logits_of(self.model, forward_arguments(batch))
         self._store(scores)
 
     # ------------------------------------------------------------------ scores
@@ -400,22 +403,9 @@ class _FirstBlockReached(Exception):
     """Ends a forward pass."""
 
 
-def _forward_arguments(batch: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if key not in ("labels", "loss_mask")}
-
-
 def embedding_gain(layer: nn.Embedding) -> float:
     """:return: by what the layer multiplies the rows of its weight, as Gemma 3's does"""
     row = torch.ones_like(layer.weight[:1])
     index = torch.zeros(1, dtype=torch.long, device=row.device)
     with torch.no_grad():
         return float(functional_call(layer, {"weight": row}, (index,)).flatten()[0])
-
-
-def first_samples(batches: Iterable[dict[str, Any]], num_samples: int) -> Iterator[dict[str, Any]]:
-    """Yield batches of the model's arguments until there are ``num_samples`` rows."""
-    for batch in batches:
-        if num_samples <= 0:
-            return
-        num_samples -= len(batch["input_ids"])
-        yield batch

@@ -12,7 +12,14 @@ from torch.nn import functional as F
 
 from autoround_modifier.errors import CalibrationError, NonFiniteError
 
-__all__ = ["TeacherBatch", "counting_positions", "divergence", "logits_of", "record_teacher"]
+__all__ = [
+    "TeacherBatch",
+    "counting_positions",
+    "divergence",
+    "forward_arguments",
+    "logits_of",
+    "record_teacher",
+]
 
 # Likeliest tokens kept for each position. The rest of the vocabulary counts as one more outcome.
 TOP_K = 256
@@ -52,7 +59,7 @@ def record_teacher(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[
     """
     recorded = []
     for index, batch in enumerate(batches):
-        inputs = {key: value for key, value in batch.items() if key not in ("labels", "loss_mask")}
+        inputs = forward_arguments(batch)
         logits = logits_of(model, inputs)
         mask = counting_positions(batch, logits.shape[:2])
         rows = logits[mask.to(logits.device)] if mask is not None else logits.flatten(0, 1)
@@ -72,6 +79,11 @@ def record_teacher(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[
     if not recorded:
         raise CalibrationError("the calibration data has no token that counts")
     return recorded
+
+
+def forward_arguments(batch: dict[str, Any]) -> dict[str, Any]:
+    """:return: what of a calibration batch is for the model's forward"""
+    return {key: value for key, value in batch.items() if key not in ("labels", "loss_mask")}
 
 
 def logits_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
