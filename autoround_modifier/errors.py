@@ -1,6 +1,13 @@
 """What can be wrong with a recipe, a model or its calibration data, one class each."""
 
-__all__ = ["CalibrationError", "NonFiniteError", "OutputExistsError", "RecipeError", "SchemeError"]
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "NonFiniteError",
+    "OutputExistsError",
+    "RecipeError",
+    "SchemeError",
+]
 
 
 class RecipeError(ValueError):
@@ -21,3 +28,7 @@ class NonFiniteError(ValueError):
 
 class OutputExistsError(FileExistsError):
     """An output folder that already holds files."""
+
+
+class CheckpointError(ValueError):
+    """A folder of finished blocks that belong to another run."""

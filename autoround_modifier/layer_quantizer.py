@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from compressed_tensors.offload import disable_onloading, get_execution_device
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from loguru import logger
 from torch import Tensor, nn
 
 from autoround_modifier.calibration.capture import ImportanceCapture
+from autoround_modifier.distributed import gathered, is_distributed, summed
 from autoround_modifier.errors import NonFiniteError
 from autoround_modifier.export import write_back
 from autoround_modifier.formats import (
+    Grouping,
     QuantizedWeight,
     RoundingFormat,
     has_global_scale,
@@ -34,16 +37,25 @@ class LayerQuantizer:
     :param names: the layers to quantize, in the order of the model, and their names for messages
     :param args: how the weight of each is quantized
     :param fused: compute with `torch.compile`
+    :param experts: the layers of routed experts
+    :param min_expert_tokens: of calibration tokens routed to an expert; of fewer nothing is learned
     :ivar importance: of the input channels of layers, as far as they were recorded
     :ivar pending: layers that are not quantized yet
     """
 
     def __init__(
-        self, names: dict[Layer, str], args: dict[Layer, QuantizationArgs], fused: bool
+        self,
+        names: dict[Layer, str],
+        args: dict[Layer, QuantizationArgs],
+        fused: bool,
+        experts: Iterable[nn.Module] = (),
+        min_expert_tokens: int = 0,
     ) -> None:
         self.names = names
         self.args = args
         self.fused = fused
+        self.experts = frozenset(experts)
+        self.min_expert_tokens = min_expert_tokens
         self.importance = ImportanceCapture()
         self.pending = set(names)
         self._global_scales: dict[nn.Module, Tensor] = {}
@@ -72,7 +84,7 @@ class LayerQuantizer:
         for group in fused(has_global_scale):
             self._global_scales.update(dict.fromkeys(group, shared_global_scale(group)))
         for group in fused(lambda args: args.strategy == QuantizationStrategy.TENSOR):
-            importance, *_ = [self._pop_importance(layer) for layer in group]
+            importance, *_ = [self._pop_importance(layer)[0] for layer in group]
             found = shared_range(group, self.args[group[0]], importance, search)
             self._shared_ranges.update(dict.fromkeys(group, found))
 
@@ -84,9 +96,39 @@ class LayerQuantizer:
         args, global_scale = self.args[layer], self._global_scales.get(layer)
         found = self._shared_ranges.get(layer)
         if found is None and search:
-            importance = self._pop_importance(layer)
+            importance, num_tokens = self._pop_importance(layer)
+            if layer in self.experts and num_tokens < self.min_expert_tokens:
+                importance = None  # a handful of tokens says little about others
             found = search_range(layer.weight, args, importance, global_scale, self.fused)
         return make_format(layer.weight, args, found, global_scale, self.fused)
+
+    def scarce_experts(self, layers: Iterable[Layer]) -> dict[Layer, int]:
+        """:return: the layers of experts that saw too few tokens to learn from, and how many"""
+        counts = {
+            layer: self.importance.num_tokens(layer) for layer in layers if layer in self.experts
+        }
+        totals = dict.fromkeys(counts, 0)
+        for share in gathered(list(counts.values())):
+            for layer, count in zip(counts, share, strict=True):
+                totals[layer] += count
+        return {layer: n for layer, n in totals.items() if n < self.min_expert_tokens}
+
+    def forget(self, layer: Layer) -> None:
+        """Drop what was recorded of a layer that is quantized otherwise."""
+        self.importance.pop(layer)
+
+    def restored_weight(self, layer: Layer, tensors: dict[str, Tensor]) -> QuantizedWeight:
+        """
+        :param tensors: what `QuantizedWeight.tensors` gave, on any device
+        :return: the same weight, on the layer's device
+        """
+        with disable_onloading():
+            shape = layer.weight.shape
+        device = get_execution_device(layer)
+        return QuantizedWeight(
+            **{name: tensor.to(device) for name, tensor in tensors.items()},
+            grouping=Grouping.of(shape, self.args[layer]),
+        )
 
     def write_back(self, layer: Layer, weight: QuantizedWeight) -> None:
         """Set the layer's weight, scale and zero point, for good."""
@@ -112,11 +154,21 @@ class LayerQuantizer:
             self.write_back(layer, self.initial_format(layer, search).quantized())
         return [self.names[layer] for layer in layers]
 
-    def _pop_importance(self, layer: Layer) -> Tensor | None:
-        importance = self.importance.pop(layer)
+    def _pop_importance(self, layer: Layer) -> tuple[Tensor | None, int]:
+        """:return: importance, over all processes, and of how many tokens"""
+        importance, num_tokens = self.importance.pop(layer)
+        if is_distributed():
+            sums = torch.zeros(
+                layer.weight.shape[-1] + 1, dtype=torch.float64, device=layer.weight.device
+            )
+            if importance is not None:
+                sums[:-1], sums[-1] = importance, num_tokens
+            sums = summed(sums)
+            num_tokens = int(sums[-1])
+            importance = sums[:-1] if num_tokens else None
         if importance is not None and not torch.isfinite(importance).all():
             raise NonFiniteError(
                 f"{self.names[layer]}: the calibration inputs have NaN or infinity. Check "
                 "the calibration text, or load the model in bfloat16 or float32."
             )
-        return importance
+        return None if importance is None else importance.float(), num_tokens

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
-from compressed_tensors.offload import is_distributed
 from compressed_tensors.quantization import (
     QuantizationScheme,
     disable_quantization,
@@ -14,7 +15,8 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.utils import match_named_modules, patch_attr
-from llmcompressor.core import Event, State
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.calibration import apply_calibration_status
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
@@ -32,15 +34,17 @@ from autoround_modifier.activations import (
     activation_sites,
     needs_calibration,
 )
+from autoround_modifier.block_quantizer import BlockQuantizer
 from autoround_modifier.calibration.capture import BlockCapture
-from autoround_modifier.calibration.chain import QuantizedChain
+from autoround_modifier.calibration.experts import ExpertRouting, routed_experts_only
 from autoround_modifier.calibration.samples import call_token_mask
-from autoround_modifier.errors import NonFiniteError, RecipeError
+from autoround_modifier.errors import RecipeError
 from autoround_modifier.export import choose_saved_format
 from autoround_modifier.layer_quantizer import LayerQuantizer
 from autoround_modifier.presets import PRESET_FIELDS, PRESETS
 from autoround_modifier.report import BlockReport
-from autoround_modifier.tuning import BlockGroup, TuningConfig, attention_for_tuning, tune
+from autoround_modifier.run_checkpoint import RunCheckpoint, model_digest, text_digest
+from autoround_modifier.tuning import TuningConfig, attention_for_tuning
 from autoround_modifier.validation import (
     Layer,
     blocks_without_mask,
@@ -121,6 +125,13 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     :param holdout_evaluations: number of candidates compared, evenly spaced, the last among them
     :param enable_torch_compile: quantize by compiled code while tuning; the results are the same.
         By default where there is enough to tune to make up for the compilation
+    :param min_expert_tokens: experts of a mixture to which fewer calibration tokens are routed are
+        quantized by the scale search alone, with all input channels alike
+    :param checkpoint_dir: where each finished block is kept. The same run, started again after it
+        was interrupted, goes on after the last of them; its result is the same. The folder is left
+        as it is at the end: delete it once the model is saved
+    :param strict: raise if the loss or a gradient has NaN or infinity; otherwise such a block keeps
+        the rounding it started from, with a warning
     :param seed: fixes every random choice
     """
 
@@ -140,17 +151,21 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     holdout_fraction: float = Field(default=0.125, ge=0, le=0.5)
     holdout_evaluations: int = Field(default=5, ge=1)
     enable_torch_compile: bool | None = None
+    min_expert_tokens: int = Field(default=32, ge=0)
+    checkpoint_dir: str | None = Field(default=None, exclude=True)
+    strict: bool = False
     seed: int = 42
 
     _quantizer: LayerQuantizer = PrivateAttr(default_factory=lambda: LayerQuantizer({}, {}, False))
+    _block_quantizer: BlockQuantizer | None = PrivateAttr(default=None)
+    _routing: ExpertRouting = PrivateAttr(default_factory=lambda: ExpertRouting(nn.Module()))
+    _checkpoint: RunCheckpoint | None = PrivateAttr(default=None)
     _sites: list[ActivationSite] = PrivateAttr(default_factory=list)
     _blocks: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _capture: BlockCapture | None = PrivateAttr(default=None)
     _token_mask: Tensor | None = PrivateAttr(default=None)
-    _chain: QuantizedChain = PrivateAttr(default_factory=QuantizedChain)
     _attention: str | None = PrivateAttr(default=None)
     _progress: tqdm | None = PrivateAttr(default=None)
-    _reports: list[BlockReport] = PrivateAttr(default_factory=list)
 
     @field_validator("preset")
     @classmethod
@@ -240,7 +255,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     @property
     def block_reports(self) -> list[BlockReport]:
         """What was done to each group of blocks, in order."""
-        return list(self._reports)
+        return [] if self._block_quantizer is None else list(self._block_quantizer.reports)
 
     # ------------------------------------------------------------------ lifecycle
 
@@ -250,13 +265,9 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         :raises SchemeError: if a scheme is not supported or does not fit its layer
         :raises CalibrationError: if data is needed and there is none
         :raises NonFiniteError: if a targeted weight has NaN or infinity
-        :raises RuntimeError: if several processes share the work
+        :raises CheckpointError: if ``checkpoint_dir`` holds another run
+        :raises OSError: if ``checkpoint_dir`` cannot be written to
         """
-        if is_distributed():
-            raise RuntimeError(
-                "AutoRoundModifier does not run in several processes: each would tune on its own "
-                "share of the data, and the results would differ. Start one process."
-            )
         if not self.has_schemes:
             raise RecipeError(
                 "AutoRoundModifier has neither `scheme` nor `config_groups`: give one of them, or "
@@ -275,13 +286,18 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             choose_saved_format(layer.quantization_scheme)
         args = {module: scheme.weights for module, scheme in schemes.values()}
         fused = self._compilation_pays(names)
-        self._quantizer = LayerQuantizer(names, args, fused)
+        self._routing = ExpertRouting(model)
+        self._quantizer = LayerQuantizer(
+            names, args, fused, self._routing.layers, self.min_expert_tokens
+        )
         self._sites = activation_sites(
             model.named_modules(), names, self.kv_cache_scheme is not None, fused
         )
         targets = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         self._blocks = {block: name for name, block in match_named_modules(model, targets)}
         self._say_what_may_not_be_meant(model)
+        if self.checkpoint_dir is not None:
+            self._checkpoint = RunCheckpoint(Path(self.checkpoint_dir), self._run_digests(model))
         self._attention = attention_for_tuning(model)
         return True
 
@@ -304,13 +320,27 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             # static scales alone take all samples that the pipeline runs
             limit = self.num_calibration_samples if self.iters else None
             self._capture = BlockCapture(self._blocks, limit)
+            self._block_quantizer = BlockQuantizer(
+                self._blocks,
+                self._quantizer,
+                self._sites,
+                self._capture,
+                self._tuning_config(),
+                bool(self.scale_search),
+                self.enable_quanted_input,
+                self.strict,
+                self._checkpoint,
+                self._advance_progress,
+            )
             for block in self._blocks:
                 self.register_hook(block, self._record_block(), "forward", with_kwargs=True)
         for site in self._sites:
             if not site.calibrated:
                 self.register_hook(site.module, site.hook(self._observe(site)), site.hook_type)
+        for mixture in self._routing.mixtures:
+            self.register_hook(mixture, self._enter_mixture(), "forward_pre")
         for layer in self._quantizer.names:
-            if self.scale_search or layer not in in_blocks:
+            if self.scale_search or layer not in in_blocks or layer in self._routing.layers:
                 self.register_hook(layer, self._record_layer(), "forward_pre")
 
     def on_sequential_epoch_end(
@@ -324,9 +354,14 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         with self._clean_up_on_failure():
             self._quantizer.find_shared_scales(state.model, modules, bool(self.scale_search))
             if blocks and self._capture is not None:
-                with self._model_attention(state.model), HooksMixin.disable_hooks():
+                assert self._block_quantizer is not None
+                with (
+                    self._model_attention(state.model),
+                    HooksMixin.disable_hooks(),
+                    routed_experts_only(),
+                ):
                     for group in groups:
-                        self._tune_blocks(group)
+                        self._block_quantizer.quantize(group)
             self._quantize_pending(modules)
             ran = set(modules)
             self._calibrate_activations([site for site in self._sites if site.module in ran])
@@ -412,9 +447,19 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
     def _record_layer(self) -> Callable[..., None]:
         def record(layer: nn.Module, args: Any) -> None:
-            self._quantizer.importance.record(layer, args, self._token_mask)
+            if args and isinstance(args[0], Tensor):
+                x, mask = args[0], self._token_mask
+                if layer in self._routing.layers:
+                    x, mask = self._routing.select(layer, x), None
+                self._quantizer.importance.record(layer, x, mask)
 
         return record
+
+    def _enter_mixture(self) -> Callable[..., None]:
+        def enter(mixture: LinearExperts2D, args: Any) -> None:
+            self._routing.enter(mixture, args, self._token_mask)
+
+        return enter
 
     def _observe(self, site: ActivationSite) -> Callable[[Tensor], None]:
         def observe(x: Tensor) -> None:
@@ -427,7 +472,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         self.remove_hooks()
         if self._progress is not None:
             self._progress.close()
-        self._capture, self._progress, self._chain = None, None, QuantizedChain()
+        self._capture = self._progress = None
 
     @contextlib.contextmanager
     def _clean_up_on_failure(self) -> Iterator[None]:
@@ -457,83 +502,30 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
     # ------------------------------------------------------------------ tuning
 
-    def _tune_blocks(self, blocks: list[nn.Module]) -> None:
-        assert self._capture is not None
-        name = ", ".join(self._blocks[block] for block in blocks)
-        captured = [self._capture.pop(block) for block in blocks]
-        samples = [one for one in captured if one is not None]
-        in_group = {layer for block in blocks for layer in block.modules()}
-        layers = [x for x in self._quantizer.names if x in in_group and isinstance(x, nn.Linear)]
-        if not layers and not self._chain:
-            return  # nothing to tune, and nothing quantized before it
-        if len(samples) < len(blocks):
-            if layers and self.iters:
-                logger.warning(f"{name}: not run once for each sample, so not tuned")
-            return
-        sites = [site for site in self._sites if site.module in in_group]
-        group = BlockGroup(blocks, [one.calls for one in samples], sites)
-        targets = samples[-1].outputs
-        inputs = self._quantized_inputs(name, samples[0].inputs)
-        for one in samples:
-            one.inputs = []  # only the inputs of the quantized chain are needed from here on
-
-        search = bool(self.scale_search)
-        formats = {layer: self._quantizer.initial_format(layer, search) for layer in layers}
-        rounded = {layer: fmt.dequantized() for layer, fmt in formats.items()}
-        group.calibrate_activations(inputs, samples[-1].masks, self.batch_size, rounded)
-        del rounded
-        if formats and self.iters:
-            try:
-                result = tune(
-                    group,
-                    formats,
-                    inputs,
-                    targets,
-                    samples[-1].masks,
-                    self._tuning_config(),
-                    self._advance_progress(len(blocks)),
-                )
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{name}: {error}; load the model in bfloat16") from error
-            weights = result.weights
-            self._reports.append(BlockReport.from_result(name, result))
-            logger.info(str(self._reports[-1]))
-        else:
-            weights = {layer: fmt.quantized() for layer, fmt in formats.items()}
-        for layer, weight in weights.items():
-            self._quantizer.write_back(layer, weight)
-
-        if self.enable_quanted_input and blocks[-1] is not next(reversed(self._blocks)):
-            dequantized = {layer: weight.dequantize() for layer, weight in weights.items()}
-            group.advance(inputs, self.batch_size, dequantized)
-            self._chain.advance(inputs, targets)
-
-    def _quantized_inputs(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
-        """What the blocks will see after quantization; their own inputs where the chain ends."""
-        if not self._chain:
-            return inputs
-        chained = self._chain.take(inputs)
-        if chained is None:
-            logger.info(
-                f"{name}: its input is not the output of the block before it; it is tuned on "
-                "full-precision inputs"
-            )
-        return inputs if chained is None else chained
-
     def _tuning_config(self) -> TuningConfig:
         names = TuningConfig.__dataclass_fields__
         return TuningConfig(**{name: getattr(self, name) for name in names})
 
-    def _advance_progress(self, num_blocks: int) -> Callable[[], None]:
+    def _advance_progress(self, steps: int) -> None:
         if self._progress is None:
             total = len(self._blocks) * (self.iters or 0)
             self._progress = tqdm(total=total, desc="AutoRound", unit="it", smoothing=0.05)
-        progress = self._progress
+        self._progress.update(steps)
 
-        def advance() -> None:
-            progress.update(num_blocks)
-
-        return advance
+    def _run_digests(self, model: nn.Module) -> dict[str, str]:
+        """What the result depends on, but for the calibration data."""
+        recipe = [
+            (type(modifier).__name__, modifier.model_dump(mode="json", fallback=type))
+            for modifier in active_session().lifecycle.recipe.modifiers
+        ]
+        for _, fields in recipe:
+            for name in ("checkpoint_dir", "enable_torch_compile"):
+                fields.pop(name, None)
+        return {
+            "version of autoround_modifier": version("autoround_modifier"),
+            "recipe": text_digest(recipe),
+            "model": model_digest(model),
+        }
 
 
 def _set_default_observer(schemes: Iterable[Any]) -> None:

@@ -17,6 +17,8 @@ class BlockReport:
     :param best_loss: the same for the rounding that was kept
     :param best_iteration: the iteration that was kept; 0 is the initial rounding
     :param seconds: tuning time
+    :param scarce_experts: layers of experts that saw too few tokens to be tuned
+    :param failure: what had NaN or infinity, so that the initial rounding was kept
     """
 
     name: str
@@ -24,15 +26,19 @@ class BlockReport:
     best_loss: float
     best_iteration: int
     seconds: float
+    scarce_experts: int = 0
+    failure: str | None = None
 
     @classmethod
-    def from_result(cls, name: str, result: TuningResult) -> BlockReport:
+    def from_result(cls, name: str, result: TuningResult, scarce_experts: int = 0) -> BlockReport:
         return cls(
             name,
             result.initial_loss,
             result.best_loss,
             result.best_iteration,
             result.seconds,
+            scarce_experts,
+            result.failure,
         )
 
     def __str__(self) -> str:

@@ -126,7 +126,7 @@ def test_the_same_as_one_pass_through_the_whole_model(score):
 
 def _by_autograd(model, samples, options, layers, score):
     errors = {
-        (name, option): make_format(w, scheme.weights).dequantized() - w
+        (name, option): make_format(w, scheme.weights).dequantize() - w
         for name in layers
         for option, scheme in options.items()
         for w in [model.get_submodule(name).weight.detach()]
@@ -187,7 +187,7 @@ def test_it_is_the_divergence_in_nats():
         original = layer.weight.detach().clone()
         weights = resolve_options(["W5A16G32", "W8A16G32"])["W5A16G32"].weights
         with torch.no_grad():
-            layer.weight.copy_(make_format(original, weights).dequantized())
+            layer.weight.copy_(make_format(original, weights).dequantize())
             got = model(ids).logits.log_softmax(-1)
             layer.weight.copy_(original)
         divergence = float((wanted.exp() * (wanted - got)).sum(-1).mean())

@@ -149,10 +149,12 @@ def test_importance_sums_squares_of_real_tokens():
     layer = torch.nn.Linear(3, 2)
     capture = ImportanceCapture()
     x = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]])
-    capture.record(layer, (x,), torch.tensor([[True, False]]))
-    capture.record(layer, (x,))
-    assert capture.pop(layer).tolist() == [1 + 1 + 16, 4 + 4 + 25, 9 + 9 + 36]
-    assert capture.pop(layer) is None
+    capture.record(layer, x, torch.tensor([[True, False]]))
+    capture.record(layer, x)
+    importance, num_tokens = capture.pop(layer)
+    assert importance.tolist() == [1 + 1 + 16, 4 + 4 + 25, 9 + 9 + 36]
+    assert num_tokens == 3
+    assert capture.pop(layer) == (None, 0)
 
 
 def words(start: int, count: int) -> str:

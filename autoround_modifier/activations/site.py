@@ -28,6 +28,7 @@ from autoround_modifier.formats.fusion import fuse
 __all__ = ["DEFAULT_OBSERVER", "ActivationSite", "activation_sites"]
 
 DEFAULT_OBSERVER = "static_minmax"
+QPARAMS = ("scale", "zero_point", "global_scale")
 HOOK_TYPES = {"input": "forward_pre", "k": "key", "v": "value"}
 REGISTER: dict[str, Callable[..., RemovableHandle]] = {
     "input": lambda module, hook: module.register_forward_pre_hook(hook),
@@ -157,6 +158,25 @@ class ActivationSite:
         self.calibrated = True
         return True
 
+    def scales(self) -> dict[str, Tensor]:
+        """:return: the static scales that were found, by the names of the module's parameters"""
+        names = (f"{self.base_name}_{name}" for name in QPARAMS)
+        found = {name: getattr(self.module, name, None) for name in names}
+        if not self.calibrated or not needs_calibration(self.args):
+            return {}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def set_scales(self, scales: dict[str, Tensor]) -> None:
+        """
+        Take over what `scales` returned; nothing changes where it was empty.
+
+        :param scales: also those of other sites of the same module
+        """
+        for name in (f"{self.base_name}_{name}" for name in QPARAMS):
+            if name in scales:
+                update_offload_parameter(self.module, name, scales[name])
+                self.calibrated = True
+
     # ------------------------------------------------------------------ quantization
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -166,9 +186,8 @@ class ActivationSite:
         """
         # compressed-tensors would take the tokens of a two-dimensional input for one
         batched = x if x.ndim > 2 else x.unsqueeze(0)
-        names = ("scale", "zero_point", "global_scale")
         scale, zero_point, global_scale = (
-            getattr(self.module, f"{self.base_name}_{name}", None) for name in names
+            getattr(self.module, f"{self.base_name}_{name}", None) for name in QPARAMS
         )
         function = _fused_fake_quantize if self.fused else fake_quantize_activation
         with torch.no_grad():

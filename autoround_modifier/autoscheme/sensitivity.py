@@ -24,7 +24,11 @@ from torch.func import functional_call
 
 from autoround_modifier.activations import fake_quantize_in_range, needs_calibration
 from autoround_modifier.autoscheme.scores import SCORES, QuantizedLayer, Score
-from autoround_modifier.calibration.capture import BlockCapture, ImportanceCapture
+from autoround_modifier.calibration.capture import (
+    BlockCapture,
+    ImportanceCapture,
+    SampleOrder,
+)
 from autoround_modifier.calibration.samples import call_token_mask, content_key, output_hidden
 from autoround_modifier.distillation.teacher import (
     POSITIONS,
@@ -177,7 +181,7 @@ class _Measurement:
             return (leaf, *output[1:]) if isinstance(output, (tuple, list)) else leaf
 
         def enter_layer(layer: nn.Module, args: Any) -> None:
-            self.importance.record(layer, args, mask)
+            self.importance.record(layer, args[0], mask)
             self._record_range(layer, args, mask)
 
         with ExitStack() as stack:
@@ -202,7 +206,8 @@ class _Measurement:
                 self.gradients += [g.unsqueeze(0).to("cpu", copy=True) for g in leaf.grad]
         if not self.num_tokens:
             raise CalibrationError("the calibration data has no token that counts")
-        self.capture.order = list(range(len(self.gradients)))
+        every = list(range(len(self.gradients)))
+        self.capture.order = SampleOrder(every, every)
         self._store(scores)
 
     def _pull_back_from_logits(self, batch: dict[str, Any], index: int) -> None:
@@ -338,7 +343,7 @@ class _Measurement:
             quantizer.importance = self.importance.copy()
             quantizer.find_shared_scales(self.model, layers, search)
             for layer in layers:
-                rounded = quantizer.initial_format(layer, search).dequantized()
+                rounded = quantizer.initial_format(layer, search).dequantize()
                 quantized[layer][name] = QuantizedLayer(
                     rounded - layer.weight, self._quantize_input(layer, scheme.input_activations)
                 )

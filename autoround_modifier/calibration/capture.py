@@ -15,9 +15,23 @@ from autoround_modifier.calibration.samples import (
     output_hidden,
     split_call,
 )
+from autoround_modifier.distributed import gathered, process_rank
 from autoround_modifier.errors import NonFiniteError
 
 __all__ = ["BlockCapture", "CapturedBlock", "ImportanceCapture"]
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """
+    Which samples are used.
+
+    :param indices: of those of this process, as they were recorded
+    :param positions: of each among the samples of all processes, ascending
+    """
+
+    indices: list[int]
+    positions: list[int]
 
 
 @dataclass
@@ -29,19 +43,22 @@ class CapturedBlock:
     :ivar outputs: full-precision outputs, same shapes: the targets of tuning
     :ivar calls: the other arguments of each call
     :ivar masks: (1, tokens) bool each, False for tokens that do not count; None if all count
+    :ivar positions: of each among the samples of all processes
     """
 
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     calls: list[BlockCall] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
 
-    def select(self, order: list[int]) -> None:
-        """Keep the samples ``order``, in that order."""
+    def select(self, order: SampleOrder) -> None:
+        """Keep some samples, in that order."""
+        self.positions = order.positions
         for name in ("inputs", "outputs", "calls", "masks"):
             values = getattr(self, name)
             if values:
-                setattr(self, name, [values[index] for index in order])
+                setattr(self, name, [values[index] for index in order.indices])
 
 
 class BlockCapture:
@@ -68,7 +85,7 @@ class BlockCapture:
         self.num_samples = num_samples
         self.keep_outputs = keep_outputs
         self.offload_device = offload_device
-        self.order: list[int] | None = None
+        self.order: SampleOrder | None = None
         self.num_recorded = 0
         self._blocks: dict[nn.Module, CapturedBlock] = {}
 
@@ -122,14 +139,24 @@ class BlockCapture:
         if len(captured.inputs) != self.num_recorded:
             return None
         if self.order is None:
-            keys = [
-                content_key(hidden, mask)
-                for hidden, mask in zip(captured.inputs, captured.masks, strict=True)
-            ]
-            order = sorted(range(len(keys)), key=keys.__getitem__)
-            self.order = order[: self.num_samples]
+            self.order = self._canonical_order(captured)
         captured.select(self.order)
         return captured
+
+    def _canonical_order(self, captured: CapturedBlock) -> SampleOrder:
+        keys = [
+            content_key(hidden, mask)
+            for hidden, mask in zip(captured.inputs, captured.masks, strict=True)
+        ]
+        everywhere = [
+            (key, rank, index)
+            for rank, share in enumerate(gathered(keys))
+            for index, key in enumerate(share)
+        ]
+        rank, _ = process_rank()
+        chosen = enumerate(sorted(everywhere)[: self.num_samples])
+        mine = [(position, index) for position, (_, owner, index) in chosen if owner == rank]
+        return SampleOrder([index for _, index in mine], [position for position, _ in mine])
 
     def _offload(self, value: Any) -> Any:
         return value.detach().to(self.offload_device) if isinstance(value, Tensor) else value
@@ -143,33 +170,36 @@ class ImportanceCapture:
 
     def __init__(self) -> None:
         self._sums: dict[nn.Module, Tensor] = {}
+        self._num_tokens: dict[nn.Module, int] = {}
 
     @torch.no_grad()
-    def record(
-        self, layer: nn.Module, args: tuple[Any, ...], token_mask: Tensor | None = None
-    ) -> None:
+    def record(self, layer: nn.Module, x: Tensor, token_mask: Tensor | None = None) -> None:
         """
         Add one batch of inputs, (..., in_features).
 
         :param token_mask: (batch, tokens), bool, False for tokens that shall not count; without
             effect on layers that see tokens in another arrangement, such as routed experts
         """
-        if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+        if not x.is_floating_point():
             return
-        x = args[0].detach()
         if token_mask is not None and x.shape[:-1] == token_mask.shape:
             x = x[token_mask]
         # float64, so that the order of the batches does not show in the result
-        squares = x.flatten(0, -2).float().square().sum(0).double()
+        tokens = x.detach().flatten(0, -2)
+        squares = tokens.float().square().sum(0).double()
         self._sums[layer] = self._sums[layer] + squares if layer in self._sums else squares
+        self._num_tokens[layer] = self._num_tokens.get(layer, 0) + len(tokens)
 
     def copy(self) -> ImportanceCapture:
         """:return: the same record; what is taken out of it stays in this one"""
         other = ImportanceCapture()
-        other._sums = dict(self._sums)
+        other._sums, other._num_tokens = dict(self._sums), dict(self._num_tokens)
         return other
 
-    def pop(self, layer: nn.Module) -> Tensor | None:
-        """:return: (in_features,), float32; None if the layer saw no tokens"""
-        total = self._sums.pop(layer, None)
-        return None if total is None else total.float()
+    def pop(self, layer: nn.Module) -> tuple[Tensor | None, int]:
+        """:return: (in_features,), float64, None if the layer saw no tokens; number of tokens"""
+        return self._sums.pop(layer, None), self._num_tokens.pop(layer, 0)
+
+    def num_tokens(self, layer: nn.Module) -> int:
+        """:return: how many tokens of the layer were counted"""
+        return self._num_tokens.get(layer, 0)

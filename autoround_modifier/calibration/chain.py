@@ -13,21 +13,23 @@ class QuantizedChain:
     """
     Holds the output of the last tuned blocks with their quantized weights, and fingerprints of
     their full-precision output, by which the block that follows them is recognised.
+
+    :ivar outputs: (1, tokens, hidden) per sample; empty where there is no chain
     """
 
     def __init__(self) -> None:
-        self._outputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
         self._fingerprints: list[int] = []
 
     def __bool__(self) -> bool:
-        return bool(self._outputs)
+        return bool(self.outputs)
 
     def advance(self, outputs: list[Tensor], full_precision: list[Tensor]) -> None:
         """
         :param outputs: (1, tokens, hidden) per sample, from the quantized blocks
         :param full_precision: the same from the full-precision blocks
         """
-        self._outputs = outputs
+        self.outputs = outputs
         self._fingerprints = [fingerprint(hidden) for hidden in full_precision]
 
     def take(self, full_precision: list[Tensor]) -> list[Tensor] | None:
@@ -35,7 +37,7 @@ class QuantizedChain:
         :param full_precision: a block's full-precision inputs
         :return: its inputs from the quantized chain; None if the chain does not lead to it
         """
-        outputs, self._outputs = self._outputs, []
+        outputs, self.outputs = self.outputs, []
         if [fingerprint(hidden) for hidden in full_precision] != self._fingerprints:
             return None
         return outputs

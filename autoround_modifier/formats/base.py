@@ -32,6 +32,13 @@ class QuantizedWeight:
     grouping: Grouping
     global_scale: Tensor | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """:return: what it consists of, by the names of the parameters"""
+        tensors = {"values": self.values, "scale": self.scale, "zero_point": self.zero_point}
+        return (
+            tensors if self.global_scale is None else tensors | {"global_scale": self.global_scale}
+        )
+
     def dequantize(self) -> Tensor:
         """:return: ``(q - z) * s``, (out_features, in_features), the weight's dtype"""
         scale = self.scale.float().view(-1, 1)
@@ -81,7 +88,7 @@ class RoundingFormat(ABC):
         """:return: the weight as it would be saved now, in tensors of its own"""
 
     @abstractmethod
-    def dequantized(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """:return: `quantized`, dequantized: (out_features, in_features), the weight's dtype"""
 
     @abstractmethod

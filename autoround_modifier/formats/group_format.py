@@ -123,7 +123,7 @@ class GroupFormat(RoundingFormat):
         )
 
     @torch.no_grad()
-    def dequantized(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         dequantize = _fused_dequantize if self.fused else _dequantize
         parts = [dequantize(self.grid, *state) for state in self._slices(fused=self.fused)]
         return self.grouping.join(torch.cat(parts) if len(parts) > 1 else parts[0])

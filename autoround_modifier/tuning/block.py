@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from autoround_modifier.activations import ActivationSite, needs_calibration
 from autoround_modifier.calibration.samples import (
@@ -17,6 +16,7 @@ from autoround_modifier.calibration.samples import (
     stackable,
 )
 from autoround_modifier.patching import forwards_replaced, parameters_frozen
+from autoround_modifier.tuning.forwards import Forward
 
 __all__ = ["BlockGroup", "attention_for_tuning"]
 
@@ -53,15 +53,19 @@ class BlockGroup:
             hidden = output_hidden(block(*args, **kwargs))
         return hidden
 
-    def microbatches(
-        self, hidden: list[Tensor], samples: list[int]
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield samples that can be stacked, with their stacked hidden states on the device."""
+    def stackable(self, hidden: list[Tensor], samples: list[int]) -> list[list[int]]:
+        """:return: the samples, those together that one call of the blocks can take"""
 
         def signature(index: int) -> tuple:
             return tuple(calls[index].signature(hidden[index]) for calls in self.calls)
 
-        for group in stackable(samples, signature):
+        return list(stackable(samples, signature))
+
+    def microbatches(
+        self, hidden: list[Tensor], samples: list[int]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield `stackable` samples, with their stacked hidden states on the device."""
+        for group in self.stackable(hidden, samples):
             yield group, torch.cat([hidden[index].to(self.device) for index in group])
 
     def batches(self, hidden: list[Tensor], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
@@ -76,14 +80,14 @@ class BlockGroup:
         hidden: list[Tensor],
         masks: list[Tensor | None],
         batch_size: int,
-        weights: dict[nn.Linear, Tensor],
+        forwards: dict[nn.Module, Forward],
     ) -> None:
         """
         Find the static scales of activations, on what the blocks will see.
 
         :param hidden: (1, tokens, hidden) per sample, the input of the first block
         :param masks: (1, tokens) bool per sample, None where every token counts
-        :param weights: weights to use in place of the layers' own
+        :param forwards: what layers compute in place of their own
         """
         static = [site for site in self.sites if needs_calibration(site.args)]
         if not static:
@@ -94,7 +98,7 @@ class BlockGroup:
             return lambda x: site.observe(x, mask)
 
         with ExitStack() as stack:
-            stack.enter_context(self._weights(weights))
+            stack.enter_context(forwards_replaced(forwards))
             for site in self.sites:
                 function = observer(site) if site in static else site.quantize
                 stack.callback(site.register(function).remove)
@@ -109,48 +113,36 @@ class BlockGroup:
 
     @torch.no_grad()
     def advance(
-        self, hidden: list[Tensor], batch_size: int, weights: dict[nn.Linear, Tensor]
+        self, hidden: list[Tensor], batch_size: int, forwards: dict[nn.Module, Forward]
     ) -> None:
         """
         Replace the input of the first block by the output of the last one, sample by sample, so
         that only one of the two is in memory.
 
         :param hidden: (1, tokens, hidden) per sample; the outputs stay on the inputs' devices
-        :param weights: weights to use in place of the layers' own
+        :param forwards: what layers compute in place of their own
         """
-        with self.quantized(weights):
+        with self.quantized(forwards):
             for indices, stacked in self.batches(hidden, batch_size):
                 for index, row in zip(indices, self.forward(stacked, indices), strict=True):
                     # a copy: a view would keep the whole batch
                     hidden[index] = row.unsqueeze(0).to(hidden[index].device, copy=True)
 
     @contextmanager
-    def quantized(self, weights: dict[nn.Linear, Tensor]) -> Iterator[None]:
+    def quantized(self, forwards: dict[nn.Module, Forward]) -> Iterator[None]:
         """
-        Let linear layers compute with other weights, and with quantized activations. Gradients
-        flow through both.
+        Let linear layers compute otherwise, and with quantized activations. Gradients flow through
+        both.
         """
         with ExitStack() as stack:
-            stack.enter_context(self._weights(weights))
+            stack.enter_context(forwards_replaced(forwards))
             for site in self.sites:
                 stack.callback(site.register(site.quantize).remove)
             yield
 
-    def _weights(self, weights: dict[nn.Linear, Tensor]) -> AbstractContextManager[None]:
-        return forwards_replaced(
-            {layer: _linear(weight, layer.bias) for layer, weight in weights.items()}
-        )
-
     def frozen(self) -> AbstractContextManager[None]:
         """No gradients for the parameters of the blocks; only tuned values are trained."""
         return parameters_frozen(self.blocks)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    return forward
 
 
 def attention_for_tuning(model: nn.Module) -> str | None:

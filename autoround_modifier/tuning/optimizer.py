@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoround_modifier.formats import RoundingFormat
 
@@ -35,7 +37,7 @@ def default_minmax_lr(lr: float, num_bits: int, searched: bool) -> float:
 
 class SignSGD:
     """
-    :param formats: the weights being tuned, trainable
+    :param formats: the weights being tuned, trainable, by their layers
     :param iters: number of steps; the step size falls linearly to zero over them
     :param lr: step size of V; None for `default_lr` of each weight's bit width
     :param minmax_lr: step size of alpha and beta; None for `default_minmax_lr`
@@ -43,28 +45,35 @@ class SignSGD:
 
     def __init__(
         self,
-        formats: list[RoundingFormat],
+        formats: Mapping[nn.Linear, RoundingFormat],
         iters: int,
         lr: float | None = None,
         minmax_lr: float | None = None,
     ):
         self.formats = formats
         self.iters = iters
-        self.step_sizes = []
-        for fmt in formats:
+        self.step_sizes = {}
+        for layer, fmt in formats.items():
             rounding_lr = default_lr(iters, fmt.num_bits) if lr is None else lr
             searched_integers = fmt.searched and fmt.is_integer
             clipping_lr = default_minmax_lr(rounding_lr, fmt.num_bits, searched_integers)
-            self.step_sizes.append((rounding_lr, clipping_lr if minmax_lr is None else minmax_lr))
+            self.step_sizes[layer] = (
+                rounding_lr,
+                clipping_lr if minmax_lr is None else minmax_lr,
+            )
         self.iteration = 0
 
-    def step(self, gradients: list[Tensor | None]) -> None:
+    def descend(self, layer: nn.Linear, gradient: Tensor) -> None:
         """
-        :param gradients: of the loss by each dequantized weight; None leaves a weight as it is
+        One weight's part of the current step.
+
+        :param gradient: of the loss by the dequantized weight, (out_features, in_features)
         """
         decay = 1.0 - self.iteration / self.iters
-        for fmt, lrs, gradient in zip(self.formats, self.step_sizes, gradients, strict=True):
-            if gradient is not None:
-                rounding_lr, clipping_lr = torch.tensor(lrs, device=gradient.device) * decay
-                fmt.descend(gradient, rounding_lr, clipping_lr)
+        lrs = torch.tensor(self.step_sizes[layer], device=gradient.device)
+        rounding_lr, clipping_lr = lrs * decay
+        self.formats[layer].descend(gradient, rounding_lr, clipping_lr)
+
+    def end_step(self) -> None:
+        """The next call of `descend` belongs to the next step."""
         self.iteration += 1

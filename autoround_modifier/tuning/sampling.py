@@ -3,10 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-__all__ = ["minibatches", "split_holdout"]
+__all__ = ["SampleShare", "minibatches", "split_holdout"]
+
+
+@dataclass(frozen=True)
+class SampleShare:
+    """
+    Which of the calibration samples this process holds, where several share them.
+
+    :param num_tokens: of each sample of all processes, those that count
+    :param held: the indices among them of the samples held here, ascending
+    """
+
+    num_tokens: list[int]
+    held: list[int]
+
+    @classmethod
+    def everything(cls, num_tokens: list[int]) -> SampleShare:
+        return cls(num_tokens, list(range(len(num_tokens))))
+
+    def local(self, samples: list[int]) -> list[int]:
+        """
+        :param samples: indices among the samples of all processes
+        :return: of those that are held here, the positions among the samples held here
+        """
+        position = {index: local for local, index in enumerate(self.held)}
+        return [position[index] for index in samples if index in position]
+
+    def tokens_of(self, samples: list[int]) -> int:
+        """:return: number of tokens that count in these samples of all processes, at least 1"""
+        return max(1, sum(self.num_tokens[index] for index in samples))
 
 
 def split_holdout(num_samples: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:

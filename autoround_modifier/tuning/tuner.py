@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from autoround_modifier.calibration.samples import stack_masks
-from autoround_modifier.errors import NonFiniteError
+from autoround_modifier.distributed import summed
 from autoround_modifier.formats import QuantizedWeight, RoundingFormat
 from autoround_modifier.tuning.block import BlockGroup
+from autoround_modifier.tuning.forwards import quantized_forwards
 from autoround_modifier.tuning.loss import LOSSES
 from autoround_modifier.tuning.optimizer import SignSGD
-from autoround_modifier.tuning.sampling import minibatches, split_holdout
+from autoround_modifier.tuning.sampling import SampleShare, minibatches, split_holdout
+from autoround_modifier.tuning.step import Step
 
-__all__ = ["TuningConfig", "TuningResult", "tune"]
+__all__ = ["Tuner", "TuningConfig", "TuningResult", "num_tokens"]
 
 # Only signs of gradients are used, so scaling the loss is free; it keeps float16 from underflow.
 LOSS_SCALE = 1024.0
@@ -54,6 +56,7 @@ class TuningResult:
     :ivar best_loss: the same for the best candidate
     :ivar best_iteration: the iteration it comes from; 0 is the initial rounding
     :ivar seconds: time spent
+    :ivar failure: what had NaN or infinity, so that the initial rounding was kept; None if nothing
     """
 
     weights: dict[nn.Linear, QuantizedWeight]
@@ -61,17 +64,11 @@ class TuningResult:
     best_loss: float
     best_iteration: int
     seconds: float
+    failure: str | None = None
 
 
-def tune(
-    group: BlockGroup,
-    formats: dict[nn.Linear, RoundingFormat],
-    inputs: list[Tensor],
-    targets: list[Tensor],
-    masks: list[Tensor | None],
-    config: TuningConfig,
-    on_iteration: Callable[[], None] = lambda: None,
-) -> TuningResult:
+@dataclass
+class Tuner:
     """
     :param group: the blocks, in full precision; they are not changed
     :param formats: initial rounding of each layer to tune
@@ -80,72 +77,118 @@ def tune(
     :param targets: (1, tokens, hidden) per sample, from the full-precision model
     :param masks: (1, tokens) bool per sample, None where every token counts
     :param config: settings
-    :param on_iteration: called after each step, for progress bars
-    :return: the best candidate on the held-out samples
-    :raises NonFiniteError: if the blocks give NaN or infinity with the initial rounding
+    :param fixed: weights of layers that are quantized but not tuned
+    :param experts: layers that see few of the tokens; see `Step`
+    :param share: which of all samples these are; None for all
     """
-    started = time.perf_counter()
-    train, holdout = split_holdout(len(inputs), config.holdout_fraction, config.seed)
-    evaluate_at = _evaluation_points(config.iters, config.holdout_evaluations)
-    loss_function = LOSSES[config.loss]
 
-    num_tokens = [_num_tokens(target, mask) for target, mask in zip(targets, masks, strict=True)]
+    group: BlockGroup
+    formats: Mapping[nn.Linear, RoundingFormat]
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    masks: list[Tensor | None]
+    config: TuningConfig
+    fixed: Mapping[nn.Linear, QuantizedWeight] = field(default_factory=dict)
+    experts: Container[nn.Module] = ()
+    share: SampleShare | None = None
 
-    def tokens_of(samples: list[int]) -> int:
-        return max(1, sum(num_tokens[index] for index in samples))
+    def __post_init__(self) -> None:
+        counts = [num_tokens(x, mask) for x, mask in zip(self.targets, self.masks, strict=True)]
+        self._share = self.share or SampleShare.everything(counts)
+        self._loss_function = LOSSES[self.config.loss]
+        self._fixed_forwards = quantized_forwards(self.fixed, self.experts)
+        # Whether nothing so far had NaN or infinity: asked for at candidates, not in each step.
+        self._finite = torch.ones((), dtype=torch.bool, device=self.group.device)
+        self._train, self._holdout = split_holdout(
+            len(self._share.num_tokens), self.config.holdout_fraction, self.config.seed
+        )
 
-    def batch_loss(samples: list[int], backward_scale: float | None = None) -> Tensor:
-        """Sum over the tokens of these samples; with ``backward_scale``, its gradients as well."""
+    def run(self, on_iteration: Callable[[], None] = lambda: None) -> TuningResult:
+        """
+        :param on_iteration: called after each step, for progress bars
+        :return: the best candidate on the held-out samples; the initial rounding if a loss or a
+            gradient had NaN or infinity
+        """
+        started = time.perf_counter()
+        config, formats = self.config, self.formats
+        evaluate_at = _evaluation_points(config.iters, config.holdout_evaluations)
+
+        def result(failure: str | None = None) -> TuningResult:
+            seconds = time.perf_counter() - started
+            return TuningResult(best, initial_loss, best_loss, best_iteration, seconds, failure)
+
+        with self.group.frozen(), torch.enable_grad():
+            for fmt in formats.values():
+                fmt.make_trainable(config.enable_minmax_tuning)
+            optimizer = SignSGD(formats, config.iters, config.lr, config.minmax_lr)
+            batches = minibatches(self._train, config.batch_size, config.seed)
+
+            best, best_iteration = self._quantized(), 0
+            initial_loss = best_loss = self._holdout_loss()
+            if not math.isfinite(initial_loss):
+                return result("the output of the quantized block")
+
+            for iteration in range(1, config.iters + 1):
+                self._step(
+                    [next(batches) for _ in range(config.gradient_accumulate_steps)], optimizer
+                )
+                on_iteration()
+                if iteration in evaluate_at:
+                    loss = self._holdout_loss()
+                    if not math.isfinite(loss):
+                        for fmt in formats.values():
+                            fmt.make_trainable(config.enable_minmax_tuning)
+                        best, best_loss, best_iteration = self._quantized(), initial_loss, 0
+                        return result(f"the loss or a gradient before iteration {iteration + 1}")
+                    if loss < best_loss:
+                        best.clear()  # before the next one is made
+                        best.update(self._quantized())
+                        best_loss, best_iteration = loss, iteration
+        return result()
+
+    def _step(self, batches: list[list[int]], optimizer: SignSGD) -> None:
+        local = [self._share.local(batch) for batch in batches]
+        passes = sum(len(self.group.stackable(self.inputs, samples)) for samples in local)
+        step = Step(self.formats, optimizer, self.experts, one_pass=passes == 1)
+        with self.group.quantized({**step.forwards, **self._fixed_forwards}):
+            for samples, batch in zip(local, batches, strict=True):
+                loss = self._loss(samples, LOSS_SCALE / self._share.tokens_of(batch))
+                self._finite &= loss.isfinite()
+        step.end()
+        self._finite &= step.finite.to(self._finite.device)
+
+    def _loss(self, samples: list[int], backward_scale: float | None = None) -> Tensor:
+        """
+        Sum over the tokens of samples held here; with ``backward_scale``, its gradients as well.
+        """
+        group = self.group
         total = torch.zeros((), device=group.device)
-        for indices, hidden in group.microbatches(inputs, samples):
-            target = torch.cat([targets[index].to(group.device) for index in indices])
-            mask = stack_masks(masks, indices, target)
-            loss = loss_function(group.forward(hidden, indices), target, mask)
+        for indices, hidden in group.microbatches(self.inputs, samples):
+            target = torch.cat([self.targets[index].to(group.device) for index in indices])
+            mask = stack_masks(self.masks, indices, target)
+            loss = self._loss_function(group.forward(hidden, indices), target, mask)
             if backward_scale is not None:
                 (loss * backward_scale).backward()
             total += loss.detach()
         return total
 
     @torch.no_grad()
-    def holdout_loss(candidate: dict[nn.Linear, QuantizedWeight]) -> float:
-        weights = {layer: weight.dequantize() for layer, weight in candidate.items()}
-        with group.quantized(weights):
-            starts = range(0, len(holdout), config.batch_size)
-            losses = [batch_loss(holdout[start : start + config.batch_size]) for start in starts]
-            return float(torch.stack(losses).sum() / tokens_of(holdout))
+    def _holdout_loss(self) -> float:
+        """
+        Mean per token on the held-out samples of all processes, as the weights are now; NaN also
+        if anything had NaN or infinity since the start.
+        """
+        forwards = quantized_forwards(self.formats, self.experts)
+        samples, size = self._share.local(self._holdout), self.config.batch_size
+        total = torch.zeros((), device=self.group.device)
+        with self.group.quantized({**forwards, **self._fixed_forwards}):
+            for start in range(0, len(samples), size):
+                total += self._loss(samples[start : start + size])
+        total = summed(total.where(self._finite, torch.nan))
+        return float(total / self._share.tokens_of(self._holdout))
 
-    with group.frozen(), torch.enable_grad():
-        for fmt in formats.values():
-            fmt.make_trainable(config.enable_minmax_tuning)
-        optimizer = SignSGD(list(formats.values()), config.iters, config.lr, config.minmax_lr)
-        batches = minibatches(train, config.batch_size, config.seed)
-
-        best, best_iteration = {layer: fmt.quantized() for layer, fmt in formats.items()}, 0
-        initial_loss = best_loss = holdout_loss(best)
-        if not math.isfinite(initial_loss):
-            raise NonFiniteError("the output of the quantized block has NaN or infinity")
-
-        for iteration in range(1, config.iters + 1):
-            # The quantized weights are leaves while samples accumulate gradients into them, so
-            # each step quantizes once, however many samples it sees.
-            leaves = {layer: fmt.dequantized().requires_grad_() for layer, fmt in formats.items()}
-            with group.quantized(leaves):
-                for _ in range(config.gradient_accumulate_steps):
-                    samples = next(batches)
-                    batch_loss(samples, LOSS_SCALE / tokens_of(samples))
-            optimizer.step([leaf.grad for leaf in leaves.values()])
-            del leaves  # before the next ones are made
-            on_iteration()
-
-            if iteration in evaluate_at:
-                candidate = {layer: fmt.quantized() for layer, fmt in formats.items()}
-                loss = holdout_loss(candidate)
-                if loss < best_loss:
-                    best, best_loss, best_iteration = candidate, loss, iteration
-
-    return TuningResult(
-        best, initial_loss, best_loss, best_iteration, time.perf_counter() - started
-    )
+    def _quantized(self) -> dict[nn.Linear, QuantizedWeight]:
+        return {layer: fmt.quantized() for layer, fmt in self.formats.items()}
 
 
 def _evaluation_points(iters: int, evaluations: int) -> set[int]:
@@ -154,6 +197,6 @@ def _evaluation_points(iters: int, evaluations: int) -> set[int]:
     return {round(iters * (k + 1) / evaluations) for k in range(evaluations)}
 
 
-def _num_tokens(target: Tensor, mask: Tensor | None) -> int:
+def num_tokens(target: Tensor, mask: Tensor | None) -> int:
     """:return: number of tokens that count in one sample"""
     return target.shape[1] if mask is None else int(mask.sum())

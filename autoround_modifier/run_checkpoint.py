@@ -1,0 +1,222 @@
+"""
+Finished blocks on disk, so that a run that was interrupted goes on where it stopped.
+
+A folder holds ``run.json``, which says what the run is about; for each finished group of blocks
+``block-0003.safetensors`` with its integers and scales; and, of the last one, what the next block
+will see (``chain-0003-...``). A file is either whole or not there. A block's file is the last thing
+that is written of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from autoround_modifier.calibration.samples import content_key
+from autoround_modifier.distributed import (
+    gathered,
+    is_source_process,
+    process_rank,
+    wait_for_all,
+)
+from autoround_modifier.errors import CheckpointError
+from autoround_modifier.files import TEMPORARY_PREFIX, atomic_file, write_atomically
+
+__all__ = ["BlockState", "RunCheckpoint", "data_digest", "model_digest", "text_digest"]
+
+RUN_FILE = "run.json"
+SAMPLED_ELEMENTS = 2**14
+
+
+@dataclass
+class BlockState:
+    """
+    What is known of a finished group of blocks.
+
+    :ivar tensors: by name, on the CPU
+    :ivar facts: JSON values
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class RunCheckpoint:
+    """
+    :param folder: ``checkpoint_dir``; made if it is not there
+    :param run: digests of all that the result depends on, by what they are of, such as ``model``
+    :raises CheckpointError: if the folder holds another run
+    :raises OSError: if the folder cannot be written to
+    """
+
+    def __init__(self, folder: Path, run: dict[str, str]):
+        self.folder = folder
+        if is_source_process():
+            with self._naming_the_folder():
+                self._open(run)
+        wait_for_all()
+
+    def _open(self, run: dict[str, str]) -> None:
+        path = self.folder / RUN_FILE
+        if path.exists():
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            different = [name for name in run if earlier.get(name) != run[name]]
+            if different:
+                raise CheckpointError(
+                    f"checkpoint_dir {self.folder} holds a run with another "
+                    f"{' and another '.join(different)}. Choose another folder, or delete this one "
+                    "if its blocks are not needed."
+                )
+            for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
+                leftover.unlink()
+        elif self.folder.is_dir() and any(self.folder.glob("*")):
+            raise CheckpointError(
+                f"checkpoint_dir {self.folder} holds other files and no {RUN_FILE}; choose an "
+                "empty folder"
+            )
+        # also where it is there: a folder that cannot be written to is found out now
+        write_atomically(path, json.dumps(run, indent=1) + "\n")
+
+    def load(self, index: int, name: str, digest: str) -> BlockState | None:
+        """
+        :param index: number of the group of blocks, in the order in which they are tuned
+        :param name: of the group
+        :param digest: of what its blocks saw and gave, `data_digest`
+        :return: its state, or None if it was not finished
+        :raises CheckpointError: if it is that of other blocks or of other calibration data
+        """
+        path = self._block_path(index)
+        if not path.exists():
+            return None
+        state = _read(path)
+        if state.facts["name"] != name:
+            raise CheckpointError(
+                f"{path} is of {state.facts['name']}, where this run has {name}: the model is cut "
+                "into other groups of blocks. Choose another checkpoint_dir."
+            )
+        if state.facts["digest"] != digest:
+            raise CheckpointError(
+                f"{path}: {name} was tuned on other calibration data, or gives other outputs here. "
+                "Pass the same dataset, or choose another checkpoint_dir."
+            )
+        return state
+
+    def load_chain(self, index: int) -> list[Tensor] | None:
+        """:return: what `save` was given, if it is that of this process; else None"""
+        path = self._chain_path(index)
+        if not path.exists():
+            return None
+        tensors = _read(path).tensors
+        return [tensors[str(sample)] for sample in range(len(tensors))]
+
+    def save(
+        self, index: int, name: str, digest: str, state: BlockState, chain: Sequence[Tensor]
+    ) -> None:
+        """
+        :param chain: (1, tokens, hidden) per sample of this process, what the next block will see;
+            empty where there is none
+        :raises OSError: if the disk is full; all files written before are as they were
+        """
+        with self._naming_the_folder(name):
+            if chain:
+                outputs = {str(sample): hidden for sample, hidden in enumerate(chain)}
+                _write(self._chain_path(index), BlockState(outputs))
+            wait_for_all()
+            if is_source_process():
+                facts = {**state.facts, "name": name, "digest": digest}
+                _write(self._block_path(index), BlockState(state.tensors, facts))
+            wait_for_all()
+            self._chain_path(index - 1).unlink(missing_ok=True)
+
+    def _block_path(self, index: int) -> Path:
+        return self.folder / f"block-{index:04d}.safetensors"
+
+    def _chain_path(self, index: int) -> Path:
+        rank, size = process_rank()
+        return self.folder / f"chain-{index:04d}-{rank + 1}-of-{size}.safetensors"
+
+    @contextlib.contextmanager
+    def _naming_the_folder(self, name: str | None = None) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            finished = len(list(self.folder.glob("block-*.safetensors")))
+            what = "" if name is None else f" {name} could not be saved;"
+            kept = f" {finished} finished groups of blocks are kept there." if finished else ""
+            raise OSError(
+                error.errno,
+                f"checkpoint_dir {self.folder} cannot be written to ({error.strerror or error})."
+                f"{what}{kept} Make room or mend its permissions, and run the same again",
+            ) from error
+
+
+def _write(path: Path, state: BlockState) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+    try:
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"facts": json.dumps(state.facts)})
+    except OSError:
+        raise
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise OSError(str(error)) from error
+
+
+def _read(path: Path) -> BlockState:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return BlockState(tensors, json.loads(file.metadata()["facts"]))
+
+
+def text_digest(value: Any) -> str:
+    """:return: of a JSON value"""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """
+    Of the names, shapes and dtypes of all parameters, and of up to 16,384 numbers of each, evenly
+    spaced: reading 671B in full would take as long as tuning several blocks. What is not read shows
+    in the outputs of the blocks, which `data_digest` covers.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for module_name, module in model.named_modules():
+        for name in module._parameters:
+            tensor = getattr(module, name)  # brings one that is offloaded
+            if tensor is None:
+                continue
+            flat = tensor.detach().reshape(-1)
+            stride = max(1, flat.numel() // SAMPLED_ELEMENTS)
+            sample = flat[::stride].contiguous().cpu().view(torch.uint8).numpy()
+            digest.update(f"{module_name}.{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(sample.data)
+    return digest.hexdigest()
+
+
+def data_digest(
+    inputs: Iterable[Tensor], outputs: Iterable[Tensor], masks: Iterable[Tensor | None]
+) -> str:
+    """
+    Of the samples of all processes, whatever their order.
+
+    :param inputs: (1, tokens, hidden) per sample
+    :param outputs: same shapes
+    :param masks: (1, tokens) bool per sample, None where every token counts
+    """
+    keys = [
+        (content_key(x, mask) + content_key(y, mask)).hex()
+        for x, y, mask in zip(inputs, outputs, masks, strict=True)
+    ]
+    return text_digest(sorted(key for share in gathered(keys) for key in share))
