@@ -209,10 +209,10 @@ class BlockQuantizer:
         state = BlockState(facts={"report": None if report is None else asdict(report)})
         for layer, weight in weights.items():
             for part, tensor in weight.tensors().items():
-                state.tensors[f"{self.layers.names[layer]}:{part}"] = tensor
+                state.tensors[f"{self.layers.names[layer]}.weight:{part}"] = tensor
         for site in sites:
-            for parameter, tensor in site.scales().items():
-                state.tensors[f"{site.name}:{parameter}"] = tensor
+            for part, tensor in site.scales().items():
+                state.tensors[f"{site.name}.{site.base_name}:{part}"] = tensor
         return state
 
     def _restored(
@@ -225,8 +225,9 @@ class BlockQuantizer:
         weights = {}
         for layer in layers:
             self.layers.forget(layer)
-            weights[layer] = self.layers.restored_weight(layer, parts[self.layers.names[layer]])
+            own = parts[f"{self.layers.names[layer]}.weight"]
+            weights[layer] = self.layers.restored_weight(layer, own)
         for site in sites:
-            site.set_scales(parts.get(site.name, {}))
+            site.set_scales(parts.get(f"{site.name}.{site.base_name}", {}))
         report = state.facts["report"]
         return weights, None if report is None else BlockReport(**report)

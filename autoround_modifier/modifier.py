@@ -280,6 +280,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         if self.requires_calibration_data:
             check_calibration_data(state.data.calib, self._reason_for_calibration())
 
+        if self.checkpoint_dir is not None:
+            self._checkpoint = RunCheckpoint(Path(self.checkpoint_dir), self._run_digests(model))
         QuantizationMixin.initialize_quantization(self, model)
         names = {module: name for name, (module, _) in schemes.items()}
         for layer in names:
@@ -296,8 +298,6 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         targets = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         self._blocks = {block: name for name, block in match_named_modules(model, targets)}
         self._say_what_may_not_be_meant(model)
-        if self.checkpoint_dir is not None:
-            self._checkpoint = RunCheckpoint(Path(self.checkpoint_dir), self._run_digests(model))
         self._attention = attention_for_tuning(model)
         return True
 

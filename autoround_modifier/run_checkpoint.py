@@ -161,7 +161,14 @@ class RunCheckpoint:
 
 
 def _write(path: Path, state: BlockState) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in state.tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if (storage := tensor.untyped_storage().data_ptr()) in storages:
+            tensor = tensor.clone()  # safetensors refuses what shares memory
+        storages.add(storage)
+        tensors[name] = tensor
     try:
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata={"facts": json.dumps(state.facts)})

@@ -24,6 +24,7 @@ from autoround_modifier.errors import (
     RecipeError,
     SchemeError,
 )
+from autoround_modifier.tuning import Tuner
 
 NO_DATA = object()
 
@@ -301,10 +302,8 @@ def test_unknown_recipe_name_lists_the_shipped_ones():
 
 
 def test_a_broken_run_says_what_was_done(monkeypatch, log):
-    from autoround_modifier import modifier as module
-
     calls = []
-    original = module.tune
+    original = Tuner.run
 
     def fails_on_the_second_block(*args, **kwargs):
         calls.append(1)
@@ -312,7 +311,7 @@ def test_a_broken_run_says_what_was_done(monkeypatch, log):
             raise MemoryError("out of memory")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(module, "tune", fails_on_the_second_block)
+    monkeypatch.setattr(Tuner, "run", fails_on_the_second_block)
     with pytest.raises(MemoryError):
         quantize(tiny_llama(), AutoRoundModifier(**groups(), iters=2, ignore=["lm_head"]))
     assert any("7 of 14 layers quantized" in line for line in log)

@@ -159,23 +159,19 @@ class ActivationSite:
         return True
 
     def scales(self) -> dict[str, Tensor]:
-        """:return: the static scales that were found, by the names of the module's parameters"""
-        names = (f"{self.base_name}_{name}" for name in QPARAMS)
-        found = {name: getattr(self.module, name, None) for name in names}
+        """:return: the static scales that were found: ``scale`` and what goes with it"""
         if not self.calibrated or not needs_calibration(self.args):
             return {}
+        found = {name: getattr(self.module, f"{self.base_name}_{name}", None) for name in QPARAMS}
         return {name: value for name, value in found.items() if value is not None}
 
     def set_scales(self, scales: dict[str, Tensor]) -> None:
         """
-        Take over what `scales` returned; nothing changes where it was empty.
-
-        :param scales: also those of other sites of the same module
+        :param scales: what `scales` returned; nothing changes where that was nothing
         """
-        for name in (f"{self.base_name}_{name}" for name in QPARAMS):
-            if name in scales:
-                update_offload_parameter(self.module, name, scales[name])
-                self.calibrated = True
+        for name, value in scales.items():
+            update_offload_parameter(self.module, f"{self.base_name}_{name}", value)
+        self.calibrated = self.calibrated or bool(scales)
 
     # ------------------------------------------------------------------ quantization
 
