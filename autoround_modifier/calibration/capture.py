@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from autoround_modifier.calibration.samples import (
     BlockCall,
+    as_samples,
     content_key,
     output_hidden,
     split_call,
@@ -89,7 +90,7 @@ class BlockCapture:
         """
         captured = self._blocks.setdefault(block, CapturedBlock())
         offload = self._offload
-        outputs = output_hidden(output)
+        outputs = as_samples(output_hidden(output))
         for row, (hidden, call) in enumerate(split_call(args, kwargs)):
             out = outputs[row : row + 1]
             mask = None if token_mask is None else token_mask[row : row + 1]
@@ -104,8 +105,8 @@ class BlockCapture:
             if self.keep_outputs:
                 captured.outputs.append(offload(out))
             captured.calls.append(
-                BlockCall(
-                    tree_map(offload, call.args), tree_map(offload, call.kwargs), call.hidden_name
+                replace(
+                    call, args=tree_map(offload, call.args), kwargs=tree_map(offload, call.kwargs)
                 )
             )
             captured.masks.append(None if mask is None else offload(mask))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from autoround_modifier.activations import ActivationSite, needs_calibration
 from autoround_modifier.calibration.samples import (
     BlockCall,
+    as_samples,
     output_hidden,
     stack_masks,
     stackable,
@@ -50,7 +51,7 @@ class BlockGroup:
         """
         for block, calls in zip(self.blocks, self.calls, strict=True):
             args, kwargs = BlockCall.stack([calls[index] for index in samples], hidden)
-            hidden = output_hidden(block(*args, **kwargs))
+            hidden = as_samples(output_hidden(block(*args, **kwargs)))
         return hidden
 
     def microbatches(
@@ -58,8 +59,9 @@ class BlockGroup:
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield samples that can be stacked, with their stacked hidden states on the device."""
 
-        def signature(index: int) -> tuple:
-            return tuple(calls[index].signature(hidden[index]) for calls in self.calls)
+        def signature(index: int) -> tuple | None:
+            parts = [calls[index].signature(hidden[index]) for calls in self.calls]
+            return None if None in parts else tuple(parts)
 
         for group in stackable(samples, signature):
             yield group, torch.cat([hidden[index].to(self.device) for index in group])
