@@ -32,7 +32,7 @@ from autoround_modifier.activations import (
     activation_sites,
     needs_calibration,
 )
-from autoround_modifier.calibration.capture import BlockCapture
+from autoround_modifier.calibration.capture import BlockCapture, split_towers
 from autoround_modifier.calibration.chain import QuantizedChain
 from autoround_modifier.calibration.samples import call_token_mask
 from autoround_modifier.errors import NonFiniteError, RecipeError
@@ -318,12 +318,19 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     ) -> None:
         state.model.apply(disable_quantization)  # the basic pipeline leaves it enabled
         blocks = [module for module in modules if module in self._blocks]
-        # The sequential pipeline delivers the blocks of one subgraph, to be tuned together; the
-        # basic pipeline delivers the whole model at once.
-        groups = [[block] for block in blocks] if state.model in modules else [blocks]
+        # The sequential pipeline delivers the blocks of one subgraph, to be tuned together as far
+        # as they follow each other; the basic pipeline delivers the whole model at once.
+        together = split_towers(blocks, self._blocks)
+        groups = [[block] for block in blocks] if state.model in modules else together
+        # Blocks that ran inside of code that LLM-Compressor does not trace, like vision towers,
+        # are in no subgraph. They come first, one by one.
+        if self._capture is not None:
+            untraced = [block for block in self._capture.recorded() if block not in blocks]
+            groups = [[block] for block in untraced] + groups
+            modules = [*modules, *(part for block in untraced for part in block.modules())]
         with self._clean_up_on_failure():
             self._quantizer.find_shared_scales(state.model, modules, bool(self.scale_search))
-            if blocks and self._capture is not None:
+            if self._capture is not None:
                 with self._model_attention(state.model), HooksMixin.disable_hooks():
                     for group in groups:
                         self._tune_blocks(group)

@@ -9,7 +9,12 @@ import torch
 from conftest import tiny_llama, tiny_tokenizer
 
 from autoround_modifier import self_generated, text_dataset
-from autoround_modifier.calibration.capture import ImportanceCapture
+from autoround_modifier.calibration.capture import (
+    BlockCapture,
+    ImportanceCapture,
+    split_towers,
+    tower,
+)
 from autoround_modifier.calibration.samples import (
     BlockCall,
     call_token_mask,
@@ -178,6 +183,44 @@ def test_a_tensor_with_no_dimension_for_samples_stays_alone():
     tiles = torch.randn(2, 5, 8)
     ((hidden, call),) = split_call((torch.randn(1, 5, 8),), {"cross_attention_states": tiles})
     assert call.signature(hidden) is None
+
+
+def test_towers():
+    names = [
+        "visual.blocks.0",
+        "model.layers.1",
+        "visual.blocks.10",
+        "model.layers.1.mlp",
+        "head.a",
+    ]
+    assert [tower(name) for name in names] == [
+        "visual.blocks",
+        "model.layers",
+        "visual.blocks",
+        "model.layers",
+        "head",
+    ]
+    blocks = {torch.nn.Identity(): name for name in names[:3]}
+    first, second, third = blocks
+    assert split_towers(blocks, blocks) == [[first, third], [second]]
+
+
+def test_each_tower_has_its_own_samples():
+    blocks = {torch.nn.Identity(): name for name in ("visual.blocks.0", "layers.0", "layers.1")}
+    vision, first, second = blocks
+    capture = BlockCapture(blocks, num_samples=3)
+    texts = torch.randn(4, 1, 5, 8)
+    patches = torch.randn(7, 8)
+    capture.record(vision, (patches,), {}, patches)
+    for text in texts:
+        capture.record(first, (text,), {}, text)
+        capture.record(second, (text,), {}, (text,))
+    assert capture.recorded() == [vision, first, second]
+    assert [one.shape for one in capture.pop(vision).inputs] == [(1, 7, 8)]
+    one, two = capture.pop(first), capture.pop(second)
+    assert len(one.inputs) == 3
+    assert all(torch.equal(a, b) for a, b in zip(one.inputs, two.inputs, strict=True))
+    assert capture.recorded() == []
 
 
 def test_importance_sums_squares_of_real_tokens():

@@ -102,7 +102,7 @@ class _Measurement:
         self.unquantized = [name for name in options if name not in self.options]
         self.static = any(needs_calibration(s.input_activations) for s in options.values())
         self.config = config
-        self.capture = BlockCapture(blocks, num_samples=None, keep_outputs=False)
+        self.capture = BlockCapture(blocks, num_samples=None, keep_outputs=False, sort=False)
         self.importance = ImportanceCapture()
         self.ranges: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.gradients: list[Tensor] = []
@@ -202,7 +202,6 @@ class _Measurement:
                 self.gradients += [g.unsqueeze(0).to("cpu", copy=True) for g in leaf.grad]
         if not self.num_tokens:
             raise CalibrationError("the calibration data has no token that counts")
-        self.capture.order = list(range(len(self.gradients)))
         self._store(scores)
 
     def _pull_back_from_logits(self, batch: dict[str, Any], index: int) -> None:
