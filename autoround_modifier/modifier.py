@@ -51,6 +51,7 @@ from autoround_modifier.validation import (
     listed,
     resolve_schemes,
     uncovered_layers,
+    untargeted_routers,
 )
 
 __all__ = ["AutoRoundModifier"]
@@ -88,7 +89,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
       chain; quantize targets outside of blocks by the scale search
     - on_calibration_end: quantize targets that never ran, remove hooks, freeze
 
-    Targets, schemes and ``ignore`` are those of `QuantizationMixin`. Its observers have no part in
+    Targets, schemes and ``ignore`` are those of `QuantizationMixin`. Routers of experts are ignored
+    unless a target names them (`validation.untargeted_routers`). Its observers have no part in
     weights, and are refused; those of static activations default to ``static_minmax``.
 
     :param preset: ``best`` (1000 iterations, 512 samples), ``default`` (200, 128), ``light``
@@ -263,6 +265,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
                 "put an AutoSchemeModifier before it, which chooses"
             )
         model = state.model
+        self._leave_routers_alone(model)
         schemes = resolve_schemes(model, self.resolved_config)
         check_layers(schemes)
         check_kv_cache(model, self.kv_cache_scheme)
@@ -351,6 +354,16 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         if not self.ended_:
             self.on_calibration_end(state, None)
         return True
+
+    def _leave_routers_alone(self, model: nn.Module) -> None:
+        routers = untargeted_routers(model, self.resolved_config)
+        if routers:
+            logger.info(
+                f"{len(routers)} routers of experts stay as they are, unless a target names them: "
+                f"{listed(routers)}"
+            )
+            self.ignore = [*self.ignore, *routers]
+            self._resolved_config = None
 
     def _quantize_pending(self, modules: Iterable[nn.Module]) -> None:
         """By the scale search, or to nearest if nothing asks for more."""
