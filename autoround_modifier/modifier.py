@@ -275,7 +275,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         QuantizationMixin.initialize_quantization(self, model)
         names = {module: name for name, (module, _) in schemes.items()}
         for layer in names:
-            choose_saved_format(layer.quantization_scheme)
+            choose_saved_format(layer.quantization_scheme, type(layer))
         args = {module: scheme.weights for module, scheme in schemes.values()}
         fused = self._compilation_pays(names)
         self._quantizer = LayerQuantizer(names, args, fused)
