@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 
 .PHONY: install quickstart test lint typecheck test-slow test-vllm bench-accuracy \
-	bench-ablation bench-formats bench-autoscheme bench-speed build clean
+	bench-ablation bench-formats bench-autoscheme bench-speed table-architectures build clean
 
 install: $(VENV)/.installed
 
@@ -73,6 +73,10 @@ bench-autoscheme: install
 
 bench-speed: install
 	$(RUN) benchmarks/speed.py --output $(OUTPUT)/speed.json $(ARGS)
+
+# Which architectures work, from the checks of tests/architectures.
+table-architectures: install
+	$(RUN) tests/architectures/table.py $(OUTPUT)/architectures.md
 
 lint: install
 	$(VENV)/bin/ruff check .

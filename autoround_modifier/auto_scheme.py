@@ -52,6 +52,7 @@ from autoround_modifier.validation import (
     check_layers,
     listed,
     resolve_schemes,
+    untargeted_routers,
 )
 
 __all__ = ["AutoSchemeModifier"]
@@ -214,6 +215,7 @@ class AutoSchemeModifier(Modifier):
         for option, scheme in options.items():
             groups = {"group_0": scheme.model_copy(update={"targets": targets})}
             config = QuantizationConfig(config_groups=groups, ignore=ignore)
+            config.ignore = [*ignore, *untargeted_routers(model, config)]
             resolved = resolve_schemes(model, config)
             layers = {name: layer for name, (layer, _) in resolved.items()}
             if scheme.weights is None:

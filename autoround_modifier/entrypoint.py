@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import llmcompressor
+from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 
 from autoround_modifier.calibration import text_dataset
+from autoround_modifier.distributed import gathered, is_distributed, process_rank
 from autoround_modifier.errors import CalibrationError, OutputExistsError, RecipeError
 from autoround_modifier.recipes import check_recipe, find_recipe
 
@@ -30,6 +32,7 @@ def oneshot(
     name of a shipped recipe, ``dataset`` may be a text or JSON-lines file, mistakes are refused
     before anything runs, and the calibration samples are not shuffled unless asked for
     (LLM-Compressor shuffles them by an unseeded generator, so that another run may take others).
+    Several processes (``torchrun``) that are given the same dataset each take a share of it.
 
     :param model: model, or name or path of one
     :param recipe: path, name of a shipped recipe (``"w2a16_autoround"``), YAML text, `Recipe`,
@@ -56,6 +59,8 @@ def oneshot(
         dataset = _read_text(Path(dataset), model, kwargs)
     if isinstance(dataset, Sized) and not isinstance(dataset, str) and len(dataset) == 0:
         raise CalibrationError("the calibration dataset is empty")
+    if is_distributed() and isinstance(dataset, Dataset):
+        dataset = _own_share(dataset, kwargs.get("num_calibration_samples", 512))
     kwargs.setdefault("shuffle_calibration_samples", False)
     return llmcompressor.oneshot(
         model=model,
@@ -78,6 +83,20 @@ def _checked(recipe: Any) -> Any:
     path = find_recipe(recipe)
     check_recipe(path.read_text(encoding="utf-8"), str(path))
     return str(path)
+
+
+def _own_share(dataset: Dataset, num_samples: int | None) -> Dataset:
+    """
+    The samples of this process, where all were given the same. LLM-Compressor 0.14 means to do the
+    same, but lets every process run the first share.
+    """
+    rank, size = process_rank()
+    if len(set(gathered(dataset._fingerprint))) > 1:
+        return dataset  # shared out already, as by LLM-Compressor's `get_rank_partition`
+    total = min(len(dataset), num_samples or len(dataset))
+    if total < size:
+        raise CalibrationError(f"{total} calibration samples are too few for {size} processes")
+    return dataset.select(range(total * rank // size, total * (rank + 1) // size))
 
 
 def _read_text(path: Path, model: str | PreTrainedModel, kwargs: dict[str, Any]) -> Any:

@@ -35,7 +35,7 @@ from autoround_modifier.activations import (
     needs_calibration,
 )
 from autoround_modifier.block_quantizer import BlockQuantizer
-from autoround_modifier.calibration.capture import BlockCapture
+from autoround_modifier.calibration.capture import BlockCapture, split_towers
 from autoround_modifier.calibration.experts import ExpertRouting, routed_experts_only
 from autoround_modifier.calibration.samples import call_token_mask
 from autoround_modifier.errors import RecipeError
@@ -55,6 +55,7 @@ from autoround_modifier.validation import (
     listed,
     resolve_schemes,
     uncovered_layers,
+    untargeted_routers,
 )
 
 __all__ = ["AutoRoundModifier"]
@@ -92,7 +93,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
       chain; quantize targets outside of blocks by the scale search
     - on_calibration_end: quantize targets that never ran, remove hooks, freeze
 
-    Targets, schemes and ``ignore`` are those of `QuantizationMixin`. Its observers have no part in
+    Targets, schemes and ``ignore`` are those of `QuantizationMixin`. Routers of experts are ignored
+    unless a target names them (`validation.untargeted_routers`). Its observers have no part in
     weights, and are refused; those of static activations default to ``static_minmax``.
 
     :param preset: ``best`` (1000 iterations, 512 samples), ``default`` (200, 128), ``light``
@@ -274,6 +276,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
                 "put an AutoSchemeModifier before it, which chooses"
             )
         model = state.model
+        self._leave_routers_alone(model)
         schemes = resolve_schemes(model, self.resolved_config)
         check_layers(schemes)
         check_kv_cache(model, self.kv_cache_scheme)
@@ -285,7 +288,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         QuantizationMixin.initialize_quantization(self, model)
         names = {module: name for name, (module, _) in schemes.items()}
         for layer in names:
-            choose_saved_format(layer.quantization_scheme)
+            choose_saved_format(layer.quantization_scheme, type(layer))
         args = {module: scheme.weights for module, scheme in schemes.values()}
         fused = self._compilation_pays(names)
         self._routing = ExpertRouting(model)
@@ -348,13 +351,19 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     ) -> None:
         state.model.apply(disable_quantization)  # the basic pipeline leaves it enabled
         blocks = [module for module in modules if module in self._blocks]
-        # The sequential pipeline delivers the blocks of one subgraph, to be tuned together; the
-        # basic pipeline delivers the whole model at once.
-        groups = [[block] for block in blocks] if state.model in modules else [blocks]
+        # The sequential pipeline delivers the blocks of one subgraph, to be tuned together as far
+        # as they follow each other; the basic pipeline delivers the whole model at once.
+        together = split_towers(blocks, self._blocks)
+        groups = [[block] for block in blocks] if state.model in modules else together
+        # Blocks that ran inside of code that LLM-Compressor does not trace, like vision towers,
+        # are in no subgraph. They come first, one by one.
+        if self._capture is not None:
+            untraced = [block for block in self._capture.recorded() if block not in blocks]
+            groups = [[block] for block in untraced] + groups
+            modules = [*modules, *(part for block in untraced for part in block.modules())]
         with self._clean_up_on_failure():
             self._quantizer.find_shared_scales(state.model, modules, bool(self.scale_search))
-            if blocks and self._capture is not None:
-                assert self._block_quantizer is not None
+            if self._block_quantizer is not None:
                 with (
                     self._model_attention(state.model),
                     HooksMixin.disable_hooks(),
@@ -380,6 +389,16 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
             self.on_calibration_end(state, None)
         return True
 
+    def _leave_routers_alone(self, model: nn.Module) -> None:
+        routers = untargeted_routers(model, self.resolved_config)
+        if routers:
+            logger.info(
+                f"{len(routers)} routers of experts stay as they are, unless a target names them: "
+                f"{listed(routers)}"
+            )
+            self.ignore = [*self.ignore, *routers]
+            self._resolved_config = None
+
     def _quantize_pending(self, modules: Iterable[nn.Module]) -> None:
         """By the scale search, or to nearest if nothing asks for more."""
         search = bool(self.iters or self.scale_search)
@@ -393,7 +412,10 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     def _calibrate_activations(sites: list[ActivationSite]) -> None:
         """What tuning has not calibrated yet, on what the full-precision model gave."""
         for site in sites:
-            if not site.calibrated and site.calibrate_or_keep_one():
+            if site.calibrated:
+                continue
+            site.synchronize()
+            if site.calibrate_or_keep_one():
                 logger.warning(
                     f"{site.name}: no calibration sample reached its key-value cache, whose scale "
                     "stays 1"

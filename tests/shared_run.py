@@ -48,7 +48,7 @@ def main(folder: Path, setting: str) -> None:
         checkpoint_dir=str(folder / "blocks"),
         **fields,
     )
-    model = quantize(tiny_llama(dtype), modifier, token_samples(16))
+    model = quantize(tiny_llama(dtype), modifier, token_samples(16), num_calibration_samples=16)
     tensors = {}
     for name, layer in quantized_layers(model).items():
         for part, value in layer.state_dict().items():

@@ -9,13 +9,19 @@ import torch
 from conftest import tiny_llama, tiny_tokenizer
 
 from autoround_modifier import self_generated, text_dataset
-from autoround_modifier.calibration.capture import ImportanceCapture
+from autoround_modifier.calibration.capture import (
+    BlockCapture,
+    ImportanceCapture,
+    split_towers,
+    tower,
+)
 from autoround_modifier.calibration.samples import (
     BlockCall,
     call_token_mask,
     content_key,
     fingerprint,
     split_call,
+    stackable,
     token_mask,
 )
 from autoround_modifier.errors import CalibrationError
@@ -56,6 +62,8 @@ def test_hidden_states_by_name():
     assert args == ()
     assert torch.equal(kwargs["hidden_states"], hidden)
     assert kwargs["flag"] is True
+    ((one, call),) = split_call((), {"hidden_state": hidden[:1], "flag": True})
+    assert torch.equal(BlockCall.stack([call], one)[1]["hidden_state"], hidden[:1])
     with pytest.raises(ValueError, match="hidden_states"):
         split_call((), {"x": hidden})
 
@@ -143,6 +151,76 @@ def test_a_number_among_the_arguments():
     calls = [BlockCall((), {"layer_scale": torch.tensor(value)}) for value in (0.5, 0.5, 0.7)]
     signatures = [call.signature(hidden) for call in calls]
     assert signatures[0] == signatures[1] != signatures[2]
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 5, 8)], ids=["patches", "streams"])
+def test_a_call_without_batch_dimension_is_one_sample(shape):
+    hidden, lengths = torch.randn(shape), torch.tensor([0, 2, 5])
+    ((one, call),) = split_call((hidden,), {"cu_seqlens": lengths})
+    assert one.shape == (1, hidden[..., 0].numel(), 8)
+    args, kwargs = BlockCall.stack([call], one)
+    assert torch.equal(args[0], hidden)
+    assert kwargs["cu_seqlens"] is lengths
+    assert call.signature(one) is None
+
+
+def test_a_sample_that_stays_alone_may_appear_twice():
+    assert list(stackable([4, 7, 4], lambda index: None)) == [[4], [7], [4]]
+    assert list(stackable([4, 7, 4], lambda index: (index,))) == [[4, 4], [7]]
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_positions_for_time_height_and_width(batch):
+    hidden, positions = torch.randn(batch, 5, 8), torch.randn(3, batch, 5)
+    samples = split_call((hidden,), {"position_ids": positions})
+    for row, (_, call) in enumerate(samples):
+        assert torch.equal(call.kwargs["position_ids"], positions[:, row : row + 1])
+    _, kwargs = BlockCall.stack([call for _, call in samples], hidden)
+    assert torch.equal(kwargs["position_ids"], positions)
+
+
+def test_a_tensor_with_no_dimension_for_samples_stays_alone():
+    tiles = torch.randn(2, 5, 8)
+    ((hidden, call),) = split_call((torch.randn(1, 5, 8),), {"cross_attention_states": tiles})
+    assert call.signature(hidden) is None
+
+
+def test_towers():
+    names = [
+        "visual.blocks.0",
+        "model.layers.1",
+        "visual.blocks.10",
+        "model.layers.1.mlp",
+        "head.a",
+    ]
+    assert [tower(name) for name in names] == [
+        "visual.blocks",
+        "model.layers",
+        "visual.blocks",
+        "model.layers",
+        "head",
+    ]
+    blocks = {torch.nn.Identity(): name for name in names[:3]}
+    first, second, third = blocks
+    assert split_towers(blocks, blocks) == [[first, third], [second]]
+
+
+def test_each_tower_has_its_own_samples():
+    blocks = {torch.nn.Identity(): name for name in ("visual.blocks.0", "layers.0", "layers.1")}
+    vision, first, second = blocks
+    capture = BlockCapture(blocks, num_samples=3)
+    texts = torch.randn(4, 1, 5, 8)
+    patches = torch.randn(7, 8)
+    capture.record(vision, (patches,), {}, patches)
+    for text in texts:
+        capture.record(first, (text,), {}, text)
+        capture.record(second, (text,), {}, (text,))
+    assert capture.recorded() == [vision, first, second]
+    assert [one.shape for one in capture.pop(vision).inputs] == [(1, 7, 8)]
+    one, two = capture.pop(first), capture.pop(second)
+    assert len(one.inputs) == 3
+    assert all(torch.equal(a, b) for a, b in zip(one.inputs, two.inputs, strict=True))
+    assert capture.recorded() == []
 
 
 def test_importance_sums_squares_of_real_tokens():

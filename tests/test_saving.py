@@ -131,3 +131,20 @@ def test_tied_lm_head_is_untied_when_quantized(tmp_path):
     model.save_pretrained(tmp_path, save_compressed=True)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(reloaded(ids).logits, expected, rtol=0, atol=1e-2)
+
+
+def test_a_class_derived_from_linear_is_packed(tmp_path):
+    """compressed-tensors alone would save it in full precision (Falcon's layers)."""
+
+    class Derived(torch.nn.Linear):
+        pass
+
+    model = tiny_llama(num_layers=1)
+    model.model.layers[0].mlp.down_proj.__class__ = Derived
+    groups = {"group_0": weight_scheme(4, targets=("Derived",))}
+    recipe = AutoRoundModifier(iters=2, batch_size=4, config_groups=groups)
+    quantize(model, recipe)
+    name = "model.layers.0.mlp.down_proj"
+    expected = integers(model.get_submodule(name))
+    model.save_pretrained(tmp_path, save_compressed=True)
+    assert torch.equal(saved_integers(saved_tensors(tmp_path), name, 4), expected)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from compressed_tensors.modeling import KV_CACHE_ATTR, register_key_hook, register_value_hook
 from compressed_tensors.offload import update_offload_parameter
 from compressed_tensors.quantization import QuantizationArgs
@@ -22,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autoround_modifier.activations.functional import fake_quantize_activation
 from autoround_modifier.activations.support import needs_calibration
+from autoround_modifier.distributed import gathered, is_distributed
 from autoround_modifier.errors import CalibrationError
 from autoround_modifier.formats.fusion import fuse
 
@@ -97,9 +99,7 @@ class ActivationSite:
         if not needs_calibration(self.args):
             return
         if self._observer is None:
-            self._observer = Observer.load_from_registry(
-                self.args.observer or DEFAULT_OBSERVER, base_name=self.base_name, args=self.args
-            )
+            self._observer = self._new_observer()
         if self.base_name == "input":
             if token_mask is not None and x.shape[:-1] == token_mask.shape:
                 x = x[token_mask]
@@ -117,6 +117,37 @@ class ActivationSite:
     def observe_anew(self) -> None:
         """Set aside what was observed; it counts only if nothing is observed from now on."""
         self._earlier, self._observer = self._observer, None
+
+    def _new_observer(self) -> Observer:
+        return Observer.load_from_registry(
+            self.args.observer or DEFAULT_OBSERVER, base_name=self.base_name, args=self.args
+        )
+
+    def synchronize(self) -> None:
+        """
+        Count in what other processes observed; without effect if there are none.
+
+        :raises CalibrationError: if the observer keeps anything but minima and maxima
+        """
+        if not is_distributed():
+            return
+        observer = self._statistics() or self._new_observer()
+        reduce: dict[Any, Any] = {dist.ReduceOp.MIN: torch.amin, dist.ReduceOp.MAX: torch.amax}
+        kinds = observer._act_sync_dict
+        if not kinds or any(kind not in reduce for kind in kinds.values()):
+            raise CalibrationError(
+                f"{self.name}: several processes cannot share what observer `{self.args.observer}` "
+                f"saw; use `observer: {DEFAULT_OBSERVER}`"
+            )
+        mine = {name: getattr(observer, name).cpu() for name in kinds if observer.has_statistics}
+        shares = [share for share in gathered(mine) if share]
+        for name, kind in kinds.items():
+            if shares:
+                seen = torch.stack([share[name] for share in shares])
+                device = next(self.module.parameters()).device
+                setattr(observer, name, reduce[kind](seen, 0).to(device))
+        if shares and self._statistics() is None:
+            self._observer = observer
 
     def calibrate(self) -> None:
         """

@@ -24,11 +24,7 @@ from torch.func import functional_call
 
 from autoround_modifier.activations import fake_quantize_in_range, needs_calibration
 from autoround_modifier.autoscheme.scores import SCORES, QuantizedLayer, Score
-from autoround_modifier.calibration.capture import (
-    BlockCapture,
-    ImportanceCapture,
-    SampleOrder,
-)
+from autoround_modifier.calibration.capture import BlockCapture, ImportanceCapture
 from autoround_modifier.calibration.samples import call_token_mask, content_key, output_hidden
 from autoround_modifier.distillation.teacher import (
     POSITIONS,
@@ -106,7 +102,7 @@ class _Measurement:
         self.unquantized = [name for name in options if name not in self.options]
         self.static = any(needs_calibration(s.input_activations) for s in options.values())
         self.config = config
-        self.capture = BlockCapture(blocks, num_samples=None, keep_outputs=False)
+        self.capture = BlockCapture(blocks, num_samples=None, keep_outputs=False, sort=False)
         self.importance = ImportanceCapture()
         self.ranges: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.gradients: list[Tensor] = []
@@ -206,8 +202,6 @@ class _Measurement:
                 self.gradients += [g.unsqueeze(0).to("cpu", copy=True) for g in leaf.grad]
         if not self.num_tokens:
             raise CalibrationError("the calibration data has no token that counts")
-        every = list(range(len(self.gradients)))
-        self.capture.order = SampleOrder(every, every)
         self._store(scores)
 
     def _pull_back_from_logits(self, batch: dict[str, Any], index: int) -> None:

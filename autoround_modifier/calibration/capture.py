@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,14 +13,33 @@ from torch.utils._pytree import tree_map
 
 from autoround_modifier.calibration.samples import (
     BlockCall,
+    as_samples,
     content_key,
     output_hidden,
     split_call,
 )
 from autoround_modifier.distributed import gathered, process_rank
-from autoround_modifier.errors import NonFiniteError
+from autoround_modifier.errors import CalibrationError, NonFiniteError
 
-__all__ = ["BlockCapture", "CapturedBlock", "ImportanceCapture"]
+__all__ = ["BlockCapture", "CapturedBlock", "ImportanceCapture", "split_towers", "tower"]
+
+
+def tower(name: str) -> str:
+    """
+    :param name: of a block, ``model.language_model.layers.3``
+    :return: what the blocks that run one after the other have in common,
+        ``model.language_model.layers``
+    """
+    stem = re.split(r"\.\d+(?:\.|$)", name, maxsplit=1)[0]
+    return stem if stem != name else name.rpartition(".")[0]
+
+
+def split_towers(blocks: Iterable[nn.Module], names: dict[nn.Module, str]) -> list[list[nn.Module]]:
+    """:return: the blocks in their order, in one list for each `tower`"""
+    towers: dict[str, list[nn.Module]] = {}
+    for block in blocks:
+        towers.setdefault(tower(names[block]), []).append(block)
+    return list(towers.values())
 
 
 @dataclass(frozen=True)
@@ -65,13 +86,15 @@ class BlockCapture:
     """
     Forward hooks that record what blocks see, one sample per row of each batch.
 
-    The first block that is taken out fixes which samples are used and in which order: sorted by
-    content, the first ``num_samples`` of them. So no result depends on the pipeline's order.
+    The first block of a tower that is taken out fixes which samples are used and in which order:
+    sorted by content, the first ``num_samples`` of them. So no result depends on the pipeline's
+    order. Each tower has its own samples: a vision tower may see all images of a batch at once.
 
     :param names: name of each block that is recorded
     :param num_samples: largest number of samples to keep; None for all
     :param offload_device: where captured tensors are kept
     :param keep_outputs: false where nobody needs them
+    :param sort: false keeps the pipeline's order, and all samples
     """
 
     def __init__(
@@ -80,13 +103,15 @@ class BlockCapture:
         num_samples: int | None,
         offload_device: torch.device | str = "cpu",
         keep_outputs: bool = True,
+        sort: bool = True,
     ):
         self.names = names
         self.num_samples = num_samples
         self.keep_outputs = keep_outputs
         self.offload_device = offload_device
-        self.order: SampleOrder | None = None
-        self.num_recorded = 0
+        self.sort = sort
+        self._num_recorded: dict[str, int] = {}  # by tower
+        self._orders: dict[str, SampleOrder] = {}
         self._blocks: dict[nn.Module, CapturedBlock] = {}
 
     @torch.no_grad()
@@ -106,7 +131,7 @@ class BlockCapture:
         """
         captured = self._blocks.setdefault(block, CapturedBlock())
         offload = self._offload
-        outputs = output_hidden(output)
+        outputs = as_samples(output_hidden(output))
         for row, (hidden, call) in enumerate(split_call(args, kwargs)):
             out = outputs[row : row + 1]
             mask = None if token_mask is None else token_mask[row : row + 1]
@@ -121,26 +146,31 @@ class BlockCapture:
             if self.keep_outputs:
                 captured.outputs.append(offload(out))
             captured.calls.append(
-                BlockCall(
-                    tree_map(offload, call.args), tree_map(offload, call.kwargs), call.hidden_name
+                replace(
+                    call, args=tree_map(offload, call.args), kwargs=tree_map(offload, call.kwargs)
                 )
             )
             captured.masks.append(None if mask is None else offload(mask))
 
+    def recorded(self) -> list[nn.Module]:
+        """:return: the blocks that ran since they were last taken out, in the order they ended"""
+        return list(self._blocks)
+
     def pop(self, block: nn.Module) -> CapturedBlock | None:
         """
         :return: what was recorded for a block, in canonical order; None if it did not run, or not
-            once for each sample, like the blocks of a vision tower beside those of a language model
+            once for each sample of its tower
         """
         captured = self._blocks.pop(block, None)
         if captured is None:
             return None
-        self.num_recorded = self.num_recorded or len(captured.inputs)
-        if len(captured.inputs) != self.num_recorded:
+        name = tower(self.names[block])
+        if len(captured.inputs) != self._num_recorded.setdefault(name, len(captured.inputs)):
             return None
-        if self.order is None:
-            self.order = self._canonical_order(captured)
-        captured.select(self.order)
+        if self.sort:
+            if name not in self._orders:
+                self._orders[name] = self._canonical_order(captured)
+            captured.select(self._orders[name])
         return captured
 
     def _canonical_order(self, captured: CapturedBlock) -> SampleOrder:
@@ -148,9 +178,15 @@ class BlockCapture:
             content_key(hidden, mask)
             for hidden, mask in zip(captured.inputs, captured.masks, strict=True)
         ]
+        shares = gathered(keys)
+        if len(shares) > 1 and all(sorted(share) == sorted(keys) for share in shares):
+            raise CalibrationError(
+                "all processes were given the same calibration samples; give each its share, as by "
+                "`llmcompressor.datasets.get_rank_partition`, or use `autoround_modifier.oneshot`"
+            )
         everywhere = [
             (key, rank, index)
-            for rank, share in enumerate(gathered(keys))
+            for rank, share in enumerate(shares)
             for index, key in enumerate(share)
         ]
         rank, _ = process_rank()

@@ -21,6 +21,7 @@ from torch.utils._pytree import (
 
 __all__ = [
     "BlockCall",
+    "as_samples",
     "call_token_mask",
     "content_key",
     "fingerprint",
@@ -31,6 +32,10 @@ __all__ = [
     "token_mask",
 ]
 
+# Under which blocks take their hidden states, where not by position
+_HIDDEN_NAMES = ("hidden_states", "hidden_state")
+_MROPE_POSITIONS = 3
+
 
 @dataclass
 class BlockCall:
@@ -40,28 +45,37 @@ class BlockCall:
     :param args: positional arguments after the hidden states
     :param kwargs: keyword arguments; tensors of a batch are cut to this sample, (1, ...)
     :param hidden_name: name under which the hidden states were passed; None if positional
+    :param shape: of the hidden states, where the block does not take (batch, tokens, hidden);
+        such a call is one sample, whole, and is never stacked with others
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden_name: str | None = None
+    shape: torch.Size | None = None
 
-    def signature(self, hidden: Tensor) -> tuple[Any, ...]:
-        """:return: what two samples must share to be stacked into one batch"""
+    def signature(self, hidden: Tensor) -> tuple[Any, ...] | None:
+        """:return: what two samples must share to be stacked into one batch; None to stay alone"""
+        if self.shape is not None or self._arguments_signature is None:
+            return None
         return (tuple(hidden.shape[1:]), *self._arguments_signature)
 
     @cached_property
-    def _arguments_signature(self) -> tuple[Any, ...]:
+    def _arguments_signature(self) -> tuple[Any, ...] | None:
         leaves, structure = tree_flatten((self.args, self.kwargs))
+        if any(isinstance(leaf, Tensor) and _stays_alone(leaf) for leaf in leaves):
+            return None
         return (str(structure), *map(_describe, leaves))
 
     @staticmethod
     def stack(calls: list[BlockCall], hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """
-        :param calls: calls of equal `signature`
+        :param calls: calls of equal `signature`; one where that is None
         :param hidden: (len(calls), tokens, hidden)
         :return: args and kwargs of one call of the block for all samples
         """
+        if calls[0].shape is not None:
+            hidden = hidden.view(calls[0].shape)
         flat = [tree_leaves((call.args, call.kwargs)) for call in calls]
         leaves = [_stack(list(column), hidden.device) for column in zip(*flat, strict=True)]
         structure = tree_structure((calls[0].args, calls[0].kwargs))
@@ -73,16 +87,18 @@ class BlockCall:
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, BlockCall]]:
     """
-    Cut one block call into its samples.
+    Cut one block call into its samples. Hidden states that are not (batch, tokens, hidden) belong
+    to one sample: the patches of all images (Qwen2-VL's vision tower), or several streams of one
+    text (Gemma 3n).
 
     :return: hidden states (1, tokens, hidden) and the rest of the call, one pair per sample
     :raises ValueError: if the call has no hidden states to tune on
     """
-    name = None
+    name = next((name for name in _HIDDEN_NAMES if isinstance(kwargs.get(name), Tensor)), None)
     if args and isinstance(args[0], Tensor):
+        name = None
         hidden, args = args[0], args[1:]
-    elif isinstance(kwargs.get("hidden_states"), Tensor):
-        name = "hidden_states"
+    elif name is not None:
         hidden = kwargs[name]
         kwargs = {key: value for key, value in kwargs.items() if key != name}
     else:
@@ -90,11 +106,15 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tens
             "the block is called without a tensor as first argument and without `hidden_states`"
         )
 
+    if hidden.ndim != 3:
+        return [(as_samples(hidden), BlockCall(args, kwargs, name, hidden.shape))]
     batch = hidden.shape[0]
 
     def row(index: int, value: Any) -> Any:
-        batched = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch
-        return value[index : index + 1] if batched else value
+        if not isinstance(value, Tensor) or batch == 1:
+            return value
+        axis = _batch_axis(value, batch)
+        return value if axis is None else value.narrow(axis, index, 1)
 
     samples = []
     for index in range(batch):
@@ -104,8 +124,17 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tens
 
 
 def output_hidden(output: Any) -> Tensor:
-    """:return: the hidden states (batch, tokens, hidden) in what a decoder block returns"""
+    """:return: the hidden states in what a decoder block returns, as the block returns them"""
     return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def as_samples(hidden: Tensor) -> Tensor:
+    """
+    :param hidden: hidden states as a block takes or returns them
+    :return: (batch, tokens, hidden); (1, tokens, hidden) where they have another number of
+        dimensions, see `split_call`
+    """
+    return hidden if hidden.ndim == 3 else hidden.reshape(1, -1, hidden.shape[-1])
 
 
 def token_mask(attention_mask: Any, num_tokens: int) -> Tensor | None:
@@ -142,7 +171,8 @@ def call_token_mask(
     :param loss_mask: (batch, at least num_tokens), 0 for tokens that shall not count, or None
     :return: (batch, num_tokens), bool; None if every token counts
     """
-    hidden = args[0] if args else kwargs.get("hidden_states")
+    by_name = next((kwargs[name] for name in _HIDDEN_NAMES if name in kwargs), None)
+    hidden = args[0] if args else by_name
     if not isinstance(hidden, Tensor) or hidden.ndim != 3:
         return None
     names = list(inspect.signature(block.forward).parameters)
@@ -170,12 +200,16 @@ def fingerprint(hidden: Tensor) -> int:
 
 
 def stackable(
-    indices: list[int], signature: Callable[[int], tuple[Any, ...]]
+    indices: list[int], signature: Callable[[int], tuple[Any, ...] | None]
 ) -> Iterator[list[int]]:
-    """Yield ``indices`` in groups of equal ``signature``, in order of first appearance."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for index in indices:
-        groups.setdefault(signature(index), []).append(index)
+    """
+    Yield ``indices`` in groups of equal ``signature``, in order of first appearance; alone where
+    that is None, be it that an index appears twice.
+    """
+    groups: dict[Any, list[int]] = {}
+    for position, index in enumerate(indices):
+        key = signature(index)
+        groups.setdefault(position if key is None else key, []).append(index)
     yield from groups.values()
 
 
@@ -196,7 +230,8 @@ def stack_masks(masks: list[Tensor | None], indices: list[int], like: Tensor) ->
 def _describe(value: Any) -> Any:
     if isinstance(value, Tensor):
         # What is not per sample is passed on once for the whole batch, so it must be the same.
-        return tuple(value.shape) if _per_sample(value) else content_key(value, None)
+        per_sample = _batch_axis(value, 1) is not None
+        return tuple(value.shape) if per_sample else content_key(value, None)
     return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
 
 
@@ -205,8 +240,24 @@ def _stack(leaves: list[Any], device: torch.device) -> Any:
     first = leaves[0]
     if not isinstance(first, Tensor):
         return first
-    return (torch.cat(leaves) if _per_sample(first) else first).to(device)
+    axis = _batch_axis(first, 1)
+    return (first if axis is None else torch.cat(leaves, axis)).to(device)
 
 
-def _per_sample(value: Tensor) -> bool:
-    return value.ndim > 1 and value.shape[0] == 1
+def _batch_axis(value: Tensor, batch: int) -> int | None:
+    """
+    :return: the dimension that counts samples; None if there is none. It is the first, but the
+        second of the positions that vision-language models count three times, for time, height
+        and width: (3, batch, tokens, ...)
+    """
+    if value.ndim > 2 and value.shape[0] == _MROPE_POSITIONS and value.shape[1] == batch:
+        return 1
+    return 0 if value.ndim > 1 and value.shape[0] == batch else None
+
+
+def _stays_alone(value: Tensor) -> bool:
+    """
+    :return: whether a tensor belongs to one sample, in a form that does not show how to join it
+        with those of others, like Mllama's images (tiles, patches, hidden)
+    """
+    return value.ndim > 2 and _batch_axis(value, 1) is None

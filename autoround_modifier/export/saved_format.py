@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
     QuantizationScheme,
     QuantizationStrategy,
     QuantizationType,
 )
+from torch import nn
 
 __all__ = ["choose_saved_format"]
 
 
-def choose_saved_format(scheme: QuantizationScheme) -> None:
+def choose_saved_format(
+    scheme: QuantizationScheme, module_type: type[nn.Module] = nn.Linear
+) -> None:
     """
+    compressed-tensors 0.19 takes classes derived from Linear (Falcon's) for no linear layers, and
+    would save them uncompressed: give them the format of Linear.
+
     Pack integer weights that have quantized activations where vLLM's scheme for them reads packed
     integers only, unless ``scheme.format`` says otherwise. compressed-tensors 0.19 would save each
     in a byte of its own, which vLLM reads of W8A8 and W4A8 with symmetric weights, 8 bits by
     channel, and of static activations.
 
     :param scheme: of a layer; updated
+    :param module_type: its class
     """
+    if (
+        scheme.format is None
+        and module_type is not nn.Linear
+        and issubclass(module_type, nn.Linear)
+    ):
+        scheme.format = infer_module_format(nn.Linear, scheme)
     weights, inputs = scheme.weights, scheme.input_activations
     if scheme.format is not None or weights is None or inputs is None:
         return

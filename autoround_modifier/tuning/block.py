@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from autoround_modifier.activations import ActivationSite, needs_calibration
 from autoround_modifier.calibration.samples import (
     BlockCall,
+    as_samples,
     output_hidden,
     stack_masks,
     stackable,
@@ -50,14 +51,15 @@ class BlockGroup:
         """
         for block, calls in zip(self.blocks, self.calls, strict=True):
             args, kwargs = BlockCall.stack([calls[index] for index in samples], hidden)
-            hidden = output_hidden(block(*args, **kwargs))
+            hidden = as_samples(output_hidden(block(*args, **kwargs)))
         return hidden
 
     def stackable(self, hidden: list[Tensor], samples: list[int]) -> list[list[int]]:
         """:return: the samples, those together that one call of the blocks can take"""
 
-        def signature(index: int) -> tuple:
-            return tuple(calls[index].signature(hidden[index]) for calls in self.calls)
+        def signature(index: int) -> tuple | None:
+            parts = [calls[index].signature(hidden[index]) for calls in self.calls]
+            return None if None in parts else tuple(parts)
 
         return list(stackable(samples, signature))
 
@@ -108,6 +110,7 @@ class BlockGroup:
                 mask = stack_masks(masks, indices, stacked)
                 self.forward(stacked, indices)
         for site in static:
+            site.synchronize()
             if site.observed:
                 site.calibrate()
 
