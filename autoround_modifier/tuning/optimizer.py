@@ -70,8 +70,8 @@ class SignSGD:
         :param gradient: of the loss by the dequantized weight, (out_features, in_features)
         """
         decay = 1.0 - self.iteration / self.iters
-        lrs = torch.tensor(self.step_sizes[layer], device=gradient.device)
-        rounding_lr, clipping_lr = lrs * decay
+        lrs = torch.tensor(self.step_sizes[layer]) * decay
+        rounding_lr, clipping_lr = lrs.to(gradient.device)
         self.formats[layer].descend(gradient, rounding_lr, clipping_lr)
 
     def end_step(self) -> None:

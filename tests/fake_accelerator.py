@@ -1,0 +1,109 @@
+"""
+Tunes one block of fake tensors on a fake accelerator, from capture to the quantized chain.
+
+    python fake_accelerator.py resident|offloaded|mixed|experts|mismatch
+
+resident: captured activations are on the accelerator; offloaded: on the CPU; mixed: some are;
+mismatch: a weight is left on the CPU. Prints the device of the tuned integers.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from autoround_modifier.calibration.capture import BlockCapture
+from autoround_modifier.formats import make_format
+from autoround_modifier.initialization import search_range
+from autoround_modifier.tuning import BlockGroup, Tuner, TuningConfig
+from autoround_modifier.tuning.forwards import quantized_forwards
+
+DEVICE = "accel:0"
+WEIGHTS = QuantizationArgs(num_bits=2, symmetric=True, strategy="group", group_size=16)
+
+
+class Numbers(FakeTensorMode):
+    """A fake number is 1 where the program asks for its value, and every element of a mask true."""
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return torch.ones((), dtype=args[0].dtype, device="cpu").numpy().item()
+        if func is torch.ops.aten.nonzero.default:
+            shape = args[0].numel(), args[0].ndim
+            indices = torch.empty(shape, dtype=torch.long, device="meta")
+            return FakeTensor(self, indices, args[0].device)
+        return super().dispatch(func, types, args, kwargs)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(32)
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.scaled_dot_product_attention(
+            *(self.first(self.norm(x)).unsqueeze(1) for _ in range(3)), attn_mask=attention_mask
+        )
+        return x + self.second(y.squeeze(1)).tanh()
+
+
+def main(case: str) -> None:
+    _setup_privateuseone_for_python_backend("accel")
+    with Numbers():
+        with torch.device(DEVICE):
+            block = Block()
+        capture = BlockCapture(
+            {block: "model.layers.0"},
+            num_samples=None,
+            offload_device=DEVICE if case == "resident" else "cpu",
+            sort=False,  # sorting reads the numbers
+        )
+        for _ in range(4):
+            x = torch.randn(2, 8, 32, device=DEVICE)
+            mask = torch.ones(2, 1, 8, 8, dtype=torch.bool, device=DEVICE)
+            real = torch.ones(2, 8, dtype=torch.bool, device=DEVICE)
+            with torch.no_grad():
+                capture.record(block, (x,), {"attention_mask": mask}, block(x, mask), real)
+        captured = capture.pop(block)
+        assert captured is not None
+        if case == "mixed":
+            captured.inputs[::2] = [x.to(DEVICE) for x in captured.inputs[::2]]
+            captured.outputs[1::2] = [x.to(DEVICE) for x in captured.outputs[1::2]]
+            captured.masks[::3] = [None for _ in captured.masks[::3]]
+        layers = [block.first, block.second]
+        importance = torch.rand(32, dtype=torch.float64, device=DEVICE)
+        formats = {
+            x: make_format(x.weight, WEIGHTS, search_range(x.weight, WEIGHTS, importance))
+            for x in layers
+        }
+        if case == "mismatch":
+            formats[block.first].weight = formats[block.first].weight.to("cpu")
+        group = BlockGroup([block], [captured.calls])
+        experts = {block.second} if case == "experts" else set()
+        config = TuningConfig(iters=3, batch_size=4, loss="balanced")
+        tuner = Tuner(
+            group,
+            formats,
+            captured.inputs,
+            captured.outputs,
+            captured.masks,
+            config,
+            experts=experts,
+        )
+        result = tuner.run()
+        home = [x.device for x in captured.inputs]
+        group.advance(captured.inputs, 4, quantized_forwards(result.weights, experts))
+        assert [x.device for x in captured.inputs] == home
+        (device,) = {weight.values.device for weight in result.weights.values()}
+        print(device)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
