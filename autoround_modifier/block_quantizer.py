@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autoround_modifier.activations import ActivationSite
 from autoround_modifier.calibration.capture import BlockCapture, CapturedBlock
 from autoround_modifier.calibration.chain import QuantizedChain
-from autoround_modifier.distributed import gathered
+from autoround_modifier.distributed import gathered, wait_for_all
 from autoround_modifier.errors import NonFiniteError
 from autoround_modifier.formats import QuantizedWeight, RoundingFormat
 from autoround_modifier.layer_quantizer import LayerQuantizer
@@ -68,18 +68,18 @@ class BlockQuantizer:
         samples = [one for one in captured if one is not None]
         in_group = {layer for block in blocks for layer in block.modules()}
         layers = [x for x in self.layers.names if x in in_group and isinstance(x, nn.Linear)]
-        if not layers and not self._chain:
+        if not layers and not self._chain.active:
             return  # nothing to tune, and nothing quantized before it
-        if len(samples) < len(blocks):
+        if not all(gathered(len(samples) == len(blocks))):
             if layers and self.config.iters:
                 logger.warning(f"{name}: not run once for each sample, so not tuned")
             return
         sites = [site for site in self.sites if site.module in in_group]
         group = BlockGroup(blocks, [one.calls for one in samples], sites)
         targets, masks = samples[-1].outputs, samples[-1].masks
-        digest = ""
+        digest = own_digest = ""
         if self.checkpoint is not None:
-            digest = data_digest(samples[0].inputs, targets, masks)
+            digest, own_digest = data_digest(samples[0].digest, samples[0].inputs, targets, masks)
         inputs = self._chained(name, samples[0].inputs)
         for one in samples:
             one.inputs = []  # only the inputs of the quantized chain are needed from here on
@@ -95,11 +95,14 @@ class BlockQuantizer:
         if report is not None:
             self.reports.append(report)
             logger.info(str(report))
+        wait_for_all()  # processes may share the weights, and the last one still read them
         for layer, weight in weights.items():
             self.layers.write_back(layer, weight)
 
         if self.quantized_inputs and blocks[-1] is not next(reversed(self.names)):
-            kept = self.checkpoint.load_chain(self._index) if self.checkpoint and state else None
+            kept = None
+            if self.checkpoint is not None and state is not None:
+                kept = self.checkpoint.load_chain(self._index, own_digest)
             if kept is not None:
                 inputs = kept
             else:
@@ -108,12 +111,16 @@ class BlockQuantizer:
             self._chain.advance(inputs, targets)
         if self.checkpoint is not None and state is None:
             state = self._state(weights, sites, report)
-            self.checkpoint.save(self._index, name, digest, state, self._chain.outputs)
+            chain = BlockState(
+                {str(sample): hidden for sample, hidden in enumerate(self._chain.outputs)},
+                {"digest": own_digest},
+            )
+            self.checkpoint.save(self._index, name, digest, state, chain)
         self._index += 1
 
     def _chained(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
         """What the blocks will see after quantization; their own inputs where the chain ends."""
-        if not self._chain:
+        if not self._chain.active:
             return inputs
         chained = self._chain.take(inputs)
         if chained is None:
@@ -122,7 +129,8 @@ class BlockQuantizer:
                 "full-precision inputs"
             )
             return inputs
-        if not all(torch.isfinite(hidden).all() for hidden in chained):
+        finite = all(bool(torch.isfinite(hidden).all()) for hidden in chained)
+        if not all(gathered(finite)):
             self._report_failure(f"{name}: the output of the quantized blocks before it")
             return inputs
         return chained
@@ -197,6 +205,11 @@ class BlockQuantizer:
                 else "the block keeps the rounding it started from"
             )
         )
+
+    def release(self) -> None:
+        """Drop everything captured."""
+        self.capture.clear()
+        self._chain = QuantizedChain()
 
     # ------------------------------------------------------------------ checkpoint
 

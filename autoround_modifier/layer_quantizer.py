@@ -11,7 +11,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from autoround_modifier.calibration.capture import ImportanceCapture
-from autoround_modifier.distributed import gathered, is_distributed, summed
+from autoround_modifier.distributed import gathered, is_distributed, summed, wait_for_all
 from autoround_modifier.errors import NonFiniteError
 from autoround_modifier.export import write_back
 from autoround_modifier.formats import (
@@ -84,7 +84,7 @@ class LayerQuantizer:
         for group in fused(has_global_scale):
             self._global_scales.update(dict.fromkeys(group, shared_global_scale(group)))
         for group in fused(lambda args: args.strategy == QuantizationStrategy.TENSOR):
-            importance, *_ = [self._pop_importance(layer)[0] for layer in group]
+            importance, *_ = [self._pop_importance(layer) for layer in group]
             found = shared_range(group, self.args[group[0]], importance, search)
             self._shared_ranges.update(dict.fromkeys(group, found))
 
@@ -96,9 +96,7 @@ class LayerQuantizer:
         args, global_scale = self.args[layer], self._global_scales.get(layer)
         found = self._shared_ranges.get(layer)
         if found is None and search:
-            importance, num_tokens = self._pop_importance(layer)
-            if layer in self.experts and num_tokens < self.min_expert_tokens:
-                importance = None  # a handful of tokens says little about others
+            importance = self._pop_importance(layer)
             found = search_range(layer.weight, args, importance, global_scale, self.fused)
         return make_format(layer.weight, args, found, global_scale, self.fused)
 
@@ -107,6 +105,8 @@ class LayerQuantizer:
         counts = {
             layer: self.importance.num_tokens(layer) for layer in layers if layer in self.experts
         }
+        if not counts:
+            return {}
         totals = dict.fromkeys(counts, 0)
         for share in gathered(list(counts.values())):
             for layer, count in zip(counts, share, strict=True):
@@ -151,24 +151,27 @@ class LayerQuantizer:
         turn = self.pending.intersection(modules)
         layers = [layer for layer in self.names if layer in turn]
         for layer in layers:
-            self.write_back(layer, self.initial_format(layer, search).quantized())
+            weight = self.initial_format(layer, search).quantized()
+            wait_for_all()  # other processes may share the weight, and still read it
+            self.write_back(layer, weight)
         return [self.names[layer] for layer in layers]
 
-    def _pop_importance(self, layer: Layer) -> tuple[Tensor | None, int]:
-        """:return: importance, over all processes, and of how many tokens"""
-        importance, num_tokens = self.importance.pop(layer)
+    def _pop_importance(self, layer: Layer) -> Tensor | None:
+        """:return: (in_features,), float32, over all processes; None where too little is known"""
+        importance = self.importance.pop(layer)
         if is_distributed():
-            sums = torch.zeros(
-                layer.weight.shape[-1] + 1, dtype=torch.float64, device=layer.weight.device
-            )
-            if importance is not None:
-                sums[:-1], sums[-1] = importance, num_tokens
-            sums = summed(sums)
-            num_tokens = int(sums[-1])
-            importance = sums[:-1] if num_tokens else None
+            with disable_onloading():
+                size = layer.weight.shape[-1]
+            if importance is None:
+                importance = torch.zeros(
+                    size, dtype=torch.float64, device=get_execution_device(layer)
+                )
+            importance = summed(importance)
         if importance is not None and not torch.isfinite(importance).all():
             raise NonFiniteError(
                 f"{self.names[layer]}: the calibration inputs have NaN or infinity. Check "
                 "the calibration text, or load the model in bfloat16 or float32."
             )
-        return None if importance is None else importance.float(), num_tokens
+        if layer in self.scarce_experts([layer]):
+            return None  # a handful of tokens says little about others
+        return None if importance is None else importance.float()

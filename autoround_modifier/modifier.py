@@ -51,6 +51,8 @@ from autoround_modifier.validation import (
     check_calibration_data,
     check_kv_cache,
     check_layers,
+    check_processes,
+    check_same_blocks,
     check_schemes_unchanged,
     listed,
     resolve_schemes,
@@ -129,7 +131,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         By default where there is enough to tune to make up for the compilation
     :param min_expert_tokens: experts of a mixture to which fewer calibration tokens are routed are
         quantized by the scale search alone, with all input channels alike
-    :param checkpoint_dir: where each finished block is kept. The same run, started again after it
+    :param checkpoint_dir: where each finished block is kept, as far as blocks are tuned or have
+        static activations. The same run, started again after it
         was interrupted, goes on after the last of them; its result is the same. The folder is left
         as it is at the end: delete it once the model is saved
     :param strict: raise if the loss or a gradient has NaN or infinity; otherwise such a block keeps
@@ -267,6 +270,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         :raises SchemeError: if a scheme is not supported or does not fit its layer
         :raises CalibrationError: if data is needed and there is none
         :raises NonFiniteError: if a targeted weight has NaN or infinity
+        :raises RuntimeError: if several processes share a model on disk
         :raises CheckpointError: if ``checkpoint_dir`` holds another run
         :raises OSError: if ``checkpoint_dir`` cannot be written to
         """
@@ -276,6 +280,7 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
                 "put an AutoSchemeModifier before it, which chooses"
             )
         model = state.model
+        check_processes(model)
         self._leave_routers_alone(model)
         schemes = resolve_schemes(model, self.resolved_config)
         check_layers(schemes)
@@ -358,7 +363,9 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         # Blocks that ran inside of code that LLM-Compressor does not trace, like vision towers,
         # are in no subgraph. They come first, one by one.
         if self._capture is not None:
-            untraced = [block for block in self._capture.recorded() if block not in blocks]
+            recorded = self._capture.recorded()
+            check_same_blocks([self._blocks[block] for block in recorded])
+            untraced = [block for block in recorded if block not in blocks]
             groups = [[block] for block in untraced] + groups
             modules = [*modules, *(part for block in untraced for part in block.modules())]
         with self._clean_up_on_failure():
@@ -452,8 +459,11 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     # ------------------------------------------------------------------ capture
 
     def _enter_block(self, state: State) -> Callable[..., None]:
+        # A loss mask is of the text; other towers see patches of images.
+        decoder = set(state.model.get_decoder().modules())
+
         def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
-            masks = state.loss_masks
+            masks = state.loss_masks if block in decoder else None
             loss_mask = masks[state.current_batch_idx] if masks else None
             self._token_mask = call_token_mask(block, args, kwargs, loss_mask)
 
@@ -495,6 +505,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         if self._progress is not None:
             self._progress.close()
         self._capture = self._progress = None
+        if self._block_quantizer is not None:
+            self._block_quantizer.release()
 
     @contextlib.contextmanager
     def _clean_up_on_failure(self) -> Iterator[None]:
@@ -503,10 +515,15 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         except Exception:
             self._release()
             total = len(self._quantizer.names)
+            kept = (
+                "Nothing was saved."
+                if self._checkpoint is None
+                else f"Finished blocks are kept in {self.checkpoint_dir}."
+            )
             logger.error(
                 f"AutoRound stopped with {total - len(self._quantizer.pending)} of "
                 f"{total} layers quantized. The model in memory is partly quantized: "
-                "load it again before the next attempt. Nothing was saved."
+                f"load it again before the next attempt. {kept}"
             )
             raise
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -36,6 +36,7 @@ __all__ = ["BlockState", "RunCheckpoint", "data_digest", "model_digest", "text_d
 
 RUN_FILE = "run.json"
 SAMPLED_ELEMENTS = 2**14
+QPARAM_SUFFIXES = ("_scale", "_zero_point", "_g_idx")
 
 
 @dataclass
@@ -69,7 +70,10 @@ class RunCheckpoint:
     def _open(self, run: dict[str, str]) -> None:
         path = self.folder / RUN_FILE
         if path.exists():
-            earlier = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                earlier = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{path} cannot be read ({error}); delete it") from error
             different = [name for name in run if earlier.get(name) != run[name]]
             if different:
                 raise CheckpointError(
@@ -77,13 +81,13 @@ class RunCheckpoint:
                     f"{' and another '.join(different)}. Choose another folder, or delete this one "
                     "if its blocks are not needed."
                 )
-            for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-                leftover.unlink()
-        elif self.folder.is_dir() and any(self.folder.glob("*")):
+        elif any(not x.name.startswith(TEMPORARY_PREFIX) for x in self.folder.glob("*")):
             raise CheckpointError(
                 f"checkpoint_dir {self.folder} holds other files and no {RUN_FILE}; choose an "
                 "empty folder"
             )
+        for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
+            leftover.unlink()
         # also where it is there: a folder that cannot be written to is found out now
         write_atomically(path, json.dumps(run, indent=1) + "\n")
 
@@ -96,8 +100,13 @@ class RunCheckpoint:
         :raises CheckpointError: if it is that of other blocks or of other calibration data
         """
         path = self._block_path(index)
-        if not path.exists():
+        exists = gathered(path.exists())
+        if not any(exists):
             return None
+        if not all(exists):
+            raise CheckpointError(
+                f"not all processes see {path}; checkpoint_dir must be one folder for all of them"
+            )
         state = _read(path)
         if state.facts["name"] != name:
             raise CheckpointError(
@@ -111,26 +120,31 @@ class RunCheckpoint:
             )
         return state
 
-    def load_chain(self, index: int) -> list[Tensor] | None:
-        """:return: what `save` was given, if it is that of this process; else None"""
+    def load_chain(self, index: int, digest: str) -> list[Tensor] | None:
+        """
+        :param digest: of the samples of this process, `data_digest`
+        :return: (1, tokens, hidden) per sample, what the next block will see; None where it was not
+            kept, or is that of other samples
+        """
         path = self._chain_path(index)
         if not path.exists():
             return None
-        tensors = _read(path).tensors
-        return [tensors[str(sample)] for sample in range(len(tensors))]
+        chain = _read(path)
+        if chain.facts["digest"] != digest:
+            return None
+        return [chain.tensors[str(sample)] for sample in range(len(chain.tensors))]
 
     def save(
-        self, index: int, name: str, digest: str, state: BlockState, chain: Sequence[Tensor]
+        self, index: int, name: str, digest: str, state: BlockState, chain: BlockState
     ) -> None:
         """
-        :param chain: (1, tokens, hidden) per sample of this process, what the next block will see;
-            empty where there is none
+        :param chain: what `load_chain` gives, by the numbers of the samples; the digest among its
+            facts
         :raises OSError: if the disk is full; all files written before are as they were
         """
         with self._naming_the_folder(name):
-            if chain:
-                outputs = {str(sample): hidden for sample, hidden in enumerate(chain)}
-                _write(self._chain_path(index), BlockState(outputs))
+            if chain.tensors:
+                _write(self._chain_path(index), chain)
             wait_for_all()
             if is_source_process():
                 facts = {**state.facts, "name": name, "digest": digest}
@@ -172,18 +186,19 @@ def _write(path: Path, state: BlockState) -> None:
     try:
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata={"facts": json.dumps(state.facts)})
-    except OSError:
-        raise
-    except Exception as error:  # safetensors has an exception of its own for a full disk
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except SafetensorError as error:  # a full disk, for one
         raise OSError(str(error)) from error
 
 
 def _read(path: Path) -> BlockState:
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return BlockState(tensors, json.loads(file.metadata()["facts"]))
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return BlockState(tensors, json.loads(file.metadata()["facts"]))
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); delete it, and its block is tuned again"
+        ) from error
 
 
 def text_digest(value: Any) -> str:
@@ -201,6 +216,8 @@ def model_digest(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for module_name, module in model.named_modules():
         for name in module._parameters:
+            if name.endswith(QPARAM_SUFFIXES) and hasattr(module, "quantization_scheme"):
+                continue  # another modifier's, not filled in yet
             tensor = getattr(module, name)  # brings one that is offloaded
             if tensor is None:
                 continue
@@ -213,17 +230,23 @@ def model_digest(model: nn.Module) -> str:
 
 
 def data_digest(
-    inputs: Iterable[Tensor], outputs: Iterable[Tensor], masks: Iterable[Tensor | None]
-) -> str:
+    recorded: bytes,
+    inputs: Iterable[Tensor],
+    outputs: Iterable[Tensor],
+    masks: Iterable[Tensor | None],
+) -> tuple[str, str]:
     """
-    Of the samples of all processes, whatever their order.
+    Of what blocks saw and gave.
 
+    :param recorded: digest of all samples, used or not
     :param inputs: (1, tokens, hidden) per sample
     :param outputs: same shapes
     :param masks: (1, tokens) bool per sample, None where every token counts
+    :return: of the samples of all processes, whatever their order; of those of this one
     """
     keys = [
         (content_key(x, mask) + content_key(y, mask)).hex()
         for x, y, mask in zip(inputs, outputs, masks, strict=True)
     ]
-    return text_digest(sorted(key for share in gathered(keys) for key in share))
+    everywhere = sorted(key for share in gathered(keys) for key in share)
+    return text_digest([recorded.hex(), everywhere]), text_digest(keys)

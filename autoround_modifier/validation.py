@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from compressed_tensors.offload import disable_onloading
+from compressed_tensors.offload.cache.disk import DiskCache
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -21,6 +22,7 @@ from compressed_tensors.utils.match import match_targets
 from torch import nn
 
 from autoround_modifier.activations import unsupported_activations, unsupported_kv_cache
+from autoround_modifier.distributed import gathered, is_distributed
 from autoround_modifier.errors import CalibrationError, NonFiniteError, RecipeError, SchemeError
 from autoround_modifier.formats import is_microscaling, unsupported_weights
 
@@ -29,6 +31,8 @@ __all__ = [
     "check_calibration_data",
     "check_kv_cache",
     "check_layers",
+    "check_processes",
+    "check_same_blocks",
     "check_schemes_unchanged",
     "listed",
     "resolve_schemes",
@@ -231,6 +235,28 @@ def blocks_without_mask(blocks: Iterable[nn.Module]) -> list[str]:
 
 def _weight_args(layer: nn.Module) -> QuantizationArgs | None:
     return getattr(getattr(layer, "quantization_scheme", None), "weights", None)
+
+
+def check_processes(model: nn.Module) -> None:
+    """:raises RuntimeError: if several processes share a model that is offloaded to disk"""
+    if is_distributed() and any(isinstance(x._parameters, DiskCache) for x in model.modules()):
+        raise RuntimeError(
+            "several processes cannot write to one model on disk; offload it to the CPU, or start "
+            "one process"
+        )
+
+
+def check_same_blocks(names: list[str]) -> None:
+    """
+    :param names: of the blocks that this process ran
+    :raises CalibrationError: if other processes ran others
+    """
+    missing = {name for share in gathered(names) for name in share} - set(names)
+    if any(gathered(bool(missing))):
+        raise CalibrationError(
+            f"not all processes ran the same blocks; here {listed(sorted(missing)) or 'none'} "
+            "lacked samples. Each process needs samples of every kind, such as texts with images."
+        )
 
 
 def check_calibration_data(dataloader: object, reason: str) -> None:

@@ -229,10 +229,9 @@ def test_importance_sums_squares_of_real_tokens():
     x = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]])
     capture.record(layer, x, torch.tensor([[True, False]]))
     capture.record(layer, x)
-    importance, num_tokens = capture.pop(layer)
-    assert importance.tolist() == [1 + 1 + 16, 4 + 4 + 25, 9 + 9 + 36]
-    assert num_tokens == 3
-    assert capture.pop(layer) == (None, 0)
+    assert capture.pop(layer).tolist() == [1 + 1 + 16, 4 + 4 + 25, 9 + 9 + 36]
+    assert capture.pop(layer) is None
+    assert capture.num_tokens(layer) == 3
 
 
 def words(start: int, count: int) -> str:

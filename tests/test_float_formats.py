@@ -248,7 +248,7 @@ def test_fused_and_plain_agree(name):
         fmt.descend(gradient, torch.tensor(0.3), torch.tensor(0.0))
     plain, fused = formats
     assert torch.equal(plain.rounding, fused.rounding)
-    assert torch.equal(plain.dequantize(), fused.dequantized())
+    assert torch.equal(plain.dequantize(), fused.dequantize())
     assert torch.equal(plain.dequantize(), plain.quantized().dequantize())
 
 

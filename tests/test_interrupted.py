@@ -174,7 +174,7 @@ def test_a_file_that_the_system_does_not_let_grow(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         with pytest.raises(OSError, match=r"cannot be written to") as raised:
-            checkpoint.save(0, "block", "digest", state, [])
+            checkpoint.save(0, "block", "digest", state, run_checkpoint.BlockState())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(tmp_path) in str(raised.value)

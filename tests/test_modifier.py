@@ -310,3 +310,22 @@ def test_recipe_reloads_and_reproduces(tmp_path):
     assert "!!python" not in recipe.read_text()
     again = quantize(tiny_llama(), str(recipe))
     assert_same(expected, all_integers(again))
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_and_compilation_do_not_show_in_the_integers(dtype, set_threads):
+    """The tolerance is zero: of 2-bit integers after 20 steps, none differs."""
+    results = []
+    for threads, compiled in ((1, False), (2, False), (1, True), (2, True)):
+        set_threads(threads)
+        recipe = modifier(iters=20, enable_torch_compile=compiled)
+        results.append(all_integers(quantize(tiny_llama(dtype), recipe)))
+    for other in results[1:]:
+        assert_same(results[0], other)

@@ -131,7 +131,10 @@ class ActivationSite:
         """
         if not is_distributed():
             return
-        observer = self._statistics() or self._new_observer()
+        # What was seen earlier counts only where no process has seen anything since.
+        fresh = self._observer if self._observer and self._observer.has_statistics else None
+        anyone = any(gathered(fresh is not None))
+        observer = (fresh if anyone else self._statistics()) or self._new_observer()
         reduce: dict[Any, Any] = {dist.ReduceOp.MIN: torch.amin, dist.ReduceOp.MAX: torch.amax}
         kinds = observer._act_sync_dict
         if not kinds or any(kind not in reduce for kind in kinds.values()):
@@ -146,7 +149,7 @@ class ActivationSite:
                 seen = torch.stack([share[name] for share in shares])
                 device = next(self.module.parameters()).device
                 setattr(observer, name, reduce[kind](seen, 0).to(device))
-        if shares and self._statistics() is None:
+        if shares:
             self._observer = observer
 
     def calibrate(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -49,10 +50,12 @@ class SampleOrder:
 
     :param indices: of those of this process, as they were recorded
     :param positions: of each among the samples of all processes, ascending
+    :param digest: of all samples that were recorded, used or not
     """
 
     indices: list[int]
     positions: list[int]
+    digest: bytes
 
 
 @dataclass
@@ -65,6 +68,7 @@ class CapturedBlock:
     :ivar calls: the other arguments of each call
     :ivar masks: (1, tokens) bool each, False for tokens that do not count; None if all count
     :ivar positions: of each among the samples of all processes
+    :ivar digest: of all samples that were recorded, also of those that are not used
     """
 
     inputs: list[Tensor] = field(default_factory=list)
@@ -72,10 +76,11 @@ class CapturedBlock:
     calls: list[BlockCall] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    digest: bytes = b""
 
     def select(self, order: SampleOrder) -> None:
         """Keep some samples, in that order."""
-        self.positions = order.positions
+        self.positions, self.digest = order.positions, order.digest
         for name in ("inputs", "outputs", "calls", "masks"):
             values = getattr(self, name)
             if values:
@@ -173,13 +178,19 @@ class BlockCapture:
             captured.select(self._orders[name])
         return captured
 
+    def clear(self) -> None:
+        """Drop what was recorded."""
+        self._blocks.clear()
+
     def _canonical_order(self, captured: CapturedBlock) -> SampleOrder:
         keys = [
             content_key(hidden, mask)
             for hidden, mask in zip(captured.inputs, captured.masks, strict=True)
         ]
         shares = gathered(keys)
-        if len(shares) > 1 and all(sorted(share) == sorted(keys) for share in shares):
+        # The input of some towers is a constant, the same in all samples.
+        varied = len(shares) > 1 and len(set(keys)) > 1
+        if varied and all(sorted(share) == sorted(keys) for share in shares):
             raise CalibrationError(
                 "all processes were given the same calibration samples; give each its share, as by "
                 "`llmcompressor.datasets.get_rank_partition`, or use `autoround_modifier.oneshot`"
@@ -192,7 +203,10 @@ class BlockCapture:
         rank, _ = process_rank()
         chosen = enumerate(sorted(everywhere)[: self.num_samples])
         mine = [(position, index) for position, (_, owner, index) in chosen if owner == rank]
-        return SampleOrder([index for _, index in mine], [position for position, _ in mine])
+        digest = hashlib.blake2b(b"".join(key for key, _, _ in sorted(everywhere)), digest_size=16)
+        return SampleOrder(
+            [index for _, index in mine], [position for position, _ in mine], digest.digest()
+        )
 
     def _offload(self, value: Any) -> Any:
         return value.detach().to(self.offload_device) if isinstance(value, Tensor) else value
@@ -232,10 +246,10 @@ class ImportanceCapture:
         other._sums, other._num_tokens = dict(self._sums), dict(self._num_tokens)
         return other
 
-    def pop(self, layer: nn.Module) -> tuple[Tensor | None, int]:
-        """:return: (in_features,), float64, None if the layer saw no tokens; number of tokens"""
-        return self._sums.pop(layer, None), self._num_tokens.pop(layer, 0)
+    def pop(self, layer: nn.Module) -> Tensor | None:
+        """:return: (in_features,), float64; None if the layer saw no tokens"""
+        return self._sums.pop(layer, None)
 
     def num_tokens(self, layer: nn.Module) -> int:
-        """:return: how many tokens of the layer were counted"""
+        """:return: how many tokens of the layer were counted, be its sums taken or not"""
         return self._num_tokens.get(layer, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from autoround_modifier.calibration.samples import fingerprint
+from autoround_modifier.distributed import gathered
 
 __all__ = ["QuantizedChain"]
 
@@ -14,15 +15,14 @@ class QuantizedChain:
     Holds the output of the last tuned blocks with their quantized weights, and fingerprints of
     their full-precision output, by which the block that follows them is recognised.
 
-    :ivar outputs: (1, tokens, hidden) per sample; empty where there is no chain
+    :ivar outputs: (1, tokens, hidden) per sample of this process, which may have none
+    :ivar active: whether there is a chain
     """
 
     def __init__(self) -> None:
         self.outputs: list[Tensor] = []
+        self.active = False
         self._fingerprints: list[int] = []
-
-    def __bool__(self) -> bool:
-        return bool(self.outputs)
 
     def advance(self, outputs: list[Tensor], full_precision: list[Tensor]) -> None:
         """
@@ -30,14 +30,15 @@ class QuantizedChain:
         :param full_precision: the same from the full-precision blocks
         """
         self.outputs = outputs
+        self.active = True
         self._fingerprints = [fingerprint(hidden) for hidden in full_precision]
 
     def take(self, full_precision: list[Tensor]) -> list[Tensor] | None:
         """
         :param full_precision: a block's full-precision inputs
-        :return: its inputs from the quantized chain; None if the chain does not lead to it
+        :return: its inputs from the quantized chain; None if the chain does not lead to it, in
+            this process or in another
         """
-        outputs, self.outputs = self.outputs, []
-        if [fingerprint(hidden) for hidden in full_precision] != self._fingerprints:
-            return None
-        return outputs
+        outputs, self.outputs, self.active = self.outputs, [], False
+        leads_on = [fingerprint(hidden) for hidden in full_precision] == self._fingerprints
+        return outputs if all(gathered(leads_on)) else None

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -24,7 +23,8 @@ from loguru import logger
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autoround_modifier import AutoRoundModifier, modifier, oneshot
+from autoround_modifier import AutoRoundModifier, oneshot
+from autoround_modifier.tuning import Tuner
 
 __all__ = ["Outcome", "check"]
 
@@ -65,12 +65,13 @@ def check(architecture: Architecture, folder: Path) -> Outcome:
     recipe = AutoRoundModifier(
         iters=2,
         batch_size=2,
+        min_expert_tokens=0,
         ignore=["re:.*lm_head", *architecture.ignore],
         config_groups={"group_0": weight_scheme(NUM_BITS)},
     )
     with (
         spied(pipeline, "trace_subgraphs") as traces,
-        spied(modifier, "tune") as tunings,
+        spied(Tuner, "run") as tunings,
         warnings() as messages,
     ):
         oneshot(
@@ -190,7 +191,7 @@ def why_not_tuned(
         and not ROUTER.fullmatch(name)
     }
     names = {module: name for name, module in model.named_modules()}
-    tuned = {names[layer] for tuning in tunings for layer in tuning.args[1]}
+    tuned = {names[layer] for tuning in tunings for layer in tuning.args[0].formats}
     problems = [message for message in messages if "not tuned" in message]
     for word, found in (
         ("tuned", tuned),
@@ -252,8 +253,8 @@ def distance(first: Tensor, second: Tensor) -> float:
 
 
 @contextmanager
-def spied(module: ModuleType, name: str) -> Iterator[list[Call]]:
-    """Record the calls of a function."""
+def spied(module: Any, name: str) -> Iterator[list[Call]]:
+    """Record the calls of a function, or of a method of a class."""
     original, calls = getattr(module, name), []
 
     def spy(*args: Any, **kwargs: Any) -> Any:
