@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -20,12 +21,15 @@ from helpers import quantized_layers
 from safetensors.torch import save_file
 
 from autoround_modifier import AutoRoundModifier
+from autoround_modifier.tuning import Tuner
 
 STATIC = {"input_activations": {"num_bits": 8, "strategy": "tensor", "dynamic": False}}
+# "slow": the second process is late in reading the weights that all of them share
 SETTINGS: dict[str, tuple[torch.dtype, dict]] = {
     "w2": (torch.float32, {"config_groups": {"group_0": weight_scheme(2)}}),
     "w4 static int8": (torch.float32, {"config_groups": {"group_0": weight_scheme(4) | STATIC}}),
     "fp8": (torch.float32, {"scheme": "FP8"}),
+    "w2 slow": (torch.float32, {"config_groups": {"group_0": weight_scheme(2)}}),
     "w2 bfloat16": (torch.bfloat16, {"config_groups": {"group_0": weight_scheme(2)}}),
 }
 
@@ -40,6 +44,9 @@ def main(folder: Path, setting: str) -> None:
         else:  # `init_dist` wants an accelerator
             dist.init_process_group("gloo")
     rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank == 1 and setting.endswith("slow"):
+        original = Tuner._quantized
+        Tuner._quantized = lambda self: time.sleep(0.5) or original(self)
     modifier = AutoRoundModifier(
         iters=8,
         batch_size=4,

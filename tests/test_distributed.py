@@ -59,6 +59,14 @@ def test_as_one_process(folder, setting, processes):
     assert blocks == ["block-0000.safetensors", "block-0001.safetensors"]  # one process writes
 
 
+def test_a_slow_process_reads_no_quantized_weight(folder):
+    """Processes share the memory of the model: nobody writes before all have read."""
+    (alone,) = run(folder, "w2", 1)
+    for tensors in run(folder, "w2 slow", 2):
+        for name in set(alone) - {"losses"}:
+            torch.testing.assert_close(tensors[name], alone[name])
+
+
 def test_processes_agree_in_bfloat16(folder):
     """
     Gradients are rounded to bfloat16 once for each process, so some signs differ from those of one

@@ -150,6 +150,20 @@ def test_experts_without_tokens_are_searched_alone(log, tmp_path):
         assert torch.equal(layer.weight, searched.dequantize())
 
 
+def test_experts_with_one_scale_for_the_tensor_are_tuned(tmp_path):
+    model = mixture(tmp_path)
+    weights = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    modifier = AutoRoundModifier(
+        iters=2,
+        batch_size=4,
+        ignore=["lm_head"],
+        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
+        min_expert_tokens=5,
+    )
+    quantize(model, modifier)
+    assert [report.scarce_experts for report in modifier.block_reports] == [0, 0]
+
+
 class Experts(nn.Module):
     """Two layers, of which the second sees the first tokens only."""
 

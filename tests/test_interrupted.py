@@ -142,6 +142,49 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     assert (tmp_path / "model.safetensors").read_text() == "precious"
 
 
+def test_a_folder_from_before_the_first_file_is_taken(tmp_path):
+    (tmp_path / ".unfinished-abc").write_text("half")  # killed while `run.json` was written
+    quantize(tiny_llama(), modifier(tmp_path))
+    assert not (tmp_path / ".unfinished-abc").exists()
+
+
+def test_another_quantizer_before_does_not_make_another_model(tmp_path):
+    """Its scales are not filled in yet when the model's digest is taken."""
+
+    def recipe(folder):
+        rest = modifier(folder, ignore=["lm_head", "re:.*layers.0.*"])
+        first = modifier(None, preset="rtn", iters=None, ignore=["lm_head", "re:.*layers.1.*"])
+        return [first, rest]
+
+    once = quantize(tiny_llama(), recipe(tmp_path))
+    again = quantize(tiny_llama(), recipe(tmp_path))
+    assert_same(all_integers(once), all_integers(again))
+
+
+def test_a_chain_of_other_samples_is_not_taken(tmp_path):
+    checkpoint = run_checkpoint.RunCheckpoint(tmp_path, {"model": "m"})
+    chain = run_checkpoint.BlockState({"0": torch.ones(1, 2, 3)}, {"digest": "mine"})
+    checkpoint.save(0, "block", "digest", run_checkpoint.BlockState(), chain)
+    assert checkpoint.load_chain(0, "another's") is None
+    (hidden,) = checkpoint.load_chain(0, "mine")
+    assert torch.equal(hidden, torch.ones(1, 2, 3))
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    quantize(tiny_llama(), modifier(tmp_path))
+    path = tmp_path / "block-0000.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(CheckpointError, match=r"block-0000\.safetensors is damaged"):
+        quantize(tiny_llama(), modifier(tmp_path))
+
+
+def test_samples_that_only_importance_saw_count_as_data(tmp_path):
+    quantize(tiny_llama(), modifier(tmp_path, num_calibration_samples=4), token_samples(16))
+    fewer = token_samples(16).select(range(8))
+    with pytest.raises(CheckpointError):
+        quantize(tiny_llama(), modifier(tmp_path, num_calibration_samples=4), fewer)
+
+
 def test_a_full_disk_loses_no_finished_block(tmp_path, monkeypatch):
     whole = all_integers(quantize(tiny_llama(num_layers=4), modifier(None)))
     original, written = run_checkpoint.save_file, []
