@@ -29,7 +29,10 @@ SETTINGS: dict[str, tuple[torch.dtype, dict]] = {
     "w2": (torch.float32, {"config_groups": {"group_0": weight_scheme(2)}}),
     "w4 static int8": (torch.float32, {"config_groups": {"group_0": weight_scheme(4) | STATIC}}),
     "fp8": (torch.float32, {"scheme": "FP8"}),
-    "w2 slow": (torch.float32, {"config_groups": {"group_0": weight_scheme(2)}}),
+    "slow": (
+        torch.float32,
+        {"config_groups": {"group_0": weight_scheme(2)}, "iters": 4, "holdout_evaluations": 1},
+    ),
     "w2 bfloat16": (torch.bfloat16, {"config_groups": {"group_0": weight_scheme(2)}}),
 }
 
@@ -48,12 +51,11 @@ def main(folder: Path, setting: str) -> None:
         original = Tuner._quantized
         Tuner._quantized = lambda self: time.sleep(0.5) or original(self)
     modifier = AutoRoundModifier(
-        iters=8,
         batch_size=4,
         num_calibration_samples=14,  # of 16
         ignore=["lm_head"],
         checkpoint_dir=str(folder / "blocks"),
-        **fields,
+        **{"iters": 8, **fields},
     )
     model = quantize(tiny_llama(dtype), modifier, token_samples(16), num_calibration_samples=16)
     tensors = {}

@@ -103,7 +103,7 @@ def _weighted_error(
 ) -> Tensor:
     """:return: sum of h * (s (q - z) - w)^2 of each group, (rows, groups)"""
     steps, scale, _ = grid.quantize(weight, low, high)
-    return (importance * (steps * scale - weight.float()).square()).sum(-1)
+    return _total(importance * (steps * scale - weight.float()).square()).float()
 
 
 def _least_squares(
@@ -114,21 +114,28 @@ def _least_squares(
     q_min, q_max = integer_range(grid.num_bits)
     h, w = importance, weight.float()
     if grid.symmetric:
-        numerator = (h * steps * w).sum(-1)
-        scale = numerator / (h * steps * steps).sum(-1).clamp(min=1e-30)
-        reach = scale * -q_min
+        scale = _total(h * steps * w) / _total(h * steps * steps).clamp(min=1e-30)
+        reach = scale.float() * -q_min
         # A range below zero stands for a positive scale, one above zero for a negative scale.
         return -reach.clamp(min=0), -reach.clamp(max=0)
-    total = h.sum(-1)
-    mean_steps, mean_w = (h * steps).sum(-1) / total, (h * w).sum(-1) / total
-    centred = steps - mean_steps.unsqueeze(-1)
-    covariance = (h * centred * w).sum(-1)
-    scale = covariance / (h * centred * centred).sum(-1).clamp(min=1e-30)
+    total = _total(h)
+    mean_steps, mean_w = _total(h * steps) / total, _total(h * w) / total
+    centred = steps - mean_steps.float().unsqueeze(-1)
+    covariance = _total(h * centred * w)
+    scale = covariance / _total(h * centred * centred).clamp(min=1e-30)
     offset = mean_w - scale * mean_steps  # w ~ scale * (q - z) + offset
     zero = zero_point.squeeze(-1)
     low_fit = offset + scale * (q_min - zero)
     high_fit = offset + scale * (q_max - zero)
-    return low_fit.clamp(max=0), high_fit.clamp(min=0)
+    return low_fit.clamp(max=0).float(), high_fit.clamp(min=0).float()
+
+
+def _total(terms: Tensor) -> Tensor:
+    """
+    :return: sum of each group, float64: rounded to float32 it does not show in which order terms
+        were added, which compiled code chooses
+    """
+    return terms.sum(-1, dtype=torch.float64)
 
 
 _fused_weighted_error = fuse(_weighted_error)
