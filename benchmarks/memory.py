@@ -174,16 +174,15 @@ def weights_bytes(num_blocks: int, width: int) -> int:
 def markdown(rows: list[dict]) -> str:
     lines = [
         "| model | blocks | weights of the blocks, MiB | resident with the model loaded, MiB "
-        "| peak beyond that, MiB | of it scales and zero points, MiB | seconds |",
-        "| --- " * 7 + "|",
+        "| peak beyond that, MiB | of it scales and zero points, MiB |",
+        "| --- " * 6 + "|",
     ]
     for place in PLACES:
         for row in (row for row in rows if row["place"] == place):
             added = row["added"] if place == "memory" else 0
             lines.append(
                 f"| {LABELS[place]} | {row['blocks']} | {row['weights'] / MIB:.0f} "
-                f"| {row['model'] / MIB:.0f} | {row['beyond'] / MIB:.0f} | {added / MIB:.1f} "
-                f"| {row['seconds']:.0f} |"
+                f"| {row['model'] / MIB:.0f} | {row['beyond'] / MIB:.0f} | {added / MIB:.1f} |"
             )
     return "\n".join(lines)
 
