@@ -11,7 +11,8 @@ TORCH ?= torch==2.13.0
 RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 
 .PHONY: install quickstart test lint typecheck test-slow test-vllm bench-accuracy \
-	bench-ablation bench-formats bench-autoscheme bench-speed table-architectures build clean
+	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
+	table-architectures build clean
 
 install: $(VENV)/.installed
 
@@ -73,6 +74,10 @@ bench-autoscheme: install
 
 bench-speed: install
 	$(RUN) benchmarks/speed.py --output $(OUTPUT)/speed.json $(ARGS)
+
+# Peak memory over the number of blocks, with the model in memory and on the disk.
+bench-memory: install
+	$(RUN) benchmarks/memory.py --output $(OUTPUT)/memory.json --plot docs/memory.png $(ARGS)
 
 # Which architectures work, from the checks of tests/architectures.
 table-architectures: install
