@@ -49,7 +49,7 @@ DEEPSEEK_R1 = {
     "attention_bias": False,
     "tie_word_embeddings": False,
 }
-RECIPE = "deepseek_r1_int2_mixed_autoround"
+RECIPE = "deepseek_r1_int2_mixed"
 # The part of the model that a tensor belongs to: the first that its name matches
 PARTS = {
     "routed experts": r"\.mlp\.experts\.",

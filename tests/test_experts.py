@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from autoround_modifier import AutoRoundModifier
 from autoround_modifier.calibration.capture import ImportanceCapture
 from autoround_modifier.calibration.experts import ExpertRouting, routed_experts_only
 from autoround_modifier.calibration.samples import BlockCall
-from autoround_modifier.formats import make_format
+from autoround_modifier.formats import GroupFormat, make_format
 from autoround_modifier.initialization import search_range
 from autoround_modifier.tuning import BlockGroup, Tuner, TuningConfig
 
@@ -200,3 +201,40 @@ def test_weights_on_demand_give_the_same_integers(accumulate, fused):
     for one, other in zip(apart.weights.values(), together.weights.values(), strict=True):
         assert torch.equal(one.values, other.values)
         assert torch.equal(one.scale, other.scale)
+
+
+class ManyExperts(nn.Module):
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(32, 32) for _ in range(num_experts)])
+
+    def forward(self, x):
+        return sum(expert(x) for expert in self.experts).tanh()
+
+
+@pytest.mark.parametrize("num_experts", [2, 12])
+def test_one_expert_is_dequantized_at_a_time(num_experts, monkeypatch):
+    """Whatever their number, never more than the weight in use and the one made after it exist."""
+    alive: list[weakref.ref] = []
+    most = 0
+    original = GroupFormat.dequantize
+
+    def dequantize(fmt):
+        nonlocal most
+        weight = original(fmt)
+        alive.append(weakref.ref(weight))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return weight
+
+    monkeypatch.setattr(GroupFormat, "dequantize", dequantize)
+    block = ManyExperts(num_experts)
+    inputs = [torch.randn(1, 8, 32) for _ in range(4)]
+    with torch.no_grad():
+        targets = [block(x) for x in inputs]
+    formats = {layer: make_format(layer.weight, WEIGHTS) for layer in block.experts}
+    group = BlockGroup([block], [[BlockCall((), {}) for _ in inputs]])
+    config = TuningConfig(iters=3, batch_size=2)
+    experts = set(block.experts)
+    Tuner(group, formats, inputs, targets, [None] * 4, config, experts=experts).run()
+    assert len(alive) > 3 * 2 * num_experts
+    assert most <= 2

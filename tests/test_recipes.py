@@ -46,7 +46,7 @@ EXPECTED = {
     "w4a16_fp8_kv_autoround",
     "nvfp4_w4a16_mixed_autoround",
     "fp8_w2a16_mixed_autoround",
-    "deepseek_r1_int2_mixed_autoround",
+    "deepseek_r1_int2_mixed",
     "autoscheme_w2_w4_w8_autoround",
     "autoscheme_nvfp4_fp8_autoround",
 }
