@@ -103,18 +103,13 @@ class BlockQuantizer:
             kept = None
             if self.checkpoint is not None and state is not None:
                 kept = self.checkpoint.load_chain(self._index, own_digest)
-            if kept is not None:
-                inputs = kept
-            else:
+            if kept is None:
                 forwards = quantized_forwards(weights, self.layers.experts)
                 group.advance(inputs, self.config.batch_size, forwards)
-            self._chain.advance(inputs, targets)
+            self._chain.advance(inputs if kept is None else kept, targets)
         if self.checkpoint is not None and state is None:
             state = self._state(weights, sites, report)
-            chain = BlockState(
-                {str(sample): hidden for sample, hidden in enumerate(self._chain.outputs)},
-                {"digest": own_digest},
-            )
+            chain = self._chain_state(own_digest)
             self.checkpoint.save(self._index, name, digest, state, chain)
         self._index += 1
 
@@ -227,6 +222,10 @@ class BlockQuantizer:
             for part, tensor in site.scales().items():
                 state.tensors[f"{site.name}.{site.base_name}:{part}"] = tensor
         return state
+
+    def _chain_state(self, digest: str) -> BlockState:
+        outputs = {str(sample): hidden for sample, hidden in enumerate(self._chain.outputs)}
+        return BlockState(outputs, {"digest": digest})
 
     def _restored(
         self, state: BlockState, layers: list[nn.Linear], sites: list[ActivationSite]

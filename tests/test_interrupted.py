@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import resource
 import subprocess
@@ -17,7 +18,7 @@ from test_modifier import all_integers, assert_same, differ
 
 from autoround_modifier import AutoRoundModifier, run_checkpoint
 from autoround_modifier.errors import CheckpointError, NonFiniteError
-from autoround_modifier.tuning import Tuner
+from autoround_modifier.tuning import BlockGroup, Tuner
 from autoround_modifier.tuning.step import Step
 
 
@@ -292,6 +293,35 @@ def test_a_block_with_nan_keeps_its_searched_rounding(where, monkeypatch, log):
     assert other.failure is None
     (line,) = [line for line in log if "NaN or infinity" in line]
     assert line.startswith("WARNING model.layers.0: ")
+
+
+def test_a_block_whose_quantized_output_is_nan(monkeypatch, log):
+    """It is not tuned, and the next one, which cannot be tuned on NaN, sees the original's."""
+    original_run, original_advance = Tuner.run, BlockGroup.advance
+    runs = []
+
+    def run(self, *args):
+        runs.append(1)
+        if len(runs) == 1:
+            self._loss = lambda samples, scale=None: torch.tensor(float("nan"))
+        return original_run(self, *args)
+
+    def advance(self, hidden, *args):
+        original_advance(self, hidden, *args)
+        hidden[0].fill_(float("nan"))
+
+    monkeypatch.setattr(Tuner, "run", run)
+    monkeypatch.setattr(BlockGroup, "advance", advance)
+    recipe = modifier(None)
+    quantize(tiny_llama(), recipe)
+    one, other = recipe.block_reports
+    assert one.failure == "the output of the quantized block"
+    assert other.failure is None
+    assert math.isfinite(other.initial_loss)
+    warnings = [line for line in log if "NaN or infinity" in line]
+    assert len(warnings) == 2
+    assert "the block keeps the rounding it started from" in warnings[0]
+    assert "this block sees full-precision inputs" in warnings[1]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
