@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from catalogue import CATALOGUE
-from checks import Outcome, check
+from checks import Outcome, check, collate
+from conftest import tiny_tokenizer, weight_scheme
+
+from autoround_modifier import AutoRoundModifier, oneshot
+from autoround_modifier.calibration import BlockCapture
 
 
 @pytest.mark.parametrize("architecture", CATALOGUE, ids=lambda one: one.name)
 def test_architecture(architecture, tmp_path):
     expected = Outcome(traced=architecture.untraced, reloaded=architecture.limitation)
     assert check(architecture, tmp_path) == expected
+
+
+def test_a_loss_mask_of_the_text_leaves_images_alone(tmp_path):
+    """A vision tower has as many patches as it has, whatever the text's mask says."""
+    (llava,) = (one for one in CATALOGUE if one.name == "LLaVA, vision tower too")
+    model = llava.build(tmp_path)
+    last_three = llava.samples().map(
+        lambda row: {"loss_mask": [[0] * (len(row["input_ids"][0]) - 3) + [1] * 3]}
+    )
+    counted = {}
+    original = BlockCapture.record
+
+    def record(self, block, args, kwargs, output, token_mask=None):
+        counted[self.names[block]] = None if token_mask is None else int(token_mask.sum())
+        original(self, block, args, kwargs, output, token_mask)
+
+    with mock.patch.object(BlockCapture, "record", record):
+        oneshot(
+            model=model,
+            recipe=AutoRoundModifier(
+                iters=2,
+                batch_size=2,
+                ignore=["re:.*lm_head", *llava.ignore],
+                config_groups={"group_0": weight_scheme(4)},
+            ),
+            dataset=last_three,
+            processor=tiny_tokenizer(),
+            data_collator=collate,
+            sequential_targets=list(llava.sequential_targets),
+            use_loss_mask=True,
+        )
+    assert {count for name, count in counted.items() if "vision" in name} == {None}
+    assert {count for name, count in counted.items() if "language" in name} == {3}
 
 
 def test_shared_keys_and_values_need_the_basic_pipeline(tmp_path):
