@@ -553,9 +553,10 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
 
     def _run_digests(self, model: nn.Module) -> dict[str, str]:
         """What the result depends on, but for the calibration data."""
+        modifiers = active_session().lifecycle.recipe.modifiers
         recipe = [
-            (type(modifier).__name__, modifier.model_dump(mode="json", fallback=type))
-            for modifier in active_session().lifecycle.recipe.modifiers
+            (type(modifier).__name__, modifier.model_dump(mode="json", fallback=_class_name))
+            for modifier in modifiers
         ]
         for _, fields in recipe:
             for name in ("checkpoint_dir", "enable_torch_compile"):
@@ -563,6 +564,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         return {
             "version of autoround_modifier": version("autoround_modifier"),
             "recipe": text_digest(recipe),
+            # two modifiers of one recipe need a folder each
+            "modifier of the recipe": str([x is self for x in modifiers].index(True)),
             "model": model_digest(model),
         }
 
@@ -578,3 +581,7 @@ def _set_default_observer(schemes: Iterable[Any]) -> None:
         args = getattr(scheme, "input_activations", scheme)
         if args is not None and needs_calibration(args) and args.observer is None:
             args.observer = DEFAULT_OBSERVER
+
+
+def _class_name(value: object) -> str:
+    return type(value).__name__

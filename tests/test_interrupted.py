@@ -162,6 +162,15 @@ def test_another_quantizer_before_does_not_make_another_model(tmp_path):
     assert_same(all_integers(once), all_integers(again))
 
 
+def test_two_modifiers_of_one_recipe_do_not_share_a_folder(tmp_path):
+    recipe = [
+        modifier(tmp_path, ignore=["lm_head", "re:.*mlp.*"]),
+        modifier(tmp_path, ignore=["lm_head", "re:.*attn.*"]),
+    ]
+    with pytest.raises(CheckpointError, match="another modifier of the recipe"):
+        quantize(tiny_llama(), recipe)
+
+
 def test_a_chain_of_other_samples_is_not_taken(tmp_path):
     checkpoint = run_checkpoint.RunCheckpoint(tmp_path, {"model": "m"})
     chain = run_checkpoint.BlockState({"0": torch.ones(1, 2, 3)}, {"digest": "mine"})
