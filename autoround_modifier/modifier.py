@@ -364,7 +364,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         # are in no subgraph. They come first, one by one.
         if self._capture is not None:
             recorded = self._capture.recorded()
-            check_same_blocks([self._blocks[block] for block in recorded])
+            with self._clean_up_on_failure():
+                check_same_blocks([self._blocks[block] for block in recorded])
             untraced = [block for block in recorded if block not in blocks]
             groups = [[block] for block in untraced] + groups
             modules = [*modules, *(part for block in untraced for part in block.modules())]
