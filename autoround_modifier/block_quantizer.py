@@ -126,7 +126,10 @@ class BlockQuantizer:
             return inputs
         finite = all(bool(torch.isfinite(hidden).all()) for hidden in chained)
         if not all(gathered(finite)):
-            self._report_failure(f"{name}: the output of the quantized blocks before it")
+            self._report_failure(
+                f"{name}: the output of the quantized blocks before it",
+                "this block sees full-precision inputs",
+            )
             return inputs
         return chained
 
@@ -174,7 +177,9 @@ class BlockQuantizer:
             share,
         ).run(lambda: self.on_iteration(len(group.blocks)))
         if result.failure is not None:
-            self._report_failure(f"{name}: {result.failure}")
+            self._report_failure(
+                f"{name}: {result.failure}", "the block keeps the rounding it started from"
+            )
         tuned = {**fixed, **result.weights}
         in_order = {layer: tuned[layer] for layer in layers}
         return in_order, BlockReport.from_result(name, result, len(scarce))
@@ -188,18 +193,11 @@ class BlockQuantizer:
             everywhere.update(share)
         return SampleShare([everywhere[x] for x in sorted(everywhere)], captured.positions)
 
-    def _report_failure(self, what: str) -> None:
+    def _report_failure(self, what: str, consequence: str) -> None:
         message = f"{what} has NaN or infinity; load the model in bfloat16 or float32"
         if self.strict:
             raise NonFiniteError(message)
-        logger.warning(
-            f"{message}. The run goes on without it: "
-            + (
-                "this block sees full-precision inputs"
-                if what.endswith("before it")
-                else "the block keeps the rounding it started from"
-            )
-        )
+        logger.warning(f"{message}. The run goes on without it: {consequence}")
 
     def release(self) -> None:
         """Drop everything captured."""

@@ -29,6 +29,7 @@ import torch
 from child import current_rss, report, run_child
 from compressed_tensors.offload import disable_onloading, load_offloaded_model
 from datasets import Dataset
+from speed import VOCABULARY, WEIGHTS
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -46,14 +47,6 @@ LABELS = {"memory": "in memory", "disk": "on the disk"}
 PLACES = list(LABELS)
 COMPARED = "weights of the blocks, for comparison"
 WIDTH = 576
-VOCABULARY = 512
-WEIGHTS = {
-    "num_bits": 2,
-    "type": "int",
-    "symmetric": True,
-    "strategy": "group",
-    "group_size": 64,
-}
 MIB = 2**20
 
 

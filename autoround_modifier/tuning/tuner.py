@@ -93,8 +93,9 @@ class Tuner:
     share: SampleShare | None = None
 
     def __post_init__(self) -> None:
-        counts = [num_tokens(x, mask) for x, mask in zip(self.targets, self.masks, strict=True)]
-        self._share = self.share or SampleShare.everything(counts)
+        self._share = self.share or SampleShare.everything(
+            [num_tokens(x, mask) for x, mask in zip(self.targets, self.masks, strict=True)]
+        )
         self._loss_function = LOSSES[self.config.loss]
         self._fixed_forwards = quantized_forwards(self.fixed, self.experts)
         # Whether nothing so far had NaN or infinity: asked for at candidates, not in each step.
