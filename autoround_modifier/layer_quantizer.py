@@ -59,7 +59,8 @@ class LayerQuantizer:
         self.importance = ImportanceCapture()
         self.pending = set(names)
         self._global_scales: dict[nn.Module, Tensor] = {}
-        self._shared_ranges: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        # clipping range and importance
+        self._shared: dict[nn.Module, tuple[tuple[Tensor, Tensor], Tensor | None]] = {}
 
     def find_shared_scales(
         self, model: nn.Module, modules: Iterable[nn.Module], search: bool
@@ -86,19 +87,20 @@ class LayerQuantizer:
         for group in fused(lambda args: args.strategy == QuantizationStrategy.TENSOR):
             importance, *_ = [self._pop_importance(layer) for layer in group]
             found = shared_range(group, self.args[group[0]], importance, search)
-            self._shared_ranges.update(dict.fromkeys(group, found))
+            self._shared.update(dict.fromkeys(group, (found, importance if search else None)))
 
     def initial_format(self, layer: Layer, search: bool) -> RoundingFormat:
         """
-        :param search: start from the range with the least weighted error, not from the observed one
+        :param search: start from the range with the least weighted error, not from the observed
+            one, and let sign steps differ by channel
         :raises NonFiniteError: if the layer's inputs had NaN or infinity
         """
         args, global_scale = self.args[layer], self._global_scales.get(layer)
-        found = self._shared_ranges.get(layer)
+        found, importance = self._shared.get(layer, (None, None))
         if found is None and search:
             importance = self._pop_importance(layer)
             found = search_range(layer.weight, args, importance, global_scale, self.fused)
-        return make_format(layer.weight, args, found, global_scale, self.fused)
+        return make_format(layer.weight, args, found, global_scale, importance, self.fused)
 
     def scarce_experts(self, layers: Iterable[Layer]) -> dict[Layer, int]:
         """:return: the layers of experts that saw too few tokens to learn from, and how many"""

@@ -105,7 +105,9 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         A field that is given overrides its preset.
     :param iters: sign-gradient steps per group of blocks; 0 tunes nothing
     :param lr: step size of V, the learned offset before rounding, in integer steps; it decays
-        linearly to 0. Defaults to ``1 / iters``
+        linearly to 0. Defaults to ``1 / iters``. With ``scale_search`` it holds for channels of
+        average importance and is less for more important ones (`formats.speed`); for MXFP4 and
+        NVFP4 it is also less for large weights (`formats.floating`)
     :param minmax_lr: step size of the clipping factors alpha and beta; defaults to ``lr`` without
         ``scale_search``, and to ``lr / 2^(num_bits - 2)`` with it
     :param batch_size: calibration samples in each batch

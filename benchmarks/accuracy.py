@@ -36,7 +36,9 @@ from autoround_modifier import (
 )
 from autoround_modifier.evaluation import compare
 from autoround_modifier.files import write_atomically
-from autoround_modifier.formats.floating import FloatElement
+from autoround_modifier.formats import group_format
+from autoround_modifier.formats.floating import FloatElement, FloatGrid
+from autoround_modifier.formats.grid import Grid
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from smollm2 import save_smollm2
@@ -114,8 +116,19 @@ def autoround(scheme: str, group_size: int, settings: dict) -> AutoRoundModifier
     )
 
 
+def use_equal_steps() -> None:
+    """Let V of small and large floating-point weights move equally far in a sign step."""
+    FloatGrid.rounding_speed = Grid.rounding_speed  # type: ignore[method-assign]
+
+
+def use_equal_channels() -> None:
+    """Let V of all channels move equally far in a sign step, as in SignRound."""
+    group_format.channel_speed = torch.ones_like  # type: ignore[assignment]
+
+
 def use_fixed_unit() -> None:
     """Let V of floating-point weights count in scales, as auto-round does, not in local steps."""
+    use_equal_steps()
     original = FloatElement.round
 
     def round_with_fixed_unit(
@@ -124,6 +137,14 @@ def use_fixed_unit() -> None:
         return original(element, x if rounding is None else x + rounding)
 
     FloatElement.round = round_with_fixed_unit  # type: ignore[method-assign]
+
+
+# Options of a method that change what no setting of the modifier does.
+ALTERNATIVES = {
+    "equal_steps": use_equal_steps,
+    "equal_channels": use_equal_channels,
+    "fixed_unit": use_fixed_unit,
+}
 
 
 def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration: str) -> dict:
@@ -150,8 +171,9 @@ def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration
             for key in list(options)
             if key.startswith("distillation.")
         }
-        if options.pop("fixed_unit", False):
-            use_fixed_unit()
+        for option, use in ALTERNATIVES.items():
+            if options.pop(option, False):
+                use()
         settings = {"preset": name, **common, **options}
         recipe: list[Modifier] = [autoround(scheme, arguments.group_size, settings)]
         needs_data = recipe[0].requires_calibration_data

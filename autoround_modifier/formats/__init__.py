@@ -109,6 +109,7 @@ def make_format(
     args: QuantizationArgs,
     initial_range: tuple[Tensor, Tensor] | None = None,
     global_scale: Tensor | None = None,
+    importance: Tensor | None = None,
     fused: bool = False,
 ) -> RoundingFormat:
     """
@@ -116,10 +117,12 @@ def make_format(
     :param args: how the weight is quantized; accepted by `unsupported_weights`
     :param initial_range: clipping range of each group found by a search
     :param global_scale: (1,), float32, where `has_global_scale`
+    :param importance: of input channels, (in_features,), by which sign steps of V differ in length
+        (`formats.speed`); None for equal ones
     :param fused: compute with `torch.compile`; the values are the same, sooner
     """
     grid = grid_of(args, weight.dtype)
-    return GroupFormat(weight, args, grid, initial_range, global_scale, fused)
+    return GroupFormat(weight, args, grid, initial_range, global_scale, importance, fused)
 
 
 def _wrong_strategy(

@@ -6,6 +6,11 @@ is therefore measured in local steps, ``q = round(x + V * step(x))`` with ``x = 
 unit of V means the same for small and large weights. With integers, whose step is 1 everywhere,
 that is SignRound's formula.
 
+In that unit the loss is not equally curved: its second derivative by V is the one by the weight
+times the squared step. Signs of gradients do not tell, so that sign steps of one length would
+round large weights of E2M1 as readily to the farther number as small ones, at 16 times the cost.
+There the length of a weight's sign step falls with the squared step, as in a Newton step.
+
 Elements are those of the OCP formats: E4M3 (OCP 8-bit Floating Point Specification, section 5,
 without infinities) and E2M1 (OCP Microscaling Formats v1.0, section 5.3.3).
 """
@@ -31,11 +36,14 @@ class FloatElement:
     :param mantissa_bits: without the leading one
     :param min_exponent: of the smallest normal number; subnormal ones have its step
     :param max_value: largest number
+    :param speed: factor of V's sign step where neighbours are 1 apart, if it falls with the square
+        of that distance; None if it is 1 everywhere
     """
 
     mantissa_bits: int
     min_exponent: int
     max_value: float
+    speed: float | None = None
 
     @property
     def max_exponent(self) -> int:
@@ -62,7 +70,8 @@ class FloatElement:
 
 
 E4M3 = FloatElement(mantissa_bits=3, min_exponent=-6, max_value=448.0)
-E2M1 = FloatElement(mantissa_bits=1, min_exponent=0, max_value=6.0)
+# Sign steps that add up to half a unit move weights by up to 1, 1/4 or 1/16 of a local step.
+E2M1 = FloatElement(mantissa_bits=1, min_exponent=0, max_value=6.0, speed=0.5)
 
 
 def exponent_of(x: Tensor) -> Tensor:
@@ -105,6 +114,11 @@ class FloatGrid(Grid):
         scale = self.scale(torch.maximum(low, high), global_scale).unsqueeze(-1)
         x = weight.float() / self.effective_scale(scale, global_scale)
         return self.element.round(x, rounding), scale, torch.zeros_like(scale)
+
+    def rounding_speed(self, weight: Tensor, scale: Tensor) -> Tensor | float:
+        if self.element.speed is None:
+            return 1.0
+        return self.element.speed / self.element.step(weight.float() / scale).square()
 
     def scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:
         """:return: the saved scale of groups whose largest magnitude is ``amax``, float32"""

@@ -52,6 +52,14 @@ class Grid(ABC):
             point, (..., groups, 1), float32
         """
 
+    def rounding_speed(self, weight: Tensor, scale: Tensor) -> Tensor | float:
+        """
+        :param weight: (..., groups, group_size), any float dtype
+        :param scale: `effective_scale`
+        :return: factor of the sign step of each V, float32, the shape of ``weight``; or of all
+        """
+        return 1.0
+
     def effective_scale(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
         """:return: by what values are multiplied, (..., groups, 1)"""
         return scale if global_scale is None else scale / global_scale.unsqueeze(-1)

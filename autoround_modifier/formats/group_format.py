@@ -18,6 +18,7 @@ from autoround_modifier.formats.base import QuantizedWeight, RoundingFormat
 from autoround_modifier.formats.fusion import SLICE_ELEMENTS, fuse
 from autoround_modifier.formats.grid import Grid
 from autoround_modifier.formats.grouping import Grouping, observed_range
+from autoround_modifier.formats.speed import channel_speed
 
 __all__ = ["GroupFormat"]
 
@@ -33,6 +34,7 @@ def _dequantize(
 def _descend(
     grid: Grid,
     gradient: Tensor,
+    channels: Tensor | None,
     rounding_lr: Tensor,
     clipping_lr: Tensor,
     clipping_limit: float,
@@ -44,16 +46,27 @@ def _descend(
     alpha: Tensor | None = None,
     beta: Tensor | None = None,
 ) -> None:
-    """Update V, alpha and beta of each group in place; gradient: (groups, group_size)."""
+    """
+    Update V, alpha and beta of each group in place; gradient: (groups, group_size).
 
-    def dequantize(rounding: Tensor, *clipping: Tensor) -> Tensor:
+    :param channels: factors of V's step for the groups of one row of tiles, which all such rows
+        share, (groups in a row, group_size); or None
+    """
+
+    def dequantize(rounding: Tensor, *clipping: Tensor) -> tuple[Tensor, Tensor]:
         steps, scale, _ = grid.quantize(weight, w_min, w_max, global_scale, rounding, *clipping)
-        return steps * grid.effective_scale(scale, global_scale)
+        scale = grid.effective_scale(scale, global_scale)
+        return steps * scale, scale
 
     clipping = [] if alpha is None or beta is None else [alpha, beta]
-    _, pull_back = torch.func.vjp(dequantize, rounding.float(), *clipping)  # type: ignore[misc]
+    _, pull_back, scale = torch.func.vjp(  # type: ignore[misc]
+        dequantize, rounding.float(), *clipping, has_aux=True
+    )
     d_rounding, *d_clipping = pull_back(gradient.float())
-    rounding.sub_((rounding_lr * d_rounding.sign()).to(rounding.dtype))
+    step = rounding_lr * grid.rounding_speed(weight, scale) * d_rounding.sign()
+    if channels is not None:
+        step = (step.unflatten(0, (-1, len(channels))) * channels).flatten(0, 1)
+    rounding.sub_(step.to(rounding.dtype))
     for factor, d_factor in zip(clipping, d_clipping, strict=True):
         factor.sub_(clipping_lr * d_factor.sign()).clamp_(0.0, clipping_limit)
 
@@ -70,6 +83,8 @@ class GroupFormat(RoundingFormat):
     :param initial_range: (w_min, w_max), each (groups,) or of the scale's shape, float32: the
         range found by a search; None for the minimum and maximum of each group
     :param global_scale: (1,), float32, for families that have one
+    :param importance: of input channels, (in_features,), by which sign steps of V differ in length
+        (`channel_speed`); None for equal ones
     :param fused: compute with `torch.compile`; the values are the same, sooner
     """
 
@@ -80,6 +95,7 @@ class GroupFormat(RoundingFormat):
         grid: Grid,
         initial_range: tuple[Tensor, Tensor] | None = None,
         global_scale: Tensor | None = None,
+        importance: Tensor | None = None,
         fused: bool = False,
     ):
         super().__init__()
@@ -94,6 +110,9 @@ class GroupFormat(RoundingFormat):
         else:
             self.w_min, self.w_max = (bound.flatten() for bound in initial_range)
         self.global_scale = global_scale
+        self.channels = None
+        if importance is not None:
+            self.channels = self.grouping.split_channels(channel_speed(importance).half())
         self.searched = initial_range is not None
         self.fused = fused
 
@@ -131,22 +150,24 @@ class GroupFormat(RoundingFormat):
     @torch.no_grad()
     def descend(self, gradient: Tensor, rounding_lr: Tensor, clipping_lr: Tensor) -> None:
         descend = _fused_descend if self.fused else _descend
-        lrs = rounding_lr, clipping_lr, self.clipping_limit
+        shared = self.channels, rounding_lr, clipping_lr, self.clipping_limit
         parts = self._slices(self.grouping.split(gradient), fused=self.fused)
         for part, *state in parts:
-            descend(self.grid, part, *lrs, *state)
+            descend(self.grid, part, *shared, *state)
 
     def _slices(self, *more: Tensor, fused: bool) -> Iterator[tuple[Any, ...]]:
         """
-        ``more`` and the state, cut along the groups. Without fusion every operation writes its
-        result to memory; slices that fit the processor's cache make that several times faster.
+        ``more`` and the state, cut along the groups, between rows of tiles. Without fusion every
+        operation writes its result to memory; slices that fit the processor's cache make that
+        several times faster.
         """
         groups, group_size = self.weight.shape
         repeated = None if self.global_scale is None else self.global_scale.expand(groups)
         tensors = [*more, self.weight, self.w_min, self.w_max, repeated]
         if self.rounding is not None:
             tensors += [self.rounding, *self.clipping]
-        rows = groups if fused else max(1, SLICE_ELEMENTS // group_size)
-        for start in range(0, groups, rows):
-            part = slice(start, start + rows)
+        across = self.grouping.across
+        size = groups if fused else across * max(1, SLICE_ELEMENTS // (across * group_size))
+        for start in range(0, groups, size):
+            part = slice(start, start + size)
             yield tuple(None if tensor is None else tensor[part] for tensor in tensors)

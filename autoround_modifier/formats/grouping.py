@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
@@ -49,6 +49,11 @@ class Grouping:
     def group_size(self) -> int:
         return self.tile[0] * self.tile[1]
 
+    @property
+    def across(self) -> int:
+        """How many groups lie side by side."""
+        return math.ceil(self.shape[1] / self.tile[1])
+
     def split(self, weight: Tensor) -> Tensor:
         """:return: (groups, group_size); a view where groups lie within rows"""
         height, width = self.tile
@@ -66,9 +71,16 @@ class Grouping:
         rows, columns = self.shape
         if height == 1 and columns % width == 0:
             return groups.view(self.shape)
-        across = math.ceil(columns / width)
-        tiles = groups.view(-1, across, height, width).transpose(1, 2)
-        return tiles.reshape(-1, across * width)[:rows, :columns]
+        tiles = groups.view(-1, self.across, height, width).transpose(1, 2)
+        return tiles.reshape(-1, self.across * width)[:rows, :columns]
+
+    def split_channels(self, channels: Tensor) -> Tensor:
+        """
+        :param channels: one number of each input channel, (in_features,)
+        :return: those of the weights in the groups of one row of tiles: (across, group_size)
+        """
+        one_row = replace(self, shape=(self.tile[0], self.shape[1]))
+        return one_row.split(channels.expand(one_row.shape))
 
 
 def observed_range(groups: Tensor) -> tuple[Tensor, Tensor]:
