@@ -59,7 +59,7 @@ class LayerQuantizer:
         self.importance = ImportanceCapture()
         self.pending = set(names)
         self._global_scales: dict[nn.Module, Tensor] = {}
-        # clipping range and importance
+        # of layers with one scale of the whole tensor: clipping range and importance
         self._shared: dict[nn.Module, tuple[tuple[Tensor, Tensor], Tensor | None]] = {}
 
     def find_shared_scales(
@@ -96,7 +96,7 @@ class LayerQuantizer:
         :raises NonFiniteError: if the layer's inputs had NaN or infinity
         """
         args, global_scale = self.args[layer], self._global_scales.get(layer)
-        found, importance = self._shared.get(layer, (None, None))
+        found, importance = self._shared.pop(layer, (None, None))
         if found is None and search:
             importance = self._pop_importance(layer)
             found = search_range(layer.weight, args, importance, global_scale, self.fused)
@@ -118,6 +118,7 @@ class LayerQuantizer:
     def forget(self, layer: Layer) -> None:
         """Drop what was recorded of a layer that is quantized otherwise."""
         self.importance.pop(layer)
+        self._shared.pop(layer, None)
 
     def restored_weight(self, layer: Layer, tensors: dict[str, Tensor]) -> QuantizedWeight:
         """

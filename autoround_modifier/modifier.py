@@ -105,9 +105,10 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
         A field that is given overrides its preset.
     :param iters: sign-gradient steps per group of blocks; 0 tunes nothing
     :param lr: step size of V, the learned offset before rounding, in integer steps; it decays
-        linearly to 0. Defaults to ``1 / iters``. With ``scale_search`` it holds for channels of
-        average importance and is less for more important ones (`formats.speed`); for MXFP4 and
-        NVFP4 it is also less for large weights (`formats.floating`)
+        linearly to 0. Defaults to ``1 / iters``. With ``scale_search`` that is the step of the
+        median channel, others have an eighth to eight times of it, the less the more important
+        they are (`formats.speed`); MXFP4 and NVFP4 have twice as much for small weights and less
+        for large ones (`formats.floating`)
     :param minmax_lr: step size of the clipping factors alpha and beta; defaults to ``lr`` without
         ``scale_search``, and to ``lr / 2^(num_bits - 2)`` with it
     :param batch_size: calibration samples in each batch
@@ -117,7 +118,8 @@ class AutoRoundModifier(Modifier, QuantizationMixin):
     :param scale_search: start from the best scale of a search, which weighs errors by the
         importance of their input channel, and tune it within [0, 2] of that (SignRoundV2,
         https://arxiv.org/abs/2512.04746); false starts from the minimum and maximum of each
-        group, tuned within [0, 1]. With ``loss: mse`` that is SignRound as first published
+        group, tuned within [0, 1]. With ``loss: mse`` that is SignRound as first published, for
+        integers
     :param loss: what tuning minimises between a block's output and the full-precision one:
         ``balanced``, the squared error as a share of the output's squared length, of each token
         and of the whole sample; ``mse``, the mean squared error (SignRound); ``filtered``, the

@@ -152,7 +152,7 @@ def rank(bench: Bench) -> dict[str, Any]:
                 saved[name] = layer.weight.detach().clone()
                 best = search_range(layer.weight, args, found[layer])
                 with torch.no_grad():
-                    layer.weight.copy_(make_format(layer.weight, args, best).dequantized())
+                    layer.weight.copy_(make_format(layer.weight, args, best).dequantize())
             divergences.append(compare(reference, model, samples).kl)
             with torch.no_grad():
                 for name, weight in saved.items():

@@ -80,7 +80,12 @@ def main(case: str) -> None:
         layers = [block.first, block.second]
         importance = torch.rand(32, dtype=torch.float64, device=DEVICE)
         formats = {
-            x: make_format(x.weight, WEIGHTS, search_range(x.weight, WEIGHTS, importance))
+            x: make_format(
+                x.weight,
+                WEIGHTS,
+                search_range(x.weight, WEIGHTS, importance),
+                importance=importance,
+            )
             for x in layers
         }
         if case == "mismatch":

@@ -94,7 +94,8 @@ class RoundingFormat(ABC):
     @abstractmethod
     def descend(self, gradient: Tensor, rounding_lr: Tensor, clipping_lr: Tensor) -> None:
         """
-        One sign-gradient step, in place: ``p <- p - lr * sign(dL/dp)`` for V, alpha and beta.
+        One sign-gradient step, in place: ``p <- p - lr * sign(dL/dp)`` for V, alpha and beta. For V
+        each weight may have a factor of its own.
 
         :param gradient: dL/dW of the dequantized weight, (out_features, in_features)
         :param rounding_lr: step size of V, scalar

@@ -6,10 +6,11 @@ is therefore measured in local steps, ``q = round(x + V * step(x))`` with ``x = 
 unit of V means the same for small and large weights. With integers, whose step is 1 everywhere,
 that is SignRound's formula.
 
-In that unit the loss is not equally curved: its second derivative by V is the one by the weight
-times the squared step. Signs of gradients do not tell, so that sign steps of one length would
-round large weights of E2M1 as readily to the farther number as small ones, at 16 times the cost.
-There the length of a weight's sign step falls with the squared step, as in a Newton step.
+To round a weight to its farther number then changes the loss by up to the square of its step: for
+a large weight of E2M1 by 16 times as much as for a small one, of which the sign of a gradient tells
+nothing. There sign steps fall with the squared local step, which measured better than equal ones
+and than such that fall with the local step, as V in units of the scale has them (README, Every
+format). On E4M3 they are equal: 8 bits leave little to gain.
 
 Elements are those of the OCP formats: E4M3 (OCP 8-bit Floating Point Specification, section 5,
 without infinities) and E2M1 (OCP Microscaling Formats v1.0, section 5.3.3).

@@ -13,6 +13,9 @@ __all__ = ["SLICE_ELEMENTS", "fuse"]
 
 # Weights to compute with at once without fusion: what is computed on the way fits the cache.
 SLICE_ELEMENTS = 2**17
+# Variants of one function: a few for each numeric format of a recipe. Beyond them it would not be
+# compiled any more, without a word of ours.
+RECOMPILE_LIMIT = 64
 
 Result = TypeVar("Result")
 
@@ -32,7 +35,8 @@ def fuse(function: Callable[..., Result]) -> Callable[..., Result]:
             # Rounding to a narrower dtype in between is part of the result: never leave it out.
             compiled = torch.compile(function, options={"emulate_precision_casts": True})
         try:
-            return compiled(*args, **kwargs)
+            with torch.compiler.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                return compiled(*args, **kwargs)
         except Exception as error:  # whatever the compiler's reason: the plain function decides
             if compiled is not function:
                 logger.warning(

@@ -34,7 +34,7 @@ def _dequantize(
 def _descend(
     grid: Grid,
     gradient: Tensor,
-    channels: Tensor | None,
+    channel_speeds: Tensor | None,
     rounding_lr: Tensor,
     clipping_lr: Tensor,
     clipping_limit: float,
@@ -49,8 +49,8 @@ def _descend(
     """
     Update V, alpha and beta of each group in place; gradient: (groups, group_size).
 
-    :param channels: factors of V's step for the groups of one row of tiles, which all such rows
-        share, (groups in a row, group_size); or None
+    :param channel_speeds: factors of V's step for the columns of groups that lie side by side,
+        (groups_across, columns of a group); or None. The groups are those of whole rows of tiles
     """
 
     def dequantize(rounding: Tensor, *clipping: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,8 +64,10 @@ def _descend(
     )
     d_rounding, *d_clipping = pull_back(gradient.float())
     step = rounding_lr * grid.rounding_speed(weight, scale) * d_rounding.sign()
-    if channels is not None:
-        step = (step.unflatten(0, (-1, len(channels))) * channels).flatten(0, 1)
+    if channel_speeds is not None:
+        across, width = channel_speeds.shape
+        tiles = step.unflatten(0, (-1, across)).unflatten(-1, (-1, width))
+        step = (tiles * channel_speeds.unsqueeze(1)).view(step.shape)
     rounding.sub_(step.to(rounding.dtype))
     for factor, d_factor in zip(clipping, d_clipping, strict=True):
         factor.sub_(clipping_lr * d_factor.sign()).clamp_(0.0, clipping_limit)
@@ -110,9 +112,9 @@ class GroupFormat(RoundingFormat):
         else:
             self.w_min, self.w_max = (bound.flatten() for bound in initial_range)
         self.global_scale = global_scale
-        self.channels = None
+        self.channel_speeds = None
         if importance is not None:
-            self.channels = self.grouping.split_channels(channel_speed(importance).half())
+            self.channel_speeds = self.grouping.split_channels(channel_speed(importance))
         self.searched = initial_range is not None
         self.fused = fused
 
@@ -120,7 +122,7 @@ class GroupFormat(RoundingFormat):
         tune_clipping = self.grid.tune_clipping if tune_clipping is None else tune_clipping
         if self.grouping.scale_shape == (1,):
             tune_clipping = False  # the only scale of a tensor may be shared by several layers
-        # float16 resolves V, which stays within about one step, to 1/2048 or finer
+        # float16 resolves V, which seldom goes beyond one step, to 1/2048 or finer there
         self.rounding = torch.zeros_like(self.weight, dtype=torch.float16)
         self.clipping = [torch.ones_like(self.w_min) for _ in range(2)] if tune_clipping else []
 
@@ -150,7 +152,7 @@ class GroupFormat(RoundingFormat):
     @torch.no_grad()
     def descend(self, gradient: Tensor, rounding_lr: Tensor, clipping_lr: Tensor) -> None:
         descend = _fused_descend if self.fused else _descend
-        shared = self.channels, rounding_lr, clipping_lr, self.clipping_limit
+        shared = self.channel_speeds, rounding_lr, clipping_lr, self.clipping_limit
         parts = self._slices(self.grouping.split(gradient), fused=self.fused)
         for part, *state in parts:
             descend(self.grid, part, *shared, *state)
@@ -166,7 +168,7 @@ class GroupFormat(RoundingFormat):
         tensors = [*more, self.weight, self.w_min, self.w_max, repeated]
         if self.rounding is not None:
             tensors += [self.rounding, *self.clipping]
-        across = self.grouping.across
+        across = self.grouping.groups_across
         size = groups if fused else across * max(1, SLICE_ELEMENTS // (across * group_size))
         for start in range(0, groups, size):
             part = slice(start, start + size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
@@ -50,7 +50,7 @@ class Grouping:
         return self.tile[0] * self.tile[1]
 
     @property
-    def across(self) -> int:
+    def groups_across(self) -> int:
         """How many groups lie side by side."""
         return math.ceil(self.shape[1] / self.tile[1])
 
@@ -71,16 +71,16 @@ class Grouping:
         rows, columns = self.shape
         if height == 1 and columns % width == 0:
             return groups.view(self.shape)
-        tiles = groups.view(-1, self.across, height, width).transpose(1, 2)
-        return tiles.reshape(-1, self.across * width)[:rows, :columns]
+        tiles = groups.view(-1, self.groups_across, height, width).transpose(1, 2)
+        return tiles.reshape(-1, self.groups_across * width)[:rows, :columns]
 
     def split_channels(self, channels: Tensor) -> Tensor:
         """
         :param channels: one number of each input channel, (in_features,)
-        :return: those of the weights in the groups of one row of tiles: (across, group_size)
+        :return: those of the columns of each group, (groups_across, columns of a group)
         """
-        one_row = replace(self, shape=(self.tile[0], self.shape[1]))
-        return one_row.split(channels.expand(one_row.shape))
+        width = self.tile[1]
+        return F.pad(channels, (0, -self.shape[1] % width)).view(-1, width)
 
 
 def observed_range(groups: Tensor) -> tuple[Tensor, Tensor]:

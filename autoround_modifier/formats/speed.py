@@ -1,5 +1,5 @@
 """
-How far V moves in a sign step, where the loss is not equally curved by all of V.
+How far V moves in a sign step, by the input channel of its weight.
 
 The sign of a gradient gives a direction, but no distance. A Newton step is the gradient over the
 second derivative. For a weight of a linear layer the latter is proportional to the mean square
