@@ -66,6 +66,7 @@ SUITES = {
     ],
     "ablation": [
         "default+iters=50",
+        "default+iters=50+equal_channels=true",
         "default+iters=50+scale_search=false",
         "default+iters=50+loss=mse",
         "default+iters=50+loss=filtered",
