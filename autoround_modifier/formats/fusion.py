@@ -35,7 +35,9 @@ def fuse(function: Callable[..., Result]) -> Callable[..., Result]:
             # Rounding to a narrower dtype in between is part of the result: never leave it out.
             compiled = torch.compile(function, options={"emulate_precision_casts": True})
         try:
-            with torch.compiler.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            with torch.compiler.config.patch(  # type: ignore[attr-defined]
+                recompile_limit=RECOMPILE_LIMIT
+            ):
                 return compiled(*args, **kwargs)
         except Exception as error:  # whatever the compiler's reason: the plain function decides
             if compiled is not function:
