@@ -52,7 +52,7 @@ class Grouping:
     @property
     def groups_across(self) -> int:
         """How many groups lie side by side."""
-        return math.ceil(self.shape[1] / self.tile[1])
+        return self.scale_shape[-1]
 
     def split(self, weight: Tensor) -> Tensor:
         """:return: (groups, group_size); a view where groups lie within rows"""
