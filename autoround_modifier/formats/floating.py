@@ -72,7 +72,7 @@ class FloatElement:
 
 
 E4M3 = FloatElement(mantissa_bits=3, min_exponent=-6, max_value=448.0)
-# Sign steps are 2, 0.7 and 1/4 of `lr`.
+# Sign steps are 2, 0.7 and 1/4 of `lr` where numbers are 1/2, 1 and 2 apart.
 E2M1 = FloatElement(mantissa_bits=1, min_exponent=0, max_value=6.0, speed=0.5**0.5)
 
 
