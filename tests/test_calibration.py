@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from conftest import tiny_llama, tiny_tokenizer
 
-from autoround_modifier import self_generated, text_dataset
 from autoround_modifier.calibration.capture import (
     BlockCapture,
     ImportanceCapture,
@@ -24,7 +20,6 @@ from autoround_modifier.calibration.samples import (
     stackable,
     token_mask,
 )
-from autoround_modifier.errors import CalibrationError
 
 
 def test_split_and_stack_are_inverse():
@@ -232,50 +227,3 @@ def test_importance_sums_squares_of_real_tokens():
     assert capture.pop(layer).tolist() == [1 + 1 + 16, 4 + 4 + 25, 9 + 9 + 36]
     assert capture.pop(layer) is None
     assert capture.num_tokens(layer) == 3
-
-
-def words(start: int, count: int) -> str:
-    return " ".join(f"w{start + index}" for index in range(count))
-
-
-def test_text_takes_turns_between_documents(tmp_path):
-    path = tmp_path / "text.jsonl"
-    rows = [
-        {"text": words(10, 9), "split": "calib"},
-        {"text": words(30, 3), "split": "calib"},  # shorter than a sample
-        {"text": words(50, 4), "split": "calib"},
-        {"text": words(70, 8), "split": "eval"},
-    ]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    data = text_dataset(path, tiny_tokenizer(), 10, 4, split="calib")
-    assert data["input_ids"] == [[10, 11, 12, 13], [50, 51, 52, 53], [14, 15, 16, 17]]
-    assert data["attention_mask"] == [[1] * 4] * 3
-    assert len(text_dataset(path, tiny_tokenizer(), 2, 4)) == 2
-
-
-def test_plain_text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(words(10, 6) + "\n\n" + words(16, 2))
-    assert text_dataset(path, tiny_tokenizer(), 10, 4)["input_ids"] == [
-        [10, 11, 12, 13],
-        [14, 15, 16, 17],
-    ]
-
-
-def test_text_too_short(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(words(0, 3))
-    with pytest.raises(CalibrationError, match=r"none of 1 documents has 4 tokens"):
-        text_dataset(path, tiny_tokenizer(), 10, 4)
-
-
-def test_self_generated():
-    model = tiny_llama()
-    state = torch.get_rng_state()
-    first, again, other = (
-        self_generated(model, tiny_tokenizer(), 5, 8, batch_size=2, seed=seed) for seed in (1, 1, 2)
-    )
-    assert [len(row) for row in first["input_ids"]] == [8] * 5
-    assert first["input_ids"] == again["input_ids"]
-    assert first["input_ids"] != other["input_ids"]
-    assert torch.equal(torch.get_rng_state(), state)
