@@ -4,13 +4,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+AUTO_ROUND_VENV ?= .venv-auto-round
 OUTPUT ?= output
 # Pinned, so that pip takes a CPU build (2.13.0+cpu) wherever one is at hand; an open range would
 # prefer a newer CUDA build.
 TORCH ?= torch==2.13.0
 RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 
-.PHONY: install quickstart test lint typecheck test-slow test-vllm bench-accuracy \
+# The benchmarks' peer is the one in its own environment.
+export AUTO_ROUND_PYTHON = $(abspath $(AUTO_ROUND_VENV))/bin/python
+
+.PHONY: install auto-round quickstart test lint typecheck test-slow test-vllm bench-accuracy \
 	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
 	table-architectures build clean
 
@@ -49,9 +53,18 @@ test-vllm: install $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -c tests/vllm/pytest.ini --confcutdir tests/vllm tests/vllm \
 		--checkpoints="$(abspath $(OUTPUT))/vllm"
 
+# The peer, apart: its newest release needs another Transformers than LLM-Compressor allows.
+auto-round: $(AUTO_ROUND_VENV)/.installed
+
+$(AUTO_ROUND_VENV)/.installed:
+	$(PYTHON) -m venv $(AUTO_ROUND_VENV)
+	$(AUTO_ROUND_VENV)/bin/pip install --quiet --upgrade "pip>=24"
+	$(AUTO_ROUND_VENV)/bin/pip install --quiet "$(TORCH)" "auto-round==0.16.1"
+	touch $@
+
 # TEXT is a JSON-lines file with fields text and split (calib or eval). Rows already in the output
 # are kept, so an interrupted run goes on where it stopped.
-bench-accuracy: install
+bench-accuracy: install auto-round
 	$(RUN) benchmarks/accuracy.py --text "$(TEXT)" --output $(OUTPUT)/accuracy.json $(ARGS)
 
 bench-ablation: install
@@ -94,4 +107,4 @@ build: install
 	$(VENV)/bin/pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(AUTO_ROUND_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -155,13 +155,23 @@ def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
-    sizes = {"num_samples": arguments.samples, "max_seq_length": arguments.length}
+    bos = True if arguments.add_bos_token else None
+    sizes = {
+        "num_samples": arguments.samples,
+        "max_seq_length": arguments.length,
+        "add_bos_token": bos,
+    }
     if calibration == "self":
         dataset = self_generated(original, tokenizer, **sizes, seed=arguments.seed)
     else:
         dataset = text_dataset(arguments.text, tokenizer, **sizes, split="calib")
     held_out = text_dataset(
-        arguments.text, tokenizer, arguments.eval_samples, arguments.length, split="eval"
+        arguments.text,
+        tokenizer,
+        arguments.eval_samples,
+        arguments.length,
+        add_bos_token=bos,
+        split="eval",
     )
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
@@ -192,11 +202,23 @@ def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration
         from peers import PEERS, Task  # imports much that our own rows shall not be charged with
 
         weights = integer_weights(scheme, arguments.group_size)
-        task = Task(model, tokenizer, dataset, weights, arguments.batch_size, arguments.seed)
+        task = Task(
+            arguments.model,
+            model,
+            tokenizer,
+            dataset,
+            weights,
+            arguments.batch_size,
+            arguments.seed,
+        )
         started = time.perf_counter()
         settings = PEERS[name](task, **options)
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB on Linux
+    # A peer in a process of its own measures itself.
+    seconds = settings.get("seconds", time.perf_counter() - started)
+    peak = settings.get(
+        "peak_mib",
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # MiB on Linux
+    )
     result = compare(original, model, torch.tensor(held_out["input_ids"]))
     return {
         "scheme": scheme,
@@ -262,6 +284,11 @@ def main() -> None:
     parser.add_argument("--eval-samples", type=int, default=40)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument(
+        "--add-bos-token",
+        action="store_true",
+        help="begin samples with BOS although the tokenizer does not, as converted GGUF files need",
+    )
     parser.add_argument("--output", type=Path, default=Path("output/accuracy.json"))
     parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -5,33 +5,48 @@ quantized weights, dequantized, and returns the settings it ran with.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import llmcompressor
 import torch
-from auto_round import AutoRound  # the peer; the package itself never imports it
 from datasets import Dataset
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.autoround import AutoRoundModifier as BuiltInAutoRoundModifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 __all__ = ["PEERS", "Task"]
 
+ROOT = Path(__file__).parent.parent
+CHILD = str(ROOT / "benchmarks" / "auto_round_child.py")
+# An environment with `auto-round` alone, made by `make auto-round`
+AUTO_ROUND_PYTHON = os.environ.get(
+    "AUTO_ROUND_PYTHON", str(ROOT / ".venv-auto-round" / "bin" / "python")
+)
+
 
 @dataclass
 class Task:
     """
+    :param model_folder: where ``model`` was loaded from
     :param dataset: calibration samples of equal length
     :param weights: fields of compressed-tensors' `QuantizationArgs`
     :param seed: fixes the peer's random choices, where it has a way to
     """
 
+    model_folder: Path
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     dataset: Dataset
@@ -41,28 +56,32 @@ class Task:
 
 
 def auto_round(task: Task, **options: Any) -> dict[str, Any]:
-    """Intel's library by itself; ``iters``, ``lr`` and ``enable_alg_ext`` are its own arguments."""
-    tokens = torch.tensor(task.dataset["input_ids"])
+    """
+    Intel's library by itself, in its own environment; ``iters``, ``lr`` and ``enable_alg_ext`` are
+    its own arguments.
+    """
     settings = {
         "scheme": "W4A16",  # the fields below override all of it
         "bits": task.weights["num_bits"],
         "sym": task.weights["symmetric"],
         "group_size": task.weights["group_size"],
         "batch_size": task.batch_size,
-        "nsamples": len(tokens),
-        "seqlen": tokens.shape[1],
         "seed": task.seed,
         **options,
     }
-    rounder = AutoRound(
-        task.model,
-        tokenizer=task.tokenizer,
-        dataset=list(tokens.split(task.batch_size)),
-        device_map="cpu",
-        **settings,
-    )
-    rounder.quantize()
-    return settings
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        content = {"model": str(task.model_folder), "settings": settings}
+        (folder / "task.json").write_text(json.dumps(content))
+        tokens = torch.tensor(task.dataset["input_ids"])
+        save_file({"input_ids": tokens}, folder / "tokens.safetensors")
+        subprocess.run([AUTO_ROUND_PYTHON, CHILD, str(folder)], check=True, stdout=sys.stderr)
+        weights = load_file(folder / "weights.safetensors")
+        result = json.loads((folder / "result.json").read_text())
+    if not weights:
+        raise RuntimeError("auto-round changed no weight")
+    task.model.load_state_dict(weights, strict=False)
+    return {**settings, **result}
 
 
 def built_in_auto_round(task: Task, **options: Any) -> dict[str, Any]:

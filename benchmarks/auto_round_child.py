@@ -1,0 +1,63 @@
+"""
+Quantizes with Intel's `auto-round`, in an environment of its own (`make auto-round`): its newest
+release needs another Transformers than LLM-Compressor allows.
+
+    .venv-auto-round/bin/python benchmarks/auto_round_child.py FOLDER
+
+``FOLDER`` holds ``task.json`` (``model``, a path, and ``settings``, arguments of `AutoRound`) and
+``tokens.safetensors`` (``input_ids``, (samples, tokens)). Into it are written
+``weights.safetensors``, the dequantized weights of all layers that changed, and ``result.json``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from auto_round import AutoRound
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main(folder: Path) -> None:
+    task = json.loads((folder / "task.json").read_text())
+    tokens = load_file(folder / "tokens.safetensors")["input_ids"]
+    torch.manual_seed(task["settings"]["seed"])
+    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    started = time.perf_counter()
+    rounder = AutoRound(
+        model,
+        tokenizer=AutoTokenizer.from_pretrained(task["model"]),
+        dataset=list(tokens.split(task["settings"]["batch_size"])),
+        device_map="cpu",
+        nsamples=tokens.shape[0],
+        seqlen=tokens.shape[1],
+        **task["settings"],
+    )
+    rounder.quantize()
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB on Linux
+    after = model.state_dict()
+    changed = {
+        name: after[name].contiguous()
+        for name, value in before.items()
+        if name in after and not torch.equal(after[name], value)
+    }
+    save_file(changed, folder / "weights.safetensors")
+    result = {
+        "seconds": seconds,
+        "peak_mib": peak,
+        "layers": len(changed),
+        "version": importlib.metadata.version("auto-round"),
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
