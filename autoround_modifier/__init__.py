@@ -1,34 +1,68 @@
 """
 SignRound (AutoRound) as a native modifier of LLM-Compressor.
 
-Importing this package registers `AutoRoundModifier` with LLM-Compressor, in place of the built-in
-modifier of that name.
+Importing this package registers `AutoRoundModifier`, `AutoSchemeModifier` and
+`ScaleDistillationModifier` with LLM-Compressor, the first in place of the built-in modifier of that
+name.
+
+What is listed in ``__all__`` is public. Everything else may change without notice.
 """
 
-from llmcompressor.modifiers import ModifierFactory
-
-from autoround_modifier.auto_scheme import AutoSchemeModifier
+from autoround_modifier.api import choose_schemes, distill, evaluate, quantize, quantized_weights
 from autoround_modifier.calibration import self_generated, text_dataset
+from autoround_modifier.distillation import DistillationResult
 from autoround_modifier.entrypoint import oneshot
-from autoround_modifier.modifier import AutoRoundModifier
-from autoround_modifier.presets import PRESETS
+from autoround_modifier.errors import (
+    CalibrationError,
+    CheckpointError,
+    NonFiniteError,
+    OutputExistsError,
+    RecipeError,
+    SchemeError,
+)
+from autoround_modifier.evaluation import Divergence
+from autoround_modifier.formats import QuantizedWeight
+from autoround_modifier.host.lifecycle import register_modifier
+from autoround_modifier.modifiers.auto_round import AutoRoundModifier
+from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
+from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
+from autoround_modifier.presets import PRESETS, Preset
 from autoround_modifier.recipes import find_recipe, list_recipes, load_recipe
-from autoround_modifier.scale_distillation import ScaleDistillationModifier
-
-__version__ = "0.1.0"
+from autoround_modifier.runs.block_report import BlockReport
+from autoround_modifier.schemes import Choice, Measurement
+from autoround_modifier.version import __version__
 
 __all__ = [
     "PRESETS",
     "AutoRoundModifier",
     "AutoSchemeModifier",
+    "BlockReport",
+    "CalibrationError",
+    "CheckpointError",
+    "Choice",
+    "DistillationResult",
+    "Divergence",
+    "Measurement",
+    "NonFiniteError",
+    "OutputExistsError",
+    "Preset",
+    "QuantizedWeight",
+    "RecipeError",
     "ScaleDistillationModifier",
+    "SchemeError",
+    "__version__",
+    "choose_schemes",
+    "distill",
+    "evaluate",
     "find_recipe",
     "list_recipes",
     "load_recipe",
     "oneshot",
+    "quantize",
+    "quantized_weights",
     "self_generated",
     "text_dataset",
 ]
 
 for _modifier in (AutoSchemeModifier, AutoRoundModifier, ScaleDistillationModifier):
-    ModifierFactory.register(_modifier.__name__, _modifier)
+    register_modifier(_modifier)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
-import llmcompressor
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 
 from autoround_modifier.calibration import text_dataset
-from autoround_modifier.distributed import gathered, is_distributed, process_rank
 from autoround_modifier.errors import CalibrationError, OutputExistsError, RecipeError
+from autoround_modifier.host.lifecycle import (
+    host_oneshot,
+    recipe_classes,
+    without_error_propagation,
+)
+from autoround_modifier.modifiers.auto_round import AutoRoundModifier
+from autoround_modifier.parallel import gathered, is_distributed, process_rank
 from autoround_modifier.recipes import check_recipe, find_recipe
 
 __all__ = ["oneshot"]
@@ -62,12 +68,25 @@ def oneshot(
     if is_distributed() and isinstance(dataset, Dataset):
         dataset = _own_share(dataset, kwargs.get("num_calibration_samples", 512))
     kwargs.setdefault("shuffle_calibration_samples", False)
-    return llmcompressor.oneshot(
-        model=model,
-        recipe=recipe,
-        dataset=dataset,
-        output_dir=None if output_dir is None else str(output_dir),
-        **kwargs,
+    with contextlib.ExitStack() as stack:
+        if _has_renamed_autoround(recipe):
+            # LLM-Compressor does the same, but goes by the name of the class.
+            kwargs["propagate_error"] = False
+            stack.enter_context(without_error_propagation())
+        return host_oneshot(
+            model=model,
+            recipe=recipe,
+            dataset=dataset,
+            output_dir=None if output_dir is None else str(output_dir),
+            **kwargs,
+        )
+
+
+def _has_renamed_autoround(recipe: Any) -> bool:
+    """:return: whether the recipe has a subclass of `AutoRoundModifier` under another name"""
+    return any(
+        issubclass(kind, AutoRoundModifier) and kind.__name__ != AutoRoundModifier.__name__
+        for kind in recipe_classes(recipe)
     )
 
 

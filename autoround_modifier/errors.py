@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe, a model or its calibration data, one class each."""
+"""What can be wrong with a recipe, a model or its calibration data: one class each."""
 
 __all__ = [
     "CalibrationError",
@@ -7,6 +7,7 @@ __all__ = [
     "OutputExistsError",
     "RecipeError",
     "SchemeError",
+    "listed",
 ]
 
 
@@ -32,3 +33,9 @@ class OutputExistsError(FileExistsError):
 
 class CheckpointError(ValueError):
     """A folder of finished blocks that belong to another run."""
+
+
+def listed(names: list[str], limit: int = 8) -> str:
+    """:return: names for a message, the first few of many"""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Divergence", "compare", "logits_of"]
+__all__ = ["Divergence", "compare", "next_token_logits"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Divergence:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, samples: Tensor, batch_size: int = 8) -> list[Tensor]:
+def next_token_logits(model: nn.Module, samples: Tensor, batch_size: int = 8) -> list[Tensor]:
     """
     :param samples: (samples, tokens), token ids
     :param batch_size: samples in each forward pass
@@ -49,14 +49,14 @@ def logits_of(model: nn.Module, samples: Tensor, batch_size: int = 8) -> list[Te
 @torch.no_grad()
 def compare(reference: nn.Module | list[Tensor], model: nn.Module, samples: Tensor) -> Divergence:
     """
-    :param reference: the original model, or its `logits_of` these samples
+    :param reference: the original model, or its `next_token_logits` these samples
     :param model: the quantized model
     :param samples: (samples, tokens), token ids of text that calibration never saw
     """
     if isinstance(reference, nn.Module):
-        reference = logits_of(reference, samples)
+        reference = next_token_logits(reference, samples)
     totals = torch.zeros(len(samples), 4, dtype=torch.float64)
-    rows = zip(samples, reference, logits_of(model, samples), strict=True)
+    rows = zip(samples, reference, next_token_logits(model, samples), strict=True)
     for index, (sample, wanted, got) in enumerate(rows):
         p, q = (F.log_softmax(logits.float(), dim=-1) for logits in (wanted, got))
         labels = sample[1:, None].cpu()

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 
-from autoround_modifier.auto_scheme import AutoSchemeModifier
 from autoround_modifier.errors import RecipeError
-from autoround_modifier.modifier import AutoRoundModifier
+from autoround_modifier.host.lifecycle import Recipe
+from autoround_modifier.modifiers.auto_round import AutoRoundModifier
+from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
+from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
 from autoround_modifier.presets import PRESET_FIELDS
-from autoround_modifier.scale_distillation import ScaleDistillationModifier
 
 __all__ = ["check_recipe", "find_recipe", "list_recipes", "load_recipe"]
 
 _PACKAGE = Path(__file__).parent
-# A wheel carries the recipes inside the package; in a checkout they stand beside it.
+# A wheel carries the recipes inside the package; in a checkout they are beside it.
 _INSTALLED = _PACKAGE / "shipped_recipes"
 _FOLDER = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "recipes"
 

@@ -35,10 +35,10 @@ from autoround_modifier import (
     text_dataset,
 )
 from autoround_modifier.evaluation import compare
-from autoround_modifier.files import write_atomically
 from autoround_modifier.formats import group_format
 from autoround_modifier.formats.floating import FloatElement, FloatGrid
 from autoround_modifier.formats.grid import Grid
+from autoround_modifier.runs.files import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from smollm2 import save_smollm2

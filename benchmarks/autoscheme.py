@@ -34,7 +34,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from autoround_modifier import AutoRoundModifier, oneshot, text_dataset
-from autoround_modifier.autoscheme import (
+from autoround_modifier.blocks.importance import Importance
+from autoround_modifier.evaluation import compare, logits_of
+from autoround_modifier.runs.files import write_atomically
+from autoround_modifier.schemes import (
     MeasuredUnit,
     Measurement,
     SensitivityConfig,
@@ -44,11 +47,7 @@ from autoround_modifier.autoscheme import (
     resolve_options,
     saved_bits,
 )
-from autoround_modifier.calibration.capture import ImportanceCapture
-from autoround_modifier.evaluation import compare, logits_of
-from autoround_modifier.files import write_atomically
-from autoround_modifier.formats import make_format
-from autoround_modifier.initialization import search_range
+from autoround_modifier.search import search_range
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from smollm2 import save_smollm2
@@ -130,7 +129,7 @@ class Bench:
 def rank(bench: Bench) -> dict[str, Any]:
     """Quantize one unit at a time, with searched scales, and measure what that does."""
     arguments, model = bench.arguments, bench.model
-    importance = ImportanceCapture()
+    importance = Importance()
     handles = [
         layer.register_forward_pre_hook(lambda layer, args: importance.record(layer, args))
         for layer in bench.layers.values()
@@ -152,7 +151,7 @@ def rank(bench: Bench) -> dict[str, Any]:
                 saved[name] = layer.weight.detach().clone()
                 best = search_range(layer.weight, args, found[layer])
                 with torch.no_grad():
-                    layer.weight.copy_(make_format(layer.weight, args, best).dequantize())
+                    layer.weight.copy_(tuned_weight(layer.weight, args, best).dequantize())
             divergences.append(compare(reference, model, samples).kl)
             with torch.no_grad():
                 for name, weight in saved.items():

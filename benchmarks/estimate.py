@@ -69,7 +69,7 @@ MOVED = {"CPU memory": 25e9, "disk": 2e9}  # bytes per second, one way
 ACTIVATIONS = 3.0
 # Measured: time of an iteration as a multiple of that of the bare block, the largest of the README
 OF_THE_FLOOR = 1.5
-SEARCH_PASSES = 30  # as in `autoround_modifier.modifier`
+SEARCH_PASSES = 30  # as in `autoround_modifier.modifiers.auto_round`
 # Measured by benchmarks/memory.py --blocks 1: width, samples, tokens, MiB beyond the model
 MEASURED = [(576, 64, 256, 141), (576, 64, 512, 271), (1536, 64, 256, 476)]
 SAVED = "saved for the backward pass"

@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from autoround_modifier import AutoRoundModifier, oneshot
-from autoround_modifier.files import write_atomically
+from autoround_modifier.runs.files import write_atomically
 
 BLOCKS = [10, 20, 40, 80]
 LABELS = {"memory": "in memory", "disk": "on the disk"}

@@ -24,8 +24,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from autoround_modifier import auto_scheme, layer_quantizer, oneshot
+from autoround_modifier import oneshot
 from autoround_modifier.formats import QuantizedWeight
+from autoround_modifier.modifiers import auto_scheme, layer_quantizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))

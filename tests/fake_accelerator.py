@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from helpers import search_range, tuned_weight
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from autoround_modifier.calibration.capture import BlockCapture
-from autoround_modifier.formats import make_format
-from autoround_modifier.initialization import search_range
-from autoround_modifier.tuning import BlockGroup, Tuner, TuningConfig
-from autoround_modifier.tuning.forwards import quantized_forwards
+from autoround_modifier.blocks.forwards import quantized_forwards
+from autoround_modifier.blocks.group import BlockGroup
+from autoround_modifier.blocks.store import CalibrationStore
+from autoround_modifier.tuning import Tuner, TuningConfig
 
 DEVICE = "accel:0"
 WEIGHTS = QuantizationArgs(num_bits=2, symmetric=True, strategy="group", group_size=16)
@@ -59,7 +59,7 @@ def main(case: str) -> None:
     with Numbers():
         with torch.device(DEVICE):
             block = Block()
-        capture = BlockCapture(
+        capture = CalibrationStore(
             {block: "model.layers.0"},
             num_samples=None,
             offload_device=DEVICE if case == "resident" else "cpu",
@@ -80,7 +80,7 @@ def main(case: str) -> None:
         layers = [block.first, block.second]
         importance = torch.rand(32, dtype=torch.float64, device=DEVICE)
         formats = {
-            x: make_format(
+            x: tuned_weight(
                 x.weight,
                 WEIGHTS,
                 search_range(x.weight, WEIGHTS, importance),

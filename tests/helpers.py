@@ -10,6 +10,11 @@ from compressed_tensors.quantization.lifecycle.forward import quantize
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from autoround_modifier.device import Compute
+from autoround_modifier.formats import TunedWeight
+from autoround_modifier.host.schemes import QuantizationArgs, weight_spec
+from autoround_modifier.search import clipping_range
+
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
@@ -63,3 +68,29 @@ def saved_floats(tensors: dict[str, Tensor], name: str, e2m1: list[float]) -> tu
     nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
     numbers = torch.tensor([*e2m1, *(-number for number in e2m1)])
     return numbers[nibbles], scale.float()
+
+
+def tuned_weight(
+    weight: Tensor,
+    args: QuantizationArgs,
+    initial_range: tuple[Tensor, Tensor] | None = None,
+    global_scale: Tensor | None = None,
+    importance: Tensor | None = None,
+    compiled: bool = False,
+) -> TunedWeight:
+    """A `TunedWeight` by the arguments of compressed-tensors."""
+    compute = Compute(compiled)
+    return TunedWeight(weight, weight_spec(args), initial_range, global_scale, importance, compute)
+
+
+def search_range(
+    weight: Tensor,
+    args: QuantizationArgs,
+    importance: Tensor | None = None,
+    global_scale: Tensor | None = None,
+    compiled: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`search_range` by the arguments of compressed-tensors."""
+    return clipping_range.search_range(
+        weight, weight_spec(args), importance, global_scale, Compute(compiled)
+    )

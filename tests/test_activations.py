@@ -22,10 +22,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from autoround_modifier import AutoRoundModifier
-from autoround_modifier.activations import ActivationSite
+from autoround_modifier.activations import ActivationQuantizer
 from autoround_modifier.errors import CalibrationError, SchemeError
 from autoround_modifier.evaluation import compare
-from autoround_modifier.export import choose_saved_format
+from autoround_modifier.host import choose_saved_format
 
 MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "type": "float"}
 NVFP4 = {
@@ -95,7 +95,7 @@ def tuned(name: str, preset: str = "light", model=None, data=None, **fields):
     return quantize(tiny_llama() if model is None else model, recipe, data)
 
 
-def site_of(name: str, x: torch.Tensor) -> ActivationSite:
+def site_of(name: str, x: torch.Tensor) -> ActivationQuantizer:
     """A calibrated site of its own, whose scale is that of ``x``."""
     args = QuantizationArgs(**{"symmetric": True, **ACTIVATIONS[name]})
     layer = nn.Linear(x.shape[-1], 1)
@@ -108,7 +108,7 @@ def site_of(name: str, x: torch.Tensor) -> ActivationSite:
         del layer.input_global_scale
     if args.dynamic:
         del layer.input_scale, layer.input_zero_point
-    site = ActivationSite("layer", layer, "input", args)
+    site = ActivationQuantizer("layer", layer, "input", args)
     if not site.calibrated:
         site.observe(x)
         site.calibrate()
@@ -198,7 +198,7 @@ def test_padding_is_not_observed():
     padded = x.clone()
     padded[0, 0] = 1e6
     args = QuantizationArgs(**INT8_TENSOR)
-    sites = [ActivationSite("layer", nn.Linear(64, 1), "input", args) for _ in range(2)]
+    sites = [ActivationQuantizer("layer", nn.Linear(64, 1), "input", args) for _ in range(2)]
     sites[0].observe(padded, mask)
     sites[1].observe(x[mask])
     first, second = (site._observer.get_qparams()["scale"] for site in sites)
@@ -208,7 +208,7 @@ def test_padding_is_not_observed():
     padded = keys.clone()
     padded[0, :, 0] = 1e6
     args = QuantizationArgs(**KV_CACHE["attn_head"])
-    sites = [ActivationSite("attention", nn.Identity(), "k", args) for _ in range(2)]
+    sites = [ActivationQuantizer("attention", nn.Identity(), "k", args) for _ in range(2)]
     sites[0].observe(padded, mask)
     sites[1].observe(keys[:, :, 1:])
     scales = [site._observer.get_qparams()["scale"] for site in sites]

@@ -10,13 +10,22 @@ import torch
 import yaml
 from compressed_tensors.offload import offload_module
 from conftest import VOCABULARY, quantize, tiny_llama, token_samples, weight_scheme
-from helpers import quantized_layers, saved_tensors
+from helpers import quantized_layers, saved_tensors, tuned_weight
 from torch import nn
 from torch.nn import functional as F
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from autoround_modifier import AutoRoundModifier, AutoSchemeModifier, auto_scheme, oneshot
-from autoround_modifier.autoscheme import (
+from autoround_modifier.blocks.samples import content_key
+from autoround_modifier.errors import (
+    CalibrationError,
+    NonFiniteError,
+    OutputExistsError,
+    RecipeError,
+    SchemeError,
+)
+from autoround_modifier.recipes import check_recipe
+from autoround_modifier.schemes import (
     MeasuredUnit,
     Measurement,
     SensitivityConfig,
@@ -25,17 +34,7 @@ from autoround_modifier.autoscheme import (
     resolve_options,
     saved_bits,
 )
-from autoround_modifier.autoscheme.options import named_scheme
-from autoround_modifier.calibration.samples import content_key
-from autoround_modifier.errors import (
-    CalibrationError,
-    NonFiniteError,
-    OutputExistsError,
-    RecipeError,
-    SchemeError,
-)
-from autoround_modifier.formats import make_format
-from autoround_modifier.recipes import check_recipe
+from autoround_modifier.schemes.options import named_scheme
 
 OPTIONS = ["W2A16G32", "W4A16G32", "W8A16G32"]
 
@@ -126,7 +125,7 @@ def test_the_same_as_one_pass_through_the_whole_model(score):
 
 def _by_autograd(model, samples, options, layers, score):
     errors = {
-        (name, option): make_format(w, scheme.weights).dequantize() - w
+        (name, option): tuned_weight(w, scheme.weights).dequantize() - w
         for name in layers
         for option, scheme in options.items()
         for w in [model.get_submodule(name).weight.detach()]
@@ -187,7 +186,7 @@ def test_it_is_the_divergence_in_nats():
         original = layer.weight.detach().clone()
         weights = resolve_options(["W5A16G32", "W8A16G32"])["W5A16G32"].weights
         with torch.no_grad():
-            layer.weight.copy_(make_format(original, weights).dequantize())
+            layer.weight.copy_(tuned_weight(original, weights).dequantize())
             got = model(ids).logits.log_softmax(-1)
             layer.weight.copy_(original)
         divergence = float((wanted.exp() * (wanted - got)).sum(-1).mean())

@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autoround_modifier.calibration.capture import (
-    BlockCapture,
-    ImportanceCapture,
-    split_towers,
-    tower,
-)
-from autoround_modifier.calibration.samples import (
+from autoround_modifier.blocks.samples import (
     BlockCall,
     call_token_mask,
     content_key,
@@ -19,6 +13,12 @@ from autoround_modifier.calibration.samples import (
     split_call,
     stackable,
     token_mask,
+)
+from autoround_modifier.blocks.store import (
+    CalibrationStore,
+    Importance,
+    split_towers,
+    tower,
 )
 
 
@@ -203,7 +203,7 @@ def test_towers():
 def test_each_tower_has_its_own_samples():
     blocks = {torch.nn.Identity(): name for name in ("visual.blocks.0", "layers.0", "layers.1")}
     vision, first, second = blocks
-    capture = BlockCapture(blocks, num_samples=3)
+    capture = CalibrationStore(blocks, num_samples=3)
     texts = torch.randn(4, 1, 5, 8)
     patches = torch.randn(7, 8)
     capture.record(vision, (patches,), {}, patches)
@@ -220,7 +220,7 @@ def test_each_tower_has_its_own_samples():
 
 def test_importance_sums_squares_of_real_tokens():
     layer = torch.nn.Linear(3, 2)
-    capture = ImportanceCapture()
+    capture = Importance()
     x = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]])
     capture.record(layer, x, torch.tensor([[True, False]]))
     capture.record(layer, x)

@@ -281,9 +281,10 @@ def test_nothing_is_trained_after_a_failure(monkeypatch):
 
     trained = []
     monkeypatch.setattr(
-        "autoround_modifier.scale_distillation.distill", lambda *args: trained.append(args)
+        "autoround_modifier.modifiers.scale_distillation.train_scales",
+        lambda *args: trained.append(args),
     )
-    monkeypatch.setattr("autoround_modifier.layer_quantizer.write_back", fail)
+    monkeypatch.setattr("autoround_modifier.modifiers.layer_quantizer.write_back", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         quantize(tiny_llama(), [rounded(), ScaleDistillationModifier()])
     reset_session()  # finalizes what was initialized

@@ -9,6 +9,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from conftest import quantize, token_samples
+from helpers import search_range, tuned_weight
 from llmcompressor.modeling.moe.context import (
     get_calibrate_all_experts_flag,
     moe_calibration_context,
@@ -18,12 +19,12 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from autoround_modifier import AutoRoundModifier
-from autoround_modifier.calibration.capture import ImportanceCapture
-from autoround_modifier.calibration.experts import ExpertRouting, routed_experts_only
-from autoround_modifier.calibration.samples import BlockCall
-from autoround_modifier.formats import GroupFormat, make_format
-from autoround_modifier.initialization import search_range
-from autoround_modifier.tuning import BlockGroup, Tuner, TuningConfig
+from autoround_modifier.blocks.experts import ExpertRouting, routed_experts_only
+from autoround_modifier.blocks.group import BlockGroup
+from autoround_modifier.blocks.importance import Importance
+from autoround_modifier.blocks.samples import BlockCall
+from autoround_modifier.formats import TunedWeight
+from autoround_modifier.tuning import Tuner, TuningConfig
 
 WEIGHTS = QuantizationArgs(num_bits=2, strategy="group", group_size=32)
 NEVER = 3  # the number of an expert that the router never chooses
@@ -71,7 +72,7 @@ def test_only_routed_tokens_count(all_experts, tmp_path):
     """The importance of an expert's inputs is that of its own tokens, whoever else sees them."""
     model = mixture(tmp_path)
     routing = ExpertRouting(model)
-    capture, seen = ImportanceCapture(), {}
+    capture, seen = Importance(), {}
     assert len(routing.layers) == 2 * 4 * 3
     block = model.model.layers[0].mlp.experts
     mask = torch.ones(2, 12, dtype=torch.bool)
@@ -147,7 +148,7 @@ def test_experts_without_tokens_are_searched_alone(log, tmp_path):
     assert "3 of 12 layers of experts" in line
     assert f"model.layers.1.mlp.experts.{NEVER}.gate_proj (0)" in line
     for layer, original in zip(layers, originals, strict=True):
-        searched = make_format(original, WEIGHTS, search_range(original, WEIGHTS)).quantized()
+        searched = tuned_weight(original, WEIGHTS, search_range(original, WEIGHTS)).quantized()
         assert torch.equal(layer.weight, searched.dequantize())
 
 
@@ -187,7 +188,7 @@ def test_weights_on_demand_give_the_same_integers(accumulate, fused):
         with torch.no_grad():
             targets = [block(x) for x in inputs]
         formats = {
-            layer: make_format(layer.weight, WEIGHTS, fused=fused)
+            layer: tuned_weight(layer.weight, WEIGHTS, fused=fused)
             for layer in (block.every, block.few)
         }
         config = TuningConfig(iters=10, batch_size=2, gradient_accumulate_steps=accumulate)
@@ -217,7 +218,7 @@ def test_one_expert_is_dequantized_at_a_time(num_experts, monkeypatch):
     """Whatever their number, never more than the weight in use and the one made after it exist."""
     alive: list[weakref.ref] = []
     most = 0
-    original = GroupFormat.dequantize
+    original = TunedWeight.dequantize
 
     def dequantize(fmt):
         nonlocal most
@@ -226,12 +227,12 @@ def test_one_expert_is_dequantized_at_a_time(num_experts, monkeypatch):
         most = max(most, sum(ref() is not None for ref in alive))
         return weight
 
-    monkeypatch.setattr(GroupFormat, "dequantize", dequantize)
+    monkeypatch.setattr(TunedWeight, "dequantize", dequantize)
     block = ManyExperts(num_experts)
     inputs = [torch.randn(1, 8, 32) for _ in range(4)]
     with torch.no_grad():
         targets = [block(x) for x in inputs]
-    formats = {layer: make_format(layer.weight, WEIGHTS) for layer in block.experts}
+    formats = {layer: tuned_weight(layer.weight, WEIGHTS) for layer in block.experts}
     group = BlockGroup([block], [[BlockCall((), {}) for _ in inputs]])
     config = TuningConfig(iters=3, batch_size=2)
     experts = set(block.experts)

@@ -10,7 +10,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from conftest import quantize, tiny_llama, token_samples
-from helpers import quantized_layers, saved_floats, saved_tensors
+from helpers import quantized_layers, saved_floats, saved_tensors, search_range, tuned_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 from autoround_modifier import AutoRoundModifier
 from autoround_modifier.errors import SchemeError
 from autoround_modifier.evaluation import compare
-from autoround_modifier.formats import Grouping, grid_of, make_format
+from autoround_modifier.formats import Grouping, grid_of
 from autoround_modifier.formats.floating import E2M1, E4M3, exponent_of, power_of_two
 from autoround_modifier.formats.grouping import observed_range
-from autoround_modifier.initialization import search_range, shared_global_scale
+from autoround_modifier.search import shared_global_scale
 
 SCHEMES = {
     "fp8 tensor": {"num_bits": 8, "strategy": "tensor"},
@@ -122,7 +122,7 @@ def test_equals_compressed_tensors(name, seed, kind):
         global_scale = shared_global_scale([layer])
     found = search_range(weight, args, torch.rand(weight.shape[1]), global_scale)
     for initial in (None, found):
-        ours = make_format(weight, args, initial, global_scale).quantized()
+        ours = tuned_weight(weight, args, initial, global_scale).quantized()
         theirs = fake_quantize(weight, ours.scale, ours.zero_point, args, global_scale=global_scale)
         assert torch.isfinite(ours.dequantize()).all()
         torch.testing.assert_close(ours.dequantize(), theirs.float(), rtol=0, atol=0)
@@ -134,7 +134,7 @@ def test_observed_scales_are_those_of_compressed_tensors(name):
     global_scale = torch.tensor([448 * 6 / weight.abs().max()]) if name == "nvfp4" else None
     groups = Grouping.of(weight.shape, args).split(weight)
     theirs, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale)
-    ours = make_format(weight, args, None, global_scale).quantized().scale
+    ours = tuned_weight(weight, args, None, global_scale).quantized().scale
     assert torch.equal(ours.flatten(), theirs.float())
 
 
@@ -145,7 +145,7 @@ def test_search_lowers_the_weighted_error(name):
     global_scale = torch.tensor([448 * 6 / weight.abs().max()]) if name == "nvfp4" else None
 
     def error(initial):
-        ours = make_format(weight, args, initial, global_scale).quantized().dequantize()
+        ours = tuned_weight(weight, args, initial, global_scale).quantized().dequantize()
         errors = importance * (ours - weight).square()
         return Grouping.of(weight.shape, args).split(errors).sum(-1)
 
@@ -219,7 +219,7 @@ def test_gradients_are_those_of_the_smooth_surrogate(name):
 def test_sign_steps_follow_the_gradient_of_v(name):
     weight, args = weights_of(1, "normal", 48, 96), args_of(name)
     global_scale = torch.tensor([448 * 6 / weight.abs().max()]) if name == "nvfp4" else None
-    fmt = make_format(weight, args, None, global_scale)
+    fmt = tuned_weight(weight, args, None, global_scale)
     fmt.make_trainable(True)
     before = fmt.quantized()
     cotangent = torch.randn(weight.shape)
@@ -246,7 +246,7 @@ def test_fused_and_plain_agree(name):
         global_scale = (448 * 6 / weight.abs().max().float()).view(1)
     importance = torch.rand(weight.shape[1]) ** 4
     formats = [
-        make_format(weight, args, None, global_scale, importance, fused) for fused in (False, True)
+        tuned_weight(weight, args, None, global_scale, importance, fused) for fused in (False, True)
     ]
     gradient = torch.randn(weight.shape).bfloat16()
     for fmt in formats:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from autoround_modifier.formats.fusion import fuse
+from autoround_modifier.formats.compilation import fuse
 
 
 def double(x: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize
+from helpers import tuned_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoround_modifier.formats import RoundingFormat, make_format
+from autoround_modifier.formats import TunedWeight
 from autoround_modifier.formats.integer import (
     asymmetric_qparams,
     integer_quantize,
@@ -65,7 +66,7 @@ def test_parity_with_compressed_tensors(num_bits, symmetric, group_size, rows, g
         "huge": weight * 1e30,
     }[kind]
     args = args_of(num_bits, symmetric, group_size)
-    ours = make_format(weight, args).quantized()
+    ours = tuned_weight(weight, args).quantized()
     theirs = fake_quantize(weight, ours.scale, ours.zero_point, args)
     assert torch.isfinite(ours.dequantize()).all()
     torch.testing.assert_close(ours.dequantize(), theirs, rtol=0, atol=0)
@@ -73,11 +74,11 @@ def test_parity_with_compressed_tensors(num_bits, symmetric, group_size, rows, g
     torch.testing.assert_close(ours.dequantize(), again, rtol=0, atol=0)
 
 
-def tuned_format(symmetric: bool, dtype: torch.dtype, fused: bool = False) -> RoundingFormat:
+def tuned_format(symmetric: bool, dtype: torch.dtype, fused: bool = False) -> TunedWeight:
     """A format some way into tuning: V and the clipping factors have moved."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 64, generator=generator).to(dtype)
-    fmt = make_format(weight, args_of(3, symmetric), fused=fused)
+    fmt = tuned_weight(weight, args_of(3, symmetric), fused=fused)
     fmt.make_trainable(tune_clipping=True)
     fmt.rounding.uniform_(-0.5, 0.5, generator=generator)
     for factor in fmt.clipping:
@@ -160,7 +161,7 @@ def test_fused_and_plain_agree(symmetric):
 
 def test_slices_change_nothing(monkeypatch):
     whole = tuned_format(False, torch.bfloat16)
-    monkeypatch.setattr("autoround_modifier.formats.group_format.SLICE_ELEMENTS", 7 * 32)
+    monkeypatch.setattr("autoround_modifier.formats.tuned_weight.SLICE_ELEMENTS", 7 * 32)
     sliced = tuned_format(False, torch.bfloat16)
     gradient = torch.randn(48, 64)
     sliced.descend(gradient, torch.tensor(0.1), torch.tensor(0.1))

@@ -17,8 +17,9 @@ from conftest import quantize, tiny_llama, token_samples, weight_scheme
 from test_modifier import all_integers, assert_same, differ
 
 from autoround_modifier import AutoRoundModifier, run_checkpoint
+from autoround_modifier.blocks.group import BlockGroup
 from autoround_modifier.errors import CheckpointError, NonFiniteError
-from autoround_modifier.tuning import BlockGroup, Tuner
+from autoround_modifier.tuning import Tuner
 from autoround_modifier.tuning.step import Step
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from autoround_modifier import AutoRoundModifier, AutoSchemeModifier
-from autoround_modifier.autoscheme import resolve_options
-from autoround_modifier.validation import untargeted_routers
+from autoround_modifier.modifiers.validation import untargeted_routers
+from autoround_modifier.schemes import resolve_options
 
 NAMES = ["mlp.gate", "mlp.shared_expert_gate", "router.proj", "dense.gate"]
 

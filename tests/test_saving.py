@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import quantize, tiny_llama, weight_scheme
 from helpers import (
+    tuned_weight,
     integers,
     quantized_layers,
     saved_integers,
@@ -55,15 +56,14 @@ def test_integers_move_only_where_bfloat16_has_no_value_for_them():
     # 8 bits, float32: all survive, so the limit is the dtype's, not the format's.
     from compressed_tensors.quantization import QuantizationArgs
 
-    from autoround_modifier.export import write_back
-    from autoround_modifier.formats import make_format
+        from autoround_modifier.host.write_back import write_back
 
     args = QuantizationArgs(num_bits=8, symmetric=False, strategy="group", group_size=32)
     moved = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         torch.manual_seed(0)
         linear = torch.nn.Linear(256, 256, bias=False, dtype=dtype)
-        quantized = make_format(linear.weight, args).quantized()
+        quantized = tuned_weight(linear.weight, args).quantized()
         before = quantized.values.clone()
         for name in ("weight_scale", "weight_zero_point"):
             value = getattr(quantized, name.removeprefix("weight_"))

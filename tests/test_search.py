@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
-
-from autoround_modifier.formats import make_format
-from autoround_modifier.initialization import search_range
+from helpers import search_range, tuned_weight
 
 
 def args_of(num_bits: int, symmetric: bool) -> QuantizationArgs:
@@ -16,7 +14,7 @@ def args_of(num_bits: int, symmetric: bool) -> QuantizationArgs:
 
 def error(weight, args, importance, found=None) -> torch.Tensor:
     """:return: (rows, groups), the weighted squared error"""
-    quantized = make_format(weight, args, found).quantized()
+    quantized = tuned_weight(weight, args, found).quantized()
     scale, zero_point = (
         value.float().repeat_interleave(32, dim=-1)
         for value in (quantized.scale, quantized.zero_point)
@@ -61,7 +59,7 @@ def test_fused_and_plain_find_the_same(symmetric):
     weight, importance = torch.randn(48, 64).bfloat16(), torch.rand(64)
     args = args_of(2, symmetric)
     plain = search_range(weight, args, importance)
-    fused = search_range(weight, args, importance, fused=True)
+    fused = search_range(weight, args, importance, compiled=True)
     ours, theirs = (error(weight, args, importance, found) for found in (plain, fused))
     # Sums may round differently, and a tie then has another winner of the same error.
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
@@ -89,13 +87,13 @@ def test_degenerate_groups_stay_finite():
             low, high = search_range(weight, args, importance)
             assert torch.isfinite(low).all()
             assert torch.isfinite(high).all()
-            quantized = make_format(weight, args, (low, high)).quantized()
+            quantized = tuned_weight(weight, args, (low, high)).quantized()
             assert torch.isfinite(quantized.dequantize()).all()
             assert (quantized.dequantize()[0] == 0).all()
 
 
 def test_rows_are_independent(monkeypatch):
-    from autoround_modifier.initialization import integer_search
+    from autoround_modifier.search import integer_search
 
     weight = torch.randn(40, 64)
     whole = search_range(weight, args_of(3, True))

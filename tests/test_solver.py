@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoround_modifier.autoscheme.solver import InfeasibleBudgetError, frontier, solve
+from autoround_modifier.schemes.solver import InfeasibleBudgetError, frontier, solve
 
 OPTION = st.tuples(
     st.one_of(st.integers(-3, 6).map(float), st.floats(0, 1)),  # cost, with many ties

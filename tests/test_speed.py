@@ -6,14 +6,15 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from conftest import quantize, tiny_llama, token_samples
-from helpers import quantized_layers
+from helpers import quantized_layers, tuned_weight
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoround_modifier import AutoRoundModifier, layer_quantizer
-from autoround_modifier.calibration.capture import ImportanceCapture
-from autoround_modifier.formats import group_format, make_format
+from autoround_modifier import AutoRoundModifier
+from autoround_modifier.blocks.importance import Importance
+from autoround_modifier.formats import group_format
 from autoround_modifier.formats.speed import channel_speed
+from autoround_modifier.modifiers import layer_quantizer
 
 SCHEMES = {
     "group": {"num_bits": 2, "type": "int", "strategy": "group", "group_size": 32},
@@ -46,7 +47,7 @@ def test_each_channel_moves_at_its_own_speed(scheme, fused, monkeypatch):
     args = QuantizationArgs(symmetric=True, **SCHEMES[scheme])
     weight, gradient = torch.randn(2, 50, 96).bfloat16()
     importance = torch.rand(96) ** 4
-    fmt = make_format(weight, args, None, None, importance, fused)
+    fmt = tuned_weight(weight, args, None, None, importance, fused)
     start = fmt.quantized()
     fmt.make_trainable(tune_clipping=False)
     fmt.descend(gradient, torch.tensor(0.01), torch.tensor(0.0))
@@ -64,19 +65,19 @@ def test_each_channel_moves_at_its_own_speed(scheme, fused, monkeypatch):
 @pytest.mark.parametrize("scheme", ["group", "tensor"])
 def test_channels_differ_where_scales_are_searched(scheme, scale_search, monkeypatch):
     recorded, used = {}, []
-    pop = ImportanceCapture.pop
+    pop = Importance.pop
 
     def record(capture, layer):
         recorded[layer] = pop(capture, layer)
         return recorded[layer]
 
     def use(weight, *rest):
-        fmt = make_format(weight, *rest)
+        fmt = tuned_weight(weight, *rest)
         used.append((weight, fmt.channel_speeds))
         return fmt
 
-    monkeypatch.setattr(ImportanceCapture, "pop", record)
-    monkeypatch.setattr(layer_quantizer, "make_format", use)
+    monkeypatch.setattr(Importance, "pop", record)
+    monkeypatch.setattr(layer_quantizer, "tuned_weight", use)
     weights = {"symmetric": True, **SCHEMES[scheme]}
     recipe = AutoRoundModifier(
         config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},

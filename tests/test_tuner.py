@@ -7,13 +7,13 @@ from itertools import chain, islice
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from helpers import search_range, tuned_weight
 from torch import nn
 
-from autoround_modifier.calibration.samples import BlockCall
-from autoround_modifier.formats import make_format
-from autoround_modifier.initialization import search_range
-from autoround_modifier.tuning import BlockGroup, Tuner, TuningConfig
-from autoround_modifier.tuning.forwards import quantized_forwards
+from autoround_modifier.blocks.forwards import quantized_forwards
+from autoround_modifier.blocks.group import BlockGroup
+from autoround_modifier.blocks.samples import BlockCall
+from autoround_modifier.tuning import Tuner, TuningConfig
 from autoround_modifier.tuning.loss import balanced_error, filtered_error, squared_error
 from autoround_modifier.tuning.optimizer import SignSGD, default_lr, default_minmax_lr
 from autoround_modifier.tuning.sampling import minibatches, split_holdout
@@ -53,7 +53,7 @@ def test_step_size_of_clipping(num_bits, searched, expected):
     assert default_minmax_lr(0.02, num_bits, searched) == expected
     weight = torch.randn(4, 16)
     args = QuantizationArgs(num_bits=num_bits, symmetric=False, strategy="channel")
-    fmt = make_format(weight, args, search_range(weight, args) if searched else None)
+    fmt = tuned_weight(weight, args, search_range(weight, args) if searched else None)
     fmt.make_trainable(tune_clipping=True)
     layer = nn.Linear(16, 4)
     SignSGD({layer: fmt}, iters=50).descend(layer, torch.randn(4, 16))
@@ -62,7 +62,7 @@ def test_step_size_of_clipping(num_bits, searched, expected):
 
 
 def test_sign_steps_decay_to_zero_and_stay_in_the_clipping_limits():
-    fmt = make_format(torch.randn(4, 16), ARGS)
+    fmt = tuned_weight(torch.randn(4, 16), ARGS)
     fmt.make_trainable(tune_clipping=True)
     layer = nn.Linear(16, 4)
     optimizer = SignSGD({layer: fmt}, iters=4, lr=0.1, minmax_lr=0.8)
@@ -144,7 +144,7 @@ def problem(num_samples: int = 12, dtype: torch.dtype = torch.float32):
     with torch.no_grad():
         targets = [block(x) for x in inputs]
     group = BlockGroup([block], [[BlockCall((), {}) for _ in inputs]])
-    formats = {block.linear: make_format(block.linear.weight, ARGS)}
+    formats = {block.linear: tuned_weight(block.linear.weight, ARGS)}
     return group, formats, inputs, targets, [None] * num_samples
 
 

@@ -1,11 +1,8 @@
 """Quantized activations: inputs of linear layers, and the key-value cache."""
 
 from autoround_modifier.activations.functional import fake_quantize_in_range
-from autoround_modifier.activations.site import (
-    DEFAULT_OBSERVER,
-    ActivationSite,
-    activation_sites,
-)
+from autoround_modifier.activations.quantizer import ActivationQuantizer, activation_quantizers
+from autoround_modifier.activations.statistics import DEFAULT_OBSERVER
 from autoround_modifier.activations.support import (
     needs_calibration,
     unsupported_activations,
@@ -14,8 +11,8 @@ from autoround_modifier.activations.support import (
 
 __all__ = [
     "DEFAULT_OBSERVER",
-    "ActivationSite",
-    "activation_sites",
+    "ActivationQuantizer",
+    "activation_quantizers",
     "fake_quantize_in_range",
     "needs_calibration",
     "unsupported_activations",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from compressed_tensors.quantization import QuantizationArgs, QuantizationType
-from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-from compressed_tensors.quantization.utils import (
-    calculate_qparams,
-    calculate_range,
-    compute_dynamic_scales_and_zp,
-    generate_gparam,
-)
 from torch import Tensor
 
 from autoround_modifier.activations.support import needs_calibration
-from autoround_modifier.formats import has_global_scale
+from autoround_modifier.host.activations import (
+    calculate_qparams,
+    calculate_range,
+    compute_dynamic_scales_and_zp,
+    fake_quantize,
+    generate_gparam,
+)
+from autoround_modifier.host.schemes import QuantizationArgs, QuantizationType, has_global_scale
 
 __all__ = ["fake_quantize_activation", "fake_quantize_in_range"]
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from compressed_tensors.quantization import (
+from autoround_modifier.host.activations import observer_names
+from autoround_modifier.host.schemes import (
     DynamicType,
     QuantizationArgs,
     QuantizationScheme,
     QuantizationStrategy,
     QuantizationType,
+    has_global_scale,
+    is_microscaling,
 )
-from llmcompressor.observers import Observer
-
-from autoround_modifier.formats import has_global_scale, is_microscaling
 
 __all__ = ["needs_calibration", "unsupported_activations", "unsupported_kv_cache"]
 
@@ -102,8 +102,7 @@ def unsupported_kv_cache(args: QuantizationArgs) -> str | None:
 
 
 def _unknown_observer(args: QuantizationArgs) -> str | None:
-    # The registry takes, and lists, dashes for underscores.
-    names = [name.replace("-", "_") for name in Observer.registered_names()]
+    names = observer_names()
     if args.observer is None or args.observer.lower().replace("-", "_") in names:
         return None
     return f"unknown observer `{args.observer}`; use {', '.join(names)}"

@@ -3,16 +3,19 @@
 from autoround_modifier.distillation.distiller import (
     DistillationConfig,
     DistillationResult,
-    distill,
+    train_scales,
 )
 from autoround_modifier.distillation.scales import TrainedScale
 from autoround_modifier.distillation.teacher import TeacherBatch, record_teacher
+from autoround_modifier.distillation.trainable import trainable_layers, trainable_norms
 
 __all__ = [
     "DistillationConfig",
     "DistillationResult",
     "TeacherBatch",
     "TrainedScale",
-    "distill",
     "record_teacher",
+    "train_scales",
+    "trainable_layers",
+    "trainable_norms",
 ]

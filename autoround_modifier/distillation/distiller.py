@@ -17,21 +17,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from llmcompressor.utils.helpers import eval_context
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
-from autoround_modifier.calibration.samples import stackable
+from autoround_modifier.blocks.model_pass import model_logits
+from autoround_modifier.blocks.patching import forwards_replaced
+from autoround_modifier.blocks.samples import stackable
 from autoround_modifier.distillation.base import TrainedValue
 from autoround_modifier.distillation.norms import TrainedNorm
 from autoround_modifier.distillation.scales import TrainedScale
-from autoround_modifier.distillation.teacher import TeacherBatch, divergence, logits_of
+from autoround_modifier.distillation.teacher import TeacherBatch, divergence
 from autoround_modifier.errors import NonFiniteError
-from autoround_modifier.patching import forwards_replaced, parameters_frozen
+from autoround_modifier.host.layers import parameters_frozen
+from autoround_modifier.host.lifecycle import eval_context
 from autoround_modifier.tuning.sampling import minibatches, split_holdout
 
-__all__ = ["DistillationConfig", "DistillationResult", "distill"]
+__all__ = ["DistillationConfig", "DistillationResult", "train_scales"]
 
 # Gradients of one step are noisy: a short memory of their size, and a few steps to form it.
 BETAS = (0.9, 0.95)
@@ -44,7 +46,7 @@ EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Settings of `distill`; the fields of `ScaleDistillationModifier` explain them."""
+    """Settings of `train_scales`; the fields of `ScaleDistillationModifier` explain them."""
 
     iters: int = 50
     lr: float = 0.005
@@ -74,7 +76,7 @@ class DistillationResult:
     seconds: float
 
 
-def distill(
+def train_scales(
     model: nn.Module,
     blocks: list[nn.Module],
     scales: list[TrainedScale],
@@ -102,7 +104,7 @@ def distill(
 
     def holdout_kl() -> float:
         with torch.no_grad():
-            sums = [divergence(logits_of(model, teacher[i].inputs), teacher[i]) for i in holdout]
+            sums = [divergence(model_logits(model, teacher[i].inputs), teacher[i]) for i in holdout]
         return float(torch.stack(sums).sum()) / sum(teacher[i].num_positions for i in holdout)
 
     with ExitStack() as stack:
@@ -129,7 +131,9 @@ def distill(
                 samples = next(batches)
                 positions = sum(teacher[index].num_positions for index in samples)
                 for batch in _stacked([teacher[index] for index in samples]):
-                    divergence(logits_of(model, batch.inputs), batch, scale=LOSS_SCALE / positions)
+                    divergence(
+                        model_logits(model, batch.inputs), batch, scale=LOSS_SCALE / positions
+                    )
                 for value in values:
                     value.pull_gradient()
                 gradients = [v.factor.grad for v in values if v.factor.grad is not None]

@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from compressed_tensors.offload import update_offload_parameter
 from torch import Tensor, nn
 
 from autoround_modifier.distillation.base import TrainedValue
+from autoround_modifier.host.layers import write_parameter
 
 __all__ = ["TrainedNorm"]
 
@@ -58,4 +58,4 @@ class TrainedNorm(TrainedValue):
 
     def _write(self, value: Tensor) -> None:
         self.parameter.copy_(value)  # what the forward pass sees
-        update_offload_parameter(self.module, self.name, value)  # what stays
+        write_parameter(self.module, self.name, value)  # what stays

@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from compressed_tensors.offload import update_offload_parameter
-from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.lifecycle.forward import quantize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autoround_modifier.blocks.patching import forwards_replaced
 from autoround_modifier.distillation.base import TrainedValue
-from autoround_modifier.export import write_back
-from autoround_modifier.formats import Grouping, QuantizedWeight
-from autoround_modifier.patching import forwards_replaced
+from autoround_modifier.host.layers import write_parameter
+from autoround_modifier.host.quantized_weights import read_layer
+from autoround_modifier.host.schemes import QuantizationArgs
+from autoround_modifier.host.write_back import write_back
 
 __all__ = ["TrainedScale"]
 
@@ -28,8 +27,8 @@ class TrainedScale(TrainedValue):
     """
     The scale of one quantized linear layer, trained while its integers stay what they are.
 
-    The layer's own weight always holds the dequantized values of the current scale; beside it stand
-    the integers, one byte each.
+    The layer's own weight always holds the dequantized values of the current scale. The integers
+    are kept beside it, one byte each.
 
     :param layer: with ``weight_scale`` and ``weight_zero_point``
     :param args: how the weight is quantized, strategy ``group``, ``channel`` or ``tensor``
@@ -38,12 +37,8 @@ class TrainedScale(TrainedValue):
     def __init__(self, layer: nn.Linear, args: QuantizationArgs):
         self.layer = layer
         self.args = args
-        scale = self.scale
-        zero_point = cast(Tensor, layer.weight_zero_point).detach().clone()
-        # As saving will: compressed-tensors quantizes the weight again.
-        self.values = quantize(layer.weight.detach(), scale, zero_point, args, dtype=torch.int8)
-        grouping = Grouping.of(self.values.shape, args)
-        self.quantized = QuantizedWeight(self.values, scale.clone(), zero_point, grouping)
+        self.quantized = read_layer(layer, args)
+        self.values, scale = self.quantized.values, self.quantized.scale
         self.initial = scale.clone()
         self.unit = scale.float().abs().mean()
         self.factor = nn.Parameter(scale.float() / self.unit)
@@ -60,7 +55,7 @@ class TrainedScale(TrainedValue):
         self._write((self.factor * self.unit).to(self.initial.dtype))
 
     def reset(self) -> None:
-        self.quantized.values = self.values
+        self.quantized.parts["values"] = self.values
         self._write(self.initial)
 
     @property
@@ -79,9 +74,9 @@ class TrainedScale(TrainedValue):
 
     @torch.no_grad()
     def _write(self, scale: Tensor) -> None:
-        self.quantized.scale = scale
-        update_offload_parameter(self.layer, "weight", self.quantized.dequantize())
-        update_offload_parameter(self.layer, "weight_scale", scale)
+        self.quantized.parts["scale"] = scale
+        write_parameter(self.layer, "weight", self.quantized.dequantize())
+        write_parameter(self.layer, "weight_scale", scale)
 
     @contextlib.contextmanager
     def trained(self) -> Iterator[None]:

@@ -10,21 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autoround_modifier.blocks.model_pass import (
+    POSITIONS,
+    counting_positions,
+    forward_arguments,
+    model_logits,
+)
 from autoround_modifier.errors import CalibrationError, NonFiniteError
 
-__all__ = [
-    "TeacherBatch",
-    "counting_positions",
-    "divergence",
-    "forward_arguments",
-    "logits_of",
-    "record_teacher",
-]
+__all__ = ["TeacherBatch", "divergence", "record_teacher"]
 
 # Likeliest tokens kept for each position. The rest of the vocabulary counts as one more outcome.
 TOP_K = 256
-# Positions whose logits are in float32 at the same time.
-POSITIONS = 256
 
 
 @dataclass
@@ -60,7 +57,7 @@ def record_teacher(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[
     recorded = []
     for index, batch in enumerate(batches):
         inputs = forward_arguments(batch)
-        logits = logits_of(model, inputs)
+        logits = model_logits(model, inputs)
         mask = counting_positions(batch, logits.shape[:2])
         rows = logits[mask.to(logits.device)] if mask is not None else logits.flatten(0, 1)
         if not torch.isfinite(rows).all():
@@ -79,21 +76,6 @@ def record_teacher(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[
     if not recorded:
         raise CalibrationError("the calibration data has no token that counts")
     return recorded
-
-
-def forward_arguments(batch: dict[str, Any]) -> dict[str, Any]:
-    """:return: what of a calibration batch is for the model's forward"""
-    return {key: value for key, value in batch.items() if key not in ("labels", "loss_mask")}
-
-
-def logits_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """:return: (batch, length, vocabulary)"""
-    device = next(model.parameters()).device
-    moved = {
-        key: value.to(device) if isinstance(value, Tensor) else value
-        for key, value in inputs.items()
-    }
-    return model(**moved, use_cache=False).logits
 
 
 def divergence(logits: Tensor, teacher: TeacherBatch, scale: float | None = None) -> Tensor:
@@ -141,13 +123,3 @@ def _kept_divergence(logits: Tensor, tokens: Tensor, log_probs: Tensor) -> Tenso
         for values in (log_probs, student)
     )
     return kept + (rest * (rest / student_rest).log()).sum()
-
-
-def counting_positions(batch: dict[str, Any], shape: torch.Size) -> Tensor | None:
-    """:return: (batch, length), bool; None if every position counts"""
-    counts = torch.ones(shape, dtype=torch.bool)
-    for name in ("attention_mask", "loss_mask"):
-        mask = batch.get(name)
-        if isinstance(mask, Tensor) and mask.shape == shape:
-            counts &= mask.bool().cpu()
-    return None if bool(counts.all()) else counts

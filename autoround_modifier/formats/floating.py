@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoround_modifier.formats.grid import Grid, cast_ste, scale_floor
+from autoround_modifier.formats.grid import ScaledGrid, cast_ste, scale_floor
 
 __all__ = ["E2M1", "E4M3", "FloatElement", "FloatGrid", "MicroscalingGrid", "NVFP4Grid"]
 
@@ -88,7 +88,7 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FloatGrid(Grid):
+class FloatGrid(ScaledGrid):
     """
     Numbers of ``element`` times a scale in the weight's dtype: FP8.
 
@@ -125,8 +125,8 @@ class FloatGrid(Grid):
 
     def scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:
         """:return: the saved scale of groups whose largest magnitude is ``amax``, float32"""
-        scale = (amax / self.element.max_value).clamp(min=scale_floor(self.dtype))
-        return cast_ste(scale, self.dtype)
+        scale = (amax / self.element.max_value).clamp(min=scale_floor(self.scale_dtype))
+        return cast_ste(scale, self.scale_dtype)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a numeric family defines: the values that weights of one group can take."""
+"""What a numeric format defines: the values that the weights of one group can take."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["Grid", "cast_ste", "round_ste", "scale_floor"]
+from autoround_modifier.formats.grouping import Grouping
+
+__all__ = ["Grid", "ScaledGrid", "cast_ste", "round_ste", "scale_floor"]
 
 
 @dataclass(frozen=True)
@@ -17,14 +19,80 @@ class Grid(ABC):
     """
     How groups are quantized; hashable, so that a compiled function can depend on it.
 
-    :param dtype: of the module's weight, its saved scale and the dequantized weight
-    :cvar code_dtype: holds every value before it is scaled
+    The state of the groups is the same for all formats: weights (..., groups, group_size) in any
+    float dtype; the ends of each group's range, ``w_min`` <= 0 and ``w_max`` >= 0, (..., groups),
+    float32; the global scale of the weight repeated for each group, (..., groups), or None where
+    the format has none; V, the shape of the weights, or None for rounding to nearest; alpha and
+    beta, factors of ``w_min`` and ``w_max``, or None.
+
+    :param dtype: of the weight, and of the dequantized weight
+    :param scale_dtype: in which scales are saved
     :cvar tune_clipping: whether alpha and beta are learned unless told otherwise
     """
 
     dtype: torch.dtype
-    code_dtype: ClassVar[torch.dtype]
+    scale_dtype: torch.dtype
     tune_clipping: ClassVar[bool]
+
+    @abstractmethod
+    def fake_quantize(
+        self,
+        weight: Tensor,
+        w_min: Tensor,
+        w_max: Tensor,
+        global_scale: Tensor | None = None,
+        rounding: Tensor | None = None,
+        alpha: Tensor | None = None,
+        beta: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Quantize and dequantize, differentiable in V, alpha and beta.
+
+        :return: the dequantized weight, float32, the shape of ``weight``; and the distance of
+            neighbouring values at 1, (..., groups, 1), float32
+        """
+
+    @abstractmethod
+    def quantize_parts(
+        self,
+        weight: Tensor,
+        w_min: Tensor,
+        w_max: Tensor,
+        global_scale: Tensor | None = None,
+        rounding: Tensor | None = None,
+        alpha: Tensor | None = None,
+        beta: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """
+        :return: what is saved, by name and in the dtypes of `QuantizedWeight`: ``values`` of the
+            shape of ``weight``; every other part has the groups as its first dimension
+        """
+
+    @abstractmethod
+    def dequantize(self, parts: dict[str, Tensor], grouping: Grouping) -> Tensor:
+        """
+        :param parts: of a whole weight, as in `QuantizedWeight`
+        :return: (out_features, in_features), `dtype`
+        """
+
+    def rounding_speed(self, weight: Tensor, scale: Tensor) -> Tensor | float:
+        """
+        :param weight: (..., groups, group_size), any float dtype
+        :param scale: the distance that `fake_quantize` returns
+        :return: factor of the sign step of each V, float32, the shape of ``weight``; or of all
+        """
+        return 1.0
+
+
+@dataclass(frozen=True)
+class ScaledGrid(Grid):
+    """
+    Values less a zero point, times a scale: all formats of compressed-tensors.
+
+    :cvar code_dtype: holds every value before it is scaled
+    """
+
+    code_dtype: ClassVar[torch.dtype]
 
     @abstractmethod
     def quantize(
@@ -38,31 +106,57 @@ class Grid(ABC):
         beta: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
-        Differentiable in V, alpha and beta.
+        Parameters as in `Grid`; differentiable in V, alpha and beta.
 
-        :param weight: (..., groups, group_size), any float dtype
-        :param w_min: lower end of each group's range, <= 0, (..., groups), float32
-        :param w_max: upper end, >= 0, same shape
-        :param global_scale: of the whole weight, repeated for each group, (..., groups); None
-            where the family has none
-        :param rounding: V, the shape of ``weight``, or None for rounding to nearest
-        :param alpha: factor of ``w_min``, or None
-        :param beta: factor of ``w_max``, or None
         :return: values less the zero point, float32, the shape of ``weight``; saved scale and zero
             point, (..., groups, 1), float32
         """
 
-    def rounding_speed(self, weight: Tensor, scale: Tensor) -> Tensor | float:
-        """
-        :param weight: (..., groups, group_size), any float dtype
-        :param scale: `effective_scale`
-        :return: factor of the sign step of each V, float32, the shape of ``weight``; or of all
-        """
-        return 1.0
-
     def effective_scale(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
         """:return: by what values are multiplied, (..., groups, 1)"""
         return scale if global_scale is None else scale / global_scale.unsqueeze(-1)
+
+    def fake_quantize(
+        self,
+        weight: Tensor,
+        w_min: Tensor,
+        w_max: Tensor,
+        global_scale: Tensor | None = None,
+        rounding: Tensor | None = None,
+        alpha: Tensor | None = None,
+        beta: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        steps, scale, _ = self.quantize(weight, w_min, w_max, global_scale, rounding, alpha, beta)
+        scale = self.effective_scale(scale, global_scale)
+        return steps * scale, scale
+
+    def quantize_parts(
+        self,
+        weight: Tensor,
+        w_min: Tensor,
+        w_max: Tensor,
+        global_scale: Tensor | None = None,
+        rounding: Tensor | None = None,
+        alpha: Tensor | None = None,
+        beta: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        steps, scale, zero_point = self.quantize(
+            weight, w_min, w_max, global_scale, rounding, alpha, beta
+        )
+        return {
+            "values": (steps + zero_point).to(self.code_dtype),
+            "scale": scale.to(self.scale_dtype),
+            "zero_point": zero_point.to(torch.int8),
+        }
+
+    def dequantize(self, parts: dict[str, Tensor], grouping: Grouping) -> Tensor:
+        """``(q - z) * s``, with the scale over the global one if there is one."""
+        scale = parts["scale"].float().view(-1, 1)
+        if "global_scale" in parts:
+            scale = scale / parts["global_scale"]
+        zero_point = parts["zero_point"].view(-1, 1)
+        steps = grouping.split(parts["values"]).float() - zero_point
+        return grouping.join(steps.mul_(scale).to(self.dtype))
 
 
 def round_ste(x: Tensor) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,8 +15,7 @@ class Grouping:
     """
     Tiles of equal size; those at the lower and right edge are filled up with zeros.
 
-    ``group`` and ``tensor_group`` cut rows into pieces, ``channel`` takes whole rows, ``tensor``
-    everything, ``block`` rectangles.
+    A tile is a piece of a row, a whole row, a rectangle, or the whole weight (`WeightSpec`).
 
     :param shape: (out_features, in_features)
     :param tile: rows and columns of one group
@@ -28,22 +25,6 @@ class Grouping:
     shape: tuple[int, int]
     tile: tuple[int, int]
     scale_shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, shape: tuple[int, ...], args: QuantizationArgs) -> Grouping:
-        rows, columns = shape
-        match args.strategy:
-            case QuantizationStrategy.TENSOR:
-                return cls((rows, columns), (rows, columns), (1,))
-            case QuantizationStrategy.CHANNEL:
-                tile = (1, columns)
-            case QuantizationStrategy.BLOCK:
-                assert args.block_structure is not None
-                tile = (args.block_structure[0], args.block_structure[1])
-            case _:
-                assert args.group_size is not None
-                tile = (1, args.group_size)
-        return cls((rows, columns), tile, (math.ceil(rows / tile[0]), math.ceil(columns / tile[1])))
 
     @property
     def group_size(self) -> int:

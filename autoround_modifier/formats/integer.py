@@ -16,10 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from autoround_modifier.formats.grid import Grid, cast_ste, round_ste, scale_floor
+from autoround_modifier.formats.grid import ScaledGrid, cast_ste, round_ste, scale_floor
 
 __all__ = [
     "IntegerGrid",
@@ -90,18 +89,13 @@ def integer_quantize(
 
 
 @dataclass(frozen=True)
-class IntegerGrid(Grid):
+class IntegerGrid(ScaledGrid):
     """All integers of ``num_bits`` bits, with or without a zero point."""
 
     num_bits: int
     symmetric: bool
     code_dtype = torch.int8
     tune_clipping = True
-
-    @classmethod
-    def of(cls, args: QuantizationArgs, dtype: torch.dtype) -> IntegerGrid:
-        assert args.num_bits is not None
-        return cls(dtype, args.num_bits, bool(args.symmetric))
 
     def qparams(
         self,
@@ -114,10 +108,10 @@ class IntegerGrid(Grid):
         w_min = w_min if alpha is None else w_min * alpha
         w_max = w_max if beta is None else w_max * beta
         if self.symmetric:
-            scale = symmetric_scale(w_min, w_max, self.num_bits, self.dtype)
+            scale = symmetric_scale(w_min, w_max, self.num_bits, self.scale_dtype)
             zero_point = torch.zeros_like(scale)
         else:
-            scale, zero_point = asymmetric_qparams(w_min, w_max, self.num_bits, self.dtype)
+            scale, zero_point = asymmetric_qparams(w_min, w_max, self.num_bits, self.scale_dtype)
         return scale.unsqueeze(-1), zero_point.unsqueeze(-1)
 
     def quantize(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from autoround_modifier.formats import RoundingFormat
+from autoround_modifier.formats import TunedWeight
 
 __all__ = ["SignSGD", "default_lr", "default_minmax_lr"]
 
@@ -45,7 +45,7 @@ class SignSGD:
 
     def __init__(
         self,
-        formats: Mapping[nn.Linear, RoundingFormat],
+        formats: Mapping[nn.Linear, TunedWeight],
         iters: int,
         lr: float | None = None,
         minmax_lr: float | None = None,

@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from autoround_modifier.distributed import is_distributed, summed
-from autoround_modifier.formats import RoundingFormat
-from autoround_modifier.tuning.forwards import (
+from autoround_modifier.blocks.forwards import (
     Forward,
     with_weight,
     with_weight_trained_on_demand,
 )
+from autoround_modifier.formats import TunedWeight
+from autoround_modifier.parallel import is_distributed, summed
 from autoround_modifier.tuning.optimizer import SignSGD
 
 __all__ = ["Step"]
@@ -36,7 +36,7 @@ class Step:
 
     def __init__(
         self,
-        formats: Mapping[nn.Linear, RoundingFormat],
+        formats: Mapping[nn.Linear, TunedWeight],
         optimizer: SignSGD,
         experts: Container[nn.Module],
         one_pass: bool,

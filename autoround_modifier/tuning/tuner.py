@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from autoround_modifier.calibration.samples import stack_masks
-from autoround_modifier.distributed import summed
-from autoround_modifier.formats import QuantizedWeight, RoundingFormat
-from autoround_modifier.tuning.block import BlockGroup
-from autoround_modifier.tuning.forwards import quantized_forwards
+from autoround_modifier.blocks.forwards import quantized_forwards
+from autoround_modifier.blocks.group import BlockGroup
+from autoround_modifier.blocks.samples import stack_masks
+from autoround_modifier.formats import QuantizedWeight, TunedWeight
+from autoround_modifier.parallel import summed
 from autoround_modifier.tuning.loss import LOSSES
 from autoround_modifier.tuning.optimizer import SignSGD
 from autoround_modifier.tuning.sampling import SampleShare, minibatches, split_holdout
@@ -83,7 +83,7 @@ class Tuner:
     """
 
     group: BlockGroup
-    formats: Mapping[nn.Linear, RoundingFormat]
+    formats: Mapping[nn.Linear, TunedWeight]
     inputs: list[Tensor]
     targets: list[Tensor]
     masks: list[Tensor | None]

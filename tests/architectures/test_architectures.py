@@ -11,7 +11,7 @@ from checks import Outcome, check, collate
 from conftest import tiny_tokenizer, weight_scheme
 
 from autoround_modifier import AutoRoundModifier, oneshot
-from autoround_modifier.calibration import BlockCapture
+from autoround_modifier.blocks.store import CalibrationStore
 
 
 @pytest.mark.parametrize("architecture", CATALOGUE, ids=lambda one: one.name)
@@ -28,13 +28,13 @@ def test_a_loss_mask_of_the_text_leaves_images_alone(tmp_path):
         lambda row: {"loss_mask": [[0] * (len(row["input_ids"][0]) - 3) + [1] * 3]}
     )
     counted = {}
-    original = BlockCapture.record
+    original = CalibrationStore.record
 
     def record(self, block, args, kwargs, output, token_mask=None):
         counted[self.names[block]] = None if token_mask is None else int(token_mask.sum())
         original(self, block, args, kwargs, output, token_mask)
 
-    with mock.patch.object(BlockCapture, "record", record):
+    with mock.patch.object(CalibrationStore, "record", record):
         oneshot(
             model=model,
             recipe=AutoRoundModifier(

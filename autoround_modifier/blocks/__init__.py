@@ -1,0 +1,1 @@
+"""What decoder blocks saw during calibration, and how they run again."""

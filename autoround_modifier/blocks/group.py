@@ -1,0 +1,149 @@
+"""Runs one or several consecutive blocks on captured calibration samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from autoround_modifier.activations import ActivationQuantizer
+from autoround_modifier.blocks.forwards import Forward
+from autoround_modifier.blocks.patching import forwards_replaced, hooks_registered
+from autoround_modifier.blocks.samples import (
+    BlockCall,
+    as_samples,
+    output_hidden,
+    stack_masks,
+    stackable,
+)
+from autoround_modifier.host.layers import parameters_frozen
+
+__all__ = ["BlockGroup"]
+
+
+class BlockGroup:
+    """
+    Consecutive blocks that are tuned together, and the calls they received.
+
+    :param blocks: in the order in which they run
+    :param calls: for each block, the arguments of its call for each sample
+    :param activations: that are quantized within the blocks
+    """
+
+    def __init__(
+        self,
+        blocks: list[nn.Module],
+        calls: list[list[BlockCall]],
+        activations: Iterable[ActivationQuantizer] = (),
+    ):
+        self.blocks = blocks
+        self.calls = calls
+        self.activations = list(activations)
+        first = next(blocks[0].parameters(), None)
+        self.device = torch.device("cpu") if first is None else first.device
+
+    def forward(self, hidden: Tensor, samples: list[int]) -> Tensor:
+        """
+        :param hidden: (len(samples), tokens, hidden), the input of the first block
+        :param samples: which samples these are; all of one signature
+        :return: output of the last block, same shape
+        """
+        for block, calls in zip(self.blocks, self.calls, strict=True):
+            args, kwargs = BlockCall.stack([calls[index] for index in samples], hidden)
+            hidden = as_samples(output_hidden(block(*args, **kwargs)))
+        return hidden
+
+    def stackable(self, hidden: list[Tensor], samples: list[int]) -> list[list[int]]:
+        """:return: the samples, those together that one call of the blocks can take"""
+
+        def signature(index: int) -> tuple | None:
+            parts = [calls[index].signature(hidden[index]) for calls in self.calls]
+            return None if None in parts else tuple(parts)
+
+        return list(stackable(samples, signature))
+
+    def microbatches(
+        self, hidden: list[Tensor], samples: list[int]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield `stackable` samples, with their stacked hidden states on the device."""
+        for group in self.stackable(hidden, samples):
+            yield group, torch.cat([hidden[index].to(self.device) for index in group])
+
+    def batches(self, hidden: list[Tensor], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield `microbatches` of all samples, in order."""
+        for start in range(0, len(hidden), batch_size):
+            samples = list(range(start, min(start + batch_size, len(hidden))))
+            yield from self.microbatches(hidden, samples)
+
+    @torch.no_grad()
+    def calibrate_activations(
+        self,
+        hidden: list[Tensor],
+        masks: list[Tensor | None],
+        batch_size: int,
+        forwards: dict[nn.Module, Forward],
+    ) -> None:
+        """
+        Find the static scales of activations, on what the blocks will see.
+
+        :param hidden: (1, tokens, hidden) per sample, the input of the first block
+        :param masks: (1, tokens) bool per sample, None where every token counts
+        :param forwards: what layers compute in place of their own
+        """
+        static = [one for one in self.activations if one.statistics is not None]
+        if not static:
+            return
+        mask: Tensor | None = None
+
+        def recorder(one: ActivationQuantizer) -> Callable[[Tensor], None]:
+            return lambda x: one.record(x, mask)
+
+        hooks = [
+            partial(one.register, one.quantize if one.statistics is None else recorder(one))
+            for one in self.activations
+        ]
+        with forwards_replaced(forwards), hooks_registered(*hooks):
+            for one in static:
+                assert one.statistics is not None
+                one.statistics.restart()  # until now it recorded the full-precision model
+            for indices, stacked in self.batches(hidden, batch_size):
+                mask = stack_masks(masks, indices, stacked)
+                self.forward(stacked, indices)
+        for one in static:
+            one.synchronize()
+            if one.statistics is not None and one.statistics.found:
+                one.calibrate()
+
+    @torch.no_grad()
+    def advance(
+        self, hidden: list[Tensor], batch_size: int, forwards: dict[nn.Module, Forward]
+    ) -> None:
+        """
+        Replace the input of the first block by the output of the last one, sample by sample, so
+        that only one of the two is in memory.
+
+        :param hidden: (1, tokens, hidden) per sample; the outputs stay on the inputs' devices
+        :param forwards: what layers compute in place of their own
+        """
+        with self.quantized(forwards):
+            for indices, stacked in self.batches(hidden, batch_size):
+                for index, row in zip(indices, self.forward(stacked, indices), strict=True):
+                    # a copy: a view would keep the whole batch
+                    hidden[index] = row.unsqueeze(0).to(hidden[index].device, copy=True)
+
+    @contextmanager
+    def quantized(self, forwards: dict[nn.Module, Forward]) -> Iterator[None]:
+        """
+        Let linear layers compute otherwise, and with quantized activations. Gradients flow through
+        both.
+        """
+        hooks = [partial(one.register, one.quantize) for one in self.activations]
+        with forwards_replaced(forwards), hooks_registered(*hooks):
+            yield
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """No gradients for the parameters of the blocks; only tuned values are trained."""
+        return parameters_frozen(self.blocks)

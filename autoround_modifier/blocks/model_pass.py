@@ -1,0 +1,45 @@
+"""One forward pass of the whole model on a calibration batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["POSITIONS", "counting_positions", "forward_arguments", "model_logits"]
+
+# Positions whose logits are in float32 at the same time.
+POSITIONS = 256
+
+
+def forward_arguments(batch: dict[str, Any]) -> dict[str, Any]:
+    """:return: what of a calibration batch is for the model's forward"""
+    return {key: value for key, value in batch.items() if key not in ("labels", "loss_mask")}
+
+
+def model_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """
+    :param inputs: `forward_arguments`
+    :return: (batch, length, vocabulary), in the model's dtype, on its device
+    """
+    device = next(model.parameters()).device
+    moved = {
+        key: value.to(device) if isinstance(value, Tensor) else value
+        for key, value in inputs.items()
+    }
+    return model(**moved, use_cache=False).logits
+
+
+def counting_positions(batch: dict[str, Any], shape: torch.Size) -> Tensor | None:
+    """
+    :param shape: (batch, length)
+    :return: which positions count, by ``attention_mask`` and ``loss_mask``: (batch, length), bool,
+        on the CPU; None if every position counts
+    """
+    counts = torch.ones(shape, dtype=torch.bool)
+    for name in ("attention_mask", "loss_mask"):
+        mask = batch.get(name)
+        if isinstance(mask, Tensor) and mask.shape == shape:
+            counts &= mask.bool().cpu()
+    return None if bool(counts.all()) else counts

@@ -1,0 +1,70 @@
+"""What of a quantized model can be trained end to end."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from autoround_modifier.errors import RecipeError, SchemeError, listed
+from autoround_modifier.host.activations import has_quantized_cache
+from autoround_modifier.host.schemes import QuantizationArgs, QuantizationStrategy, QuantizationType
+
+__all__ = ["trainable_layers", "trainable_norms"]
+
+STRATEGIES = (
+    QuantizationStrategy.GROUP,
+    QuantizationStrategy.CHANNEL,
+    QuantizationStrategy.TENSOR,
+)
+
+
+def trainable_layers(model: nn.Module) -> dict[nn.Linear, QuantizationArgs]:
+    """
+    :return: quantized linear layers, without the embeddings, and how their weights are quantized
+    :raises RecipeError: if there is none
+    :raises SchemeError: naming the layers whose scales have a fixed grid, or whose activations are
+        quantized
+    """
+    layers: dict[nn.Linear, QuantizationArgs] = {}
+    unsupported = []
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and has_quantized_cache(module):
+            unsupported.append(f"{name} (its key-value cache)")
+        if scheme is None or scheme.weights is None or not isinstance(module, nn.Linear):
+            continue
+        args = scheme.weights
+        if (
+            args.type != QuantizationType.INT
+            or args.strategy not in STRATEGIES
+            or scheme.input_activations is not None
+            or scheme.output_activations is not None
+        ):
+            unsupported.append(name)
+        layers[module] = args
+    if unsupported:
+        raise SchemeError(
+            "ScaleDistillationModifier trains scales of integer weights by group, channel or "
+            "tensor, without quantized activations or cache. These layers have another scheme: "
+            f"{listed(unsupported)}"
+        )
+    if not layers:
+        raise RecipeError(
+            "ScaleDistillationModifier found no linear layer with a quantization scheme; put it "
+            "behind a modifier that quantizes weights, in the same recipe"
+        )
+    return layers
+
+
+def trainable_norms(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """:return: gains and biases: parameters with one dimension named ``weight`` or ``bias``"""
+    found = []
+    seen: set[int] = set()
+    for module in model.modules():
+        for name in ("weight", "bias"):
+            value = getattr(module, name, None)
+            if not isinstance(value, nn.Parameter) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if value.ndim == 1 and value.is_floating_point():
+                found.append((module, name))
+    return found

@@ -1,0 +1,70 @@
+"""
+Layers whose parameters may be offloaded to the CPU or to the disk.
+
+Reading ``layer.weight`` of an offloaded layer brings a new copy to the execution device each time;
+what is asked of shapes and identities must not do that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from compressed_tensors.offload import (
+    disable_offloading,
+    disable_onloading,
+    get_execution_device,
+    update_offload_parameter,
+)
+from compressed_tensors.offload.cache import DiskCache, OffloadCache
+from torch import Tensor, nn
+
+__all__ = [
+    "Layer",
+    "disable_offloading",
+    "disable_onloading",
+    "get_execution_device",
+    "is_on_disk",
+    "parameters_frozen",
+    "stored_weight",
+    "write_parameter",
+]
+
+Layer = nn.Linear | nn.Embedding
+
+
+def stored_weight(layer: Layer) -> Tensor:
+    """:return: the weight where it is kept, without moving it; for its shape, dtype or identity"""
+    with disable_onloading():
+        return layer.weight
+
+
+def write_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Set a parameter or buffer, and its offloaded copy if there is one."""
+    update_offload_parameter(module, name, value)
+
+
+def is_on_disk(model: nn.Module) -> bool:
+    """:return: whether a parameter of the model is offloaded to the disk"""
+    return any(isinstance(module._parameters, DiskCache) for module in model.modules())
+
+
+@contextlib.contextmanager
+def parameters_frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """
+    No gradients for the parameters of these modules. Of offloaded ones, copies that are brought to
+    the device from now on take ``requires_grad`` from what is kept; those that are there already
+    (`disable_offloading`) are frozen too.
+    """
+    with disable_onloading():
+        stored = [p for module in modules for p in module.parameters()]
+    on_device = (OffloadCache.keep_onloaded_values.get(p) for p in stored)
+    copies = [p for p in on_device if p is not None]
+    trainable = [p for p in (*stored, *copies) if p.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

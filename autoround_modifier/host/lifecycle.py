@@ -1,0 +1,107 @@
+"""
+Modifiers, sessions and hooks of LLM-Compressor.
+
+Two things here depend on private behaviour of LLM-Compressor 0.14. Its sequential pipeline feeds
+each block the output of the quantized blocks before it (`propagate_error`) unless a modifier's
+class is *named* ``AutoRoundModifier``; AutoRound needs full-precision inputs and targets. And its
+`ModifierFactory` knows only its own modules, so that modifiers of other packages are registered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from compressed_tensors.quantization import disable_quantization
+from compressed_tensors.quantization.utils import is_module_quantized
+from compressed_tensors.utils import patch_attr
+from llmcompressor import oneshot as host_oneshot
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier, ModifierFactory
+from llmcompressor.modifiers.quantization.calibration import apply_calibration_status
+from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.recipe import Recipe
+from llmcompressor.utils import targets_embeddings, untie_word_embeddings
+from llmcompressor.utils.helpers import DisableQuantization, eval_context
+from llmcompressor.utils.pytorch import infer_sequential_targets
+
+__all__ = [
+    "DisableQuantization",
+    "Event",
+    "HooksMixin",
+    "Modifier",
+    "PlainDataModifier",
+    "QuantizationMixin",
+    "Recipe",
+    "State",
+    "apply_calibration_status",
+    "disable_quantization",
+    "error_propagation_is_off",
+    "eval_context",
+    "host_oneshot",
+    "infer_sequential_targets",
+    "is_module_quantized",
+    "patch_attr",
+    "recipe_classes",
+    "recipe_modifiers",
+    "register_modifier",
+    "targets_embeddings",
+    "untie_word_embeddings",
+    "without_error_propagation",
+]
+
+# The name by which the sequential pipeline recognises AutoRound.
+AUTOROUND_CLASS_NAME = "AutoRoundModifier"
+
+_propagation_off: ContextVar[bool] = ContextVar("propagation_off", default=False)
+
+
+class PlainDataModifier(Modifier):
+    """A modifier whose fields are dumped as plain data, so that the saved recipe can be loaded."""
+
+    def model_dump(self, **kwargs: Any) -> dict[str, Any]:
+        return super().model_dump(**{"mode": "json", **kwargs})
+
+
+def register_modifier(modifier: type[Modifier]) -> None:
+    """Let recipes name this class; in place of a built-in one of the same name."""
+    ModifierFactory.register(modifier.__name__, modifier)
+
+
+def recipe_classes(recipe: Any) -> list[type[Modifier]]:
+    """
+    :param recipe: path, YAML text, `Recipe`, modifier, or a list of modifiers
+    :return: the classes of its modifiers
+    """
+    if isinstance(recipe, (Modifier, Recipe)):
+        modifiers = [recipe] if isinstance(recipe, Modifier) else recipe.modifiers
+        return [type(modifier) for modifier in modifiers]
+    if isinstance(recipe, (list, tuple)):
+        return [kind for part in recipe for kind in recipe_classes(part)]
+    return recipe_classes(Recipe.create_instance(str(recipe)))
+
+
+def recipe_modifiers() -> list[Modifier]:
+    """:return: the modifiers of the running recipe; in a pass of its own, that modifier alone"""
+    return list(active_session().lifecycle.recipe.modifiers)
+
+
+@contextlib.contextmanager
+def without_error_propagation() -> Iterator[None]:
+    """State that the run inside was started with ``propagate_error=False``."""
+    token = _propagation_off.set(True)
+    try:
+        yield
+    finally:
+        _propagation_off.reset(token)
+
+
+def error_propagation_is_off(modifier: Modifier) -> bool:
+    """
+    :return: whether the sequential pipeline is known to give this modifier the inputs of the
+        full-precision model
+    """
+    return type(modifier).__name__ == AUTOROUND_CLASS_NAME or _propagation_off.get()

@@ -1,0 +1,56 @@
+"""Bits of a layer as they are saved: packed values, scales, zero points, all that goes along."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from compressed_tensors.compressors import compress_module
+from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.lifecycle.initialize import (
+    initialize_module_for_quantization,
+)
+from torch import nn
+
+from autoround_modifier.host.layers import Layer, stored_weight
+from autoround_modifier.host.saved_format import choose_saved_format
+
+__all__ = ["saved_bits"]
+
+
+def saved_bits(layer: Layer, scheme: QuantizationScheme) -> int:
+    """
+    What compressed-tensors makes of a layer of this shape, without its bias, which no scheme
+    changes.
+
+    :param scheme: one without ``weights`` leaves the layer as it is
+    :return: bits of all tensors of the layer in the checkpoint
+    """
+    weight = stored_weight(layer)
+    if scheme.weights is None:
+        return weight.numel() * weight.itemsize * 8
+    rows, columns = weight.shape
+    is_embedding = isinstance(layer, nn.Embedding)
+    # as text: schemes are not hashable
+    return _compressed_bits(is_embedding, rows, columns, weight.dtype, scheme.model_dump_json())
+
+
+@functools.cache
+def _compressed_bits(
+    is_embedding: bool, rows: int, columns: int, dtype: torch.dtype, scheme_json: str
+) -> int:
+    """A layer of zeros is compressed: no formula of ours can then differ from the file."""
+    scheme = QuantizationScheme.model_validate_json(scheme_json)
+    choose_saved_format(scheme)
+    layer: Layer
+    if is_embedding:
+        layer = nn.Embedding(rows, columns, dtype=dtype, device="cpu")
+    else:
+        layer = nn.Linear(columns, rows, bias=False, dtype=dtype, device="cpu")
+    layer.quantization_scheme = scheme
+    initialize_module_for_quantization(layer, scheme)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.fill_(0 if name == "weight" or "zero_point" in name else 1)
+    compress_module(layer)
+    return sum(tensor.nbytes for tensor in layer.state_dict().values()) * 8

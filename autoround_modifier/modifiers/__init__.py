@@ -1,0 +1,1 @@
+"""Steps of LLM-Compressor recipes, and what runs them."""

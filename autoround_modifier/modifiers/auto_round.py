@@ -1,0 +1,410 @@
+"""`AutoRoundModifier`: SignRound as a step of an LLM-Compressor recipe. Lifecycle only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from pydantic import PrivateAttr, model_validator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from autoround_modifier.activations import ActivationQuantizer, activation_quantizers
+from autoround_modifier.blocks.experts import ExpertRouting
+from autoround_modifier.blocks.importance import Importance
+from autoround_modifier.blocks.store import CalibrationStore, split_by_module_list
+from autoround_modifier.device import Compute
+from autoround_modifier.errors import RecipeError, listed
+from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_attention
+from autoround_modifier.host.experts import routed_experts_only
+from autoround_modifier.host.layers import Layer, stored_weight
+from autoround_modifier.host.lifecycle import (
+    Event,
+    HooksMixin,
+    PlainDataModifier,
+    QuantizationMixin,
+    State,
+    apply_calibration_status,
+    disable_quantization,
+    error_propagation_is_off,
+    recipe_modifiers,
+    targets_embeddings,
+    untie_word_embeddings,
+)
+from autoround_modifier.host.matching import find_blocks
+from autoround_modifier.host.saved_format import choose_saved_format
+from autoround_modifier.host.schemes import weight_spec
+from autoround_modifier.modifiers.block_quantizer import BlockQuantizer
+from autoround_modifier.modifiers.layer_quantizer import LayerQuantizer
+from autoround_modifier.modifiers.recorder import CalibrationRecorder, layers_to_record
+from autoround_modifier.modifiers.settings import SchemeSettings, TuningSettings
+from autoround_modifier.modifiers.validation import (
+    blocks_without_mask,
+    check_calibration_data,
+    check_finite,
+    check_fit,
+    check_kv_cache,
+    check_processes,
+    check_same_blocks,
+    check_schemes_unchanged,
+    resolve_schemes,
+    uncovered_layers,
+    untargeted_routers,
+)
+from autoround_modifier.runs.block_report import BlockReport
+from autoround_modifier.runs.checkpoint import RunCheckpoint
+from autoround_modifier.runs.digests import run_digests
+from autoround_modifier.search.initial_weights import InitialWeights
+
+__all__ = ["AutoRoundModifier"]
+
+# Compiling takes some ten seconds, once: as long as this many weights, times the passes over them,
+# take longer without.
+COMPILE_FROM = 1e9
+SEARCH_PASSES = 30
+
+
+class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
+    """
+    Learns how each weight rounds, by the sign of the gradient, one decoder block at a time
+    (SignRound, https://arxiv.org/abs/2309.05516). The checkpoint format does not change.
+
+    Sample yaml:
+
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        AutoRoundModifier:
+          preset: default
+          ignore: [lm_head]
+          config_groups:
+            group_0:
+              targets: [Linear]
+              weights: {num_bits: 2, type: int, symmetric: true, strategy: group, group_size: 64}
+    ```
+
+    Lifecycle:
+
+    - on_initialize: refuse bad input, apply the schemes
+    - on_calibration_start: hook the blocks
+    - on_sequential_epoch_end: tune the blocks that just ran, write back, advance the quantized
+      chain; quantize targets outside of blocks by the scale search
+    - on_calibration_end: quantize targets that never ran, remove hooks, freeze
+
+    Targets, schemes and ``ignore`` are those of `QuantizationMixin`. Routers of experts are ignored
+    unless a target names them (`validation.untargeted_routers`). Its observers have no part in
+    weights, and are refused; those of static activations default to ``static_minmax``. All other
+    fields are those of `TuningSettings`.
+    """
+
+    requires_calibration_data: bool = True
+
+    _compute: Compute = PrivateAttr(default_factory=Compute)
+    _quantizer: LayerQuantizer = PrivateAttr(
+        default_factory=lambda: LayerQuantizer(InitialWeights({}, {}, Importance()), {})
+    )
+    _block_quantizer: BlockQuantizer | None = PrivateAttr(default=None)
+    _routing: ExpertRouting = PrivateAttr(default_factory=lambda: ExpertRouting(nn.Module()))
+    _checkpoint: RunCheckpoint | None = PrivateAttr(default=None)
+    _activations: list[ActivationQuantizer] = PrivateAttr(default_factory=list)
+    _blocks: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
+    _store: CalibrationStore | None = PrivateAttr(default=None)
+    _tune_in_sdpa: bool = PrivateAttr(default=False)
+    _progress: tqdm | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _find_whether_data_is_needed(self) -> AutoRoundModifier:
+        self.requires_calibration_data = bool(
+            self.iters or self.scale_search or self.has_static_activations()
+        )
+        return self
+
+    def assign_schemes(self, config_groups: dict[str, Any], ignore: list[str]) -> None:
+        super().assign_schemes(config_groups, ignore)
+        self._find_whether_data_is_needed()
+
+    @property
+    def block_reports(self) -> list[BlockReport]:
+        """What was done to each group of blocks, in order."""
+        return [] if self._block_quantizer is None else list(self._block_quantizer.reports)
+
+    # ------------------------------------------------------------------ lifecycle
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """
+        :raises RecipeError: if there is no scheme, no module is targeted, or the class is renamed
+            and LLM-Compressor would feed it quantized inputs
+        :raises SchemeError: if a scheme is not supported or does not fit its layer
+        :raises CalibrationError: if data is needed and there is none
+        :raises NonFiniteError: if a targeted weight has NaN or infinity
+        :raises RuntimeError: if several processes share a model on disk
+        :raises CheckpointError: if ``checkpoint_dir`` holds another run
+        :raises OSError: if ``checkpoint_dir`` cannot be written to
+        """
+        if not error_propagation_is_off(self):
+            raise RecipeError(
+                f"{type(self).__name__} is an AutoRoundModifier under another name. LLM-Compressor "
+                "would feed its blocks quantized inputs, because it goes by the name of the class. "
+                "Run it by `autoround_modifier.oneshot`, or name the class AutoRoundModifier."
+            )
+        if not self.has_schemes:
+            raise RecipeError(
+                "AutoRoundModifier has neither `scheme` nor `config_groups`: give one of them, or "
+                "put an AutoSchemeModifier before it, which chooses"
+            )
+        model = state.model
+        check_processes(model)
+        routers = untargeted_routers(model, self.resolved_config)
+        if routers:
+            logger.info(
+                f"{len(routers)} routers of experts stay as they are, unless a target names them: "
+                f"{listed(routers)}"
+            )
+            self.add_ignored(routers)
+        schemes = resolve_schemes(model, self.resolved_config)
+        check_fit(schemes)
+        check_finite({name: layer for name, (layer, _) in schemes.items()})
+        check_kv_cache(model, self.kv_cache_scheme)
+        if self.requires_calibration_data:
+            check_calibration_data(state.data.calib, self._reason_for_calibration())
+
+        if self.checkpoint_dir is not None:
+            digests = run_digests(model, self, recipe_modifiers())
+            self._checkpoint = RunCheckpoint(Path(self.checkpoint_dir), digests)
+        QuantizationMixin.initialize_quantization(self, model)
+        names = {module: name for name, (module, _) in schemes.items()}
+        args = {module: scheme.weights for module, scheme in schemes.values()}
+        for layer in names:
+            choose_saved_format(layer.quantization_scheme, type(layer))
+        self._compute = Compute(self._compilation_pays(names))
+        self._routing = ExpertRouting(model)
+        initial = InitialWeights(
+            names,
+            {layer: weight_spec(layer_args) for layer, layer_args in args.items()},
+            Importance(),
+            self._compute,
+            self._routing.layers,
+            self.min_expert_tokens,
+        )
+        self._quantizer = LayerQuantizer(initial, args)
+        self._activations = activation_quantizers(
+            model.named_modules(), names, self.kv_cache_scheme is not None, self._compute
+        )
+        self._blocks = find_blocks(model, kwargs.get("sequential_targets"))
+        self._log_what_is_left_out(model)
+        self._tune_in_sdpa = sdpa_computes_the_same(model)
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        check_schemes_unchanged(self._quantizer.names, self._quantizer.args)
+        named_layers = ((name, layer) for layer, name in self._quantizer.names.items())
+        if targets_embeddings(state.model, named_layers):
+            untie_word_embeddings(state.model)
+        for module in (*self._quantizer.names, *(one.module for one in self._activations)):
+            apply_calibration_status(module)
+        if not self.requires_calibration_data:
+            return
+
+        in_blocks = {module for block in self._blocks for module in block.modules()}
+        to_record = [one for one in self._activations if not one.calibrated]
+        if self.iters or any(one.module in in_blocks for one in to_record):
+            # static scales alone use all samples that the pipeline runs
+            limit = self.num_calibration_samples if self.iters else None
+            self._store = CalibrationStore(self._blocks, limit)
+            self._block_quantizer = BlockQuantizer(
+                self._blocks,
+                self._quantizer,
+                self._activations,
+                self._store,
+                self.tuning_config(),
+                bool(self.scale_search),
+                self.enable_quanted_input,
+                self.strict,
+                self._checkpoint,
+                self._advance_progress,
+            )
+        recorder = CalibrationRecorder(
+            self._blocks,
+            _loss_mask_of(state),
+            self._routing,
+            self._quantizer.initial.importance,
+            self._store,
+        )
+        layers = layers_to_record(
+            self._quantizer.names, in_blocks, self._routing.layers, bool(self.scale_search)
+        )
+        recorder.install(self._register_cleaning_up, layers, to_record)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
+    ) -> None:
+        state.model.apply(disable_quantization)  # the basic pipeline leaves it enabled
+        with self._clean_up_on_failure():
+            groups, modules = self._groups_to_tune(state.model, modules)
+            self._find_shared_scales(state.model, modules)
+            if self._block_quantizer is not None:
+                with (
+                    tuning_attention(state.model, self._tune_in_sdpa),
+                    HooksMixin.disable_hooks(),
+                    routed_experts_only(),
+                ):
+                    for group in groups:
+                        self._block_quantizer.quantize(group)
+            self._quantize_rest(modules)
+            ran = set(modules)
+            _calibrate_rest([one for one in self._activations if one.module in ran])
+
+    def on_calibration_end(self, state: State, event: Event | None, **kwargs: Any) -> None:
+        with self._clean_up_on_failure():
+            never_ran = list(self._quantizer.unquantized)
+            self._find_shared_scales(state.model, never_ran)
+            self._quantize_rest(never_ran)
+            _calibrate_rest(self._activations)
+        self._release()
+        QuantizationMixin.end_calibration(self, state.model)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        if not self.ended_:
+            self.on_calibration_end(state, None)
+        return True
+
+    # ------------------------------------------------------------------ steps of the lifecycle
+
+    def _groups_to_tune(
+        self, model: nn.Module, modules: list[nn.Module]
+    ) -> tuple[list[list[nn.Module]], list[nn.Module]]:
+        """
+        :param modules: that the pipeline has just run
+        :return: the blocks among them, those together that are tuned together; and all modules,
+            with those of blocks that ran although the pipeline does not know them
+        """
+        blocks = [module for module in modules if module in self._blocks]
+        # The sequential pipeline delivers the blocks of one subgraph, to be tuned together if
+        # they follow each other; the basic pipeline delivers the whole model at once.
+        together = split_by_module_list(blocks, self._blocks)
+        groups = [[block] for block in blocks] if model in modules else together
+        if self._store is None:
+            return groups, modules
+        # Blocks that ran inside of code that LLM-Compressor does not trace, like vision encoders,
+        # are in no subgraph. They come first, one by one.
+        recorded = self._store.recorded()
+        check_same_blocks([self._blocks[block] for block in recorded])
+        untraced = [block for block in recorded if block not in blocks]
+        inside = (part for block in untraced for part in block.modules())
+        return [[block] for block in untraced] + groups, [*modules, *inside]
+
+    def _find_shared_scales(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        layers = self._quantizer.waiting(modules)
+        self._quantizer.initial.find_shared_scales(model, layers, bool(self.scale_search))
+
+    def _quantize_rest(self, modules: Iterable[nn.Module]) -> None:
+        """Quantize what was not tuned: by the scale search, or to nearest if only that is asked."""
+        done = self._quantizer.quantize(modules, search=bool(self.iters or self.scale_search))
+        if self.iters and done:
+            logger.info(
+                f"outside of the tuned blocks, quantized by the scale search: {', '.join(done)}"
+            )
+
+    def _reason_for_calibration(self) -> str:
+        if self.iters or self.scale_search:
+            reason = f"`iters: {self.iters}`" if self.iters else "`scale_search: true`"
+            if not self.has_static_activations():
+                reason += " (`preset: rtn` needs none)"
+            return reason
+        return "a static scale of activations"
+
+    def _compilation_pays(self, layers: Iterable[Layer]) -> bool:
+        if self.enable_torch_compile is not None:
+            return self.enable_torch_compile
+        passes = max(self.iters or 0, SEARCH_PASSES if self.scale_search else 0)
+        return passes * sum(stored_weight(layer).numel() for layer in layers) >= COMPILE_FROM
+
+    def _log_what_is_left_out(self, model: nn.Module) -> None:
+        """Log linear layers that no target and no `ignore` names, and blocks without a mask."""
+        left_out = uncovered_layers(model, self._blocks, self.ignore)
+        if left_out:
+            logger.info(
+                f"{len(left_out)} linear layers inside of blocks are neither targeted nor ignored "
+                f"and stay as they are: {listed(left_out)}"
+            )
+        without_mask = blocks_without_mask(self._blocks)
+        if without_mask and self.requires_calibration_data:
+            logger.warning(
+                f"{listed(without_mask)} receive no `attention_mask`: padding in the calibration "
+                "data would count as text"
+            )
+
+    def _advance_progress(self, steps: int) -> None:
+        if self._progress is None:
+            total = len(self._blocks) * (self.iters or 0)
+            self._progress = tqdm(total=total, desc="AutoRound", unit="it", smoothing=0.05)
+        self._progress.update(steps)
+
+    # ------------------------------------------------------------------ failures
+
+    def _register_cleaning_up(
+        self, module: nn.Module, hook: Callable[..., Any], kind: str, **options: Any
+    ) -> None:
+        """Register a hook whose failure cleans up."""
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            with self._clean_up_on_failure():
+                return hook(*args, **kwargs)
+
+        self.register_hook(module, guarded, kind, **options)
+
+    @contextlib.contextmanager
+    def _clean_up_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._release()
+            total = len(self._quantizer.names)
+            kept = (
+                "Nothing was saved."
+                if self._checkpoint is None
+                else f"Finished blocks are kept in {self.checkpoint_dir}."
+            )
+            logger.error(
+                f"AutoRound stopped with {total - len(self._quantizer.unquantized)} of "
+                f"{total} layers quantized. The model in memory is partly quantized: "
+                f"load it again before the next attempt. {kept}"
+            )
+            raise
+
+    def _release(self) -> None:
+        """Drop hooks and everything recorded."""
+        self.remove_hooks()
+        if self._progress is not None:
+            self._progress.close()
+        self._store = self._progress = None
+        if self._block_quantizer is not None:
+            self._block_quantizer.release()
+
+
+def _loss_mask_of(state: State) -> Callable[[nn.Module], Tensor | None]:
+    """:return: block -> the dataset's loss mask for this batch, (batch, tokens), or None"""
+    # A loss mask is of the text; blocks outside of the decoder see patches of images.
+    decoder = set(state.model.get_decoder().modules())
+
+    def loss_mask(block: nn.Module) -> Tensor | None:
+        masks = state.loss_masks if block in decoder else None
+        return masks[state.current_batch_idx] if masks else None
+
+    return loss_mask
+
+
+def _calibrate_rest(activations: list[ActivationQuantizer]) -> None:
+    """Find static scales that tuning has not found, on what the full-precision model gave."""
+    for one in activations:
+        if one.calibrated:
+            continue
+        one.synchronize()
+        if one.calibrate_or_keep_one():
+            logger.warning(
+                f"{one.name}: no calibration sample reached its key-value cache, whose scale "
+                "stays 1"
+            )

@@ -1,0 +1,280 @@
+"""`AutoSchemeModifier`: chooses each layer's scheme under a budget of bits. Lifecycle only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_validator
+from tqdm import tqdm
+
+from autoround_modifier.errors import (
+    OutputExistsError,
+    RecipeError,
+)
+from autoround_modifier.host.lifecycle import (
+    Modifier,
+    PlainDataModifier,
+    State,
+    recipe_modifiers,
+)
+from autoround_modifier.host.matching import find_blocks
+from autoround_modifier.modifiers.auto_round import AutoRoundModifier
+from autoround_modifier.modifiers.explicit_recipe import explicit_recipe
+from autoround_modifier.modifiers.validation import (
+    check_calibration_data,
+    layers_to_choose_for,
+)
+from autoround_modifier.parallel import is_distributed
+from autoround_modifier.runs.files import write_atomically
+from autoround_modifier.schemes.cache import default_cache_folder
+from autoround_modifier.schemes.choose import check_budget, choose_for_layers
+from autoround_modifier.schemes.measurement import Choice
+from autoround_modifier.schemes.options import resolve_options
+from autoround_modifier.schemes.scores import SCORES
+from autoround_modifier.schemes.sensitivity import SensitivityConfig
+
+__all__ = ["AutoSchemeModifier"]
+
+MEASUREMENT_FILE = "auto_scheme.json"
+RECIPE_FILE = "recipe.yaml"
+PLOT_FILE = "auto_scheme.png"
+
+
+class AutoSchemeModifier(PlainDataModifier):
+    """
+    Measures how much each layer loses under each of several schemes, and gives every layer one of
+    them, so that the model fits a budget of bits with the least loss (AutoScheme of SignRoundV2,
+    https://arxiv.org/abs/2512.04746, section 3.1). The `AutoRoundModifier` behind it takes over
+    the choice:
+
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        AutoSchemeModifier: {avg_bits: 2.5, options: [W2A16G64, W4A16G64, W8A16G64]}
+        AutoRoundModifier: {preset: default}
+    ```
+
+    Layers that engines fuse (q/k/v, gate/up, the experts of a block), layers with one weight, and
+    what ``shared_layers`` names get one scheme together. Bits are those of the checkpoint: packed
+    values, scales, zero points. The model is measured as it is when the recipe starts, on the
+    device it is on, before other modifiers (SmoothQuant, AWQ) change it.
+
+    Lifecycle:
+
+    - on_initialize: refuse bad input, measure, choose, hand the choice on
+
+    If the `AutoRoundModifier` has schemes already, as in the recipe saved with a model, nothing is
+    measured or chosen.
+    """
+
+    avg_bits: float = Field(
+        gt=0,
+        description="largest mean of bits for each weight of the layers, as saved: packed values, "
+        "scales, zero points",
+    )
+    options: list[str | dict[str, Any]] = Field(
+        description="schemes to choose from: presets of compressed-tensors such as `MXFP4`, for "
+        "integer weights also with zero points and a group size (`W2A16G64`, `W4A16_ASYM_G32`), or "
+        "fields of `QuantizationScheme` with a `name`; `UNQUANTIZED` leaves a layer alone"
+    )
+    targets: str | list[str] = Field(
+        default_factory=lambda: ["Linear"],
+        description="layers to choose for, as in `AutoRoundModifier`",
+    )
+    ignore: list[str] = Field(
+        default_factory=lambda: ["lm_head"],
+        description="layers to leave out, with those that the `AutoRoundModifier` ignores",
+    )
+    shared_layers: list[list[str]] = Field(
+        default_factory=list,
+        description="further groups of layers that get one scheme, each a list of targets",
+    )
+    whole_model: bool = Field(
+        default=False,
+        description="let `avg_bits` be a mean over all parameters of the model, embeddings and "
+        "norms included",
+    )
+    score: str = Field(
+        default="fisher",
+        description="`fisher`, the divergence to second order, or `delta_loss`, SignRoundV2's "
+        "first order of the loss on the text",
+    )
+    scale_search: bool = Field(
+        default=True,
+        description="measure with searched scales, not with those of minimum and maximum",
+    )
+    num_calibration_samples: int = Field(
+        default=32, ge=1, description="calibration samples to measure on"
+    )
+    batch_size: int = Field(
+        default=8, ge=1, description="calibration samples in each pass of a block"
+    )
+    output_dir: str | None = Field(
+        default=None,
+        description="where to write the scores (`auto_scheme.json`), the recipe without search "
+        "(`recipe.yaml`) and, where matplotlib is installed, a picture (`auto_scheme.png`)",
+    )
+    cache_dir: str | bool = Field(
+        default=True,
+        description="where scores are kept between runs, under a key of the content of weights, "
+        "data and schemes. `true`: `~/.cache/autoround_modifier/autoscheme`; `false`: nowhere",
+    )
+    seed: int = Field(default=42, description="fixes every random choice")
+
+    _choice: Choice | None = PrivateAttr(default=None)
+
+    @field_validator("score")
+    @classmethod
+    def _known_score(cls, value: str) -> str:
+        if value not in SCORES:
+            raise ValueError(f"unknown score `{value}`; use one of {', '.join(SCORES)}")
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _known_options(cls, value: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+        resolve_options(value)
+        return value
+
+    @property
+    def choice(self) -> Choice | None:
+        """What was chosen, and from which scores; None before it."""
+        return self._choice
+
+    # ------------------------------------------------------------------ lifecycle
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """
+        :raises RecipeError: if no `AutoRoundModifier` follows, or no module is targeted
+        :raises SchemeError: if an option does not fit a layer, or no choice fits the budget
+        :raises CalibrationError: if there is no calibration data, or it does not reach a layer
+        :raises NonFiniteError: if a weight or an output has NaN or infinity
+        :raises OutputExistsError: if ``output_dir`` holds results
+        :raises RuntimeError: if several processes share the work
+        """
+        modifiers = recipe_modifiers()
+        tuner = _following_tuner(self, modifiers)
+        if tuner.has_schemes:
+            logger.warning(
+                "AutoRoundModifier has schemes already: AutoSchemeModifier chooses nothing. Remove "
+                "`scheme` and `config_groups` from AutoRoundModifier to choose again."
+            )
+            return True
+        if is_distributed():
+            raise RuntimeError(
+                "AutoSchemeModifier does not run in several processes. Choose in one, and tune "
+                f"with the {RECIPE_FILE} that it writes to `output_dir`."
+            )
+        self._check_output()
+        check_calibration_data(state.data.calib, "AutoSchemeModifier")
+        model, schemes = state.model, resolve_options(self.options)
+        ignore = list(dict.fromkeys([*self.ignore, *tuner.ignore]))
+        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        layers = layers_to_choose_for(model, schemes, targets, ignore)
+        # All but the scores is known: the budget is checked before anything runs.
+        check_budget(model, layers, schemes, self.avg_bits, self.whole_model, self.shared_layers)
+        blocks = find_blocks(model, kwargs.get("sequential_targets"))
+        batches = cast(Iterable[dict[str, Any]], state.data.calib)
+        # Once: a loader that shuffles would bring others the next time.
+        samples = list(_first_samples(batches, self.num_calibration_samples))
+        with tqdm(total=len(blocks), desc="Sensitivity", unit="block") as progress:
+
+            def advance() -> None:
+                progress.update()
+
+            self._choice = choice = choose_for_layers(
+                model,
+                blocks,
+                layers,
+                schemes,
+                samples,
+                self.avg_bits,
+                self._config(),
+                self.whole_model,
+                self.shared_layers,
+                self._cache_folder(),
+                advance,
+            )
+        logger.info(f"Chosen schemes:\n{choice.table()}")
+        logger.info(
+            f"{choice.avg_bits():.4f} bits per weight of these layers, "
+            f"{choice.avg_bits(whole_model=True):.4f} per parameter of the model, "
+            f"{choice.model_bytes / 1e6:.1f} MB in all"
+        )
+        tuner.assign_schemes(choice.config_groups(), ignore)
+        self._write_results(choice, tuner, [other for other in modifiers if other is not self])
+        return True
+
+    def _config(self) -> SensitivityConfig:
+        return SensitivityConfig(
+            score=self.score,
+            scale_search=self.scale_search,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+    def _cache_folder(self) -> Path | None:
+        if self.cache_dir is False:
+            return None
+        return default_cache_folder() if self.cache_dir is True else Path(self.cache_dir)
+
+    # ------------------------------------------------------------------ results
+
+    def _check_output(self) -> None:
+        if self.output_dir is None:
+            return
+        folder = Path(self.output_dir)
+        there = [
+            name for name in (MEASUREMENT_FILE, RECIPE_FILE, PLOT_FILE) if (folder / name).exists()
+        ]
+        if there:
+            raise OutputExistsError(
+                f"{folder} holds {', '.join(there)} already; choose another `output_dir`"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written to; choose another `output_dir`")
+
+    def _write_results(
+        self, choice: Choice, tuner: AutoRoundModifier, others: list[Modifier]
+    ) -> None:
+        if self.output_dir is None:
+            return
+        folder = Path(self.output_dir)
+        choice.measurement.save(folder / MEASUREMENT_FILE)
+        write_atomically(folder / RECIPE_FILE, explicit_recipe(choice, tuner, others))
+        try:
+            from autoround_modifier.schemes.plot import plot_choice
+
+            plot_choice(choice, folder / PLOT_FILE)
+        except ImportError:
+            logger.info("no picture: `pip install autoround-modifier[plot]` brings matplotlib")
+        except Exception as error:  # a picture is not worth the run
+            logger.warning(f"no picture: {error}")
+
+
+def _following_tuner(
+    scheme_modifier: AutoSchemeModifier, modifiers: list[Modifier]
+) -> AutoRoundModifier:
+    """:raises RecipeError: if there is none"""
+    position = next(i for i, modifier in enumerate(modifiers) if modifier is scheme_modifier)
+    following = [x for x in modifiers[position + 1 :] if isinstance(x, AutoRoundModifier)]
+    if not following:
+        raise RecipeError(
+            "AutoSchemeModifier chooses for the AutoRoundModifier that follows it, and none does; "
+            "add one"
+        )
+    return next((tuner for tuner in following if not tuner.has_schemes), following[0])
+
+
+def _first_samples(batches: Iterable[dict[str, Any]], num_samples: int) -> Iterator[dict[str, Any]]:
+    """Yield batches until there are ``num_samples`` rows."""
+    for batch in batches:
+        if num_samples <= 0:
+            return
+        num_samples -= len(batch["input_ids"])
+        yield batch

@@ -1,0 +1,244 @@
+"""Quantizes one group of blocks after the other, each on what the quantized ones before it give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from autoround_modifier.activations import ActivationQuantizer
+from autoround_modifier.blocks.chain import QuantizedChain
+from autoround_modifier.blocks.forwards import quantized_forwards
+from autoround_modifier.blocks.group import BlockGroup
+from autoround_modifier.blocks.store import BlockSamples, CalibrationStore
+from autoround_modifier.errors import NonFiniteError, listed
+from autoround_modifier.formats import QuantizedWeight, TunedWeight
+from autoround_modifier.modifiers.layer_quantizer import LayerQuantizer
+from autoround_modifier.parallel import gathered, wait_for_all
+from autoround_modifier.runs.block_report import BlockReport
+from autoround_modifier.runs.checkpoint import BlockState, RunCheckpoint
+from autoround_modifier.runs.digests import data_digest
+from autoround_modifier.tuning import SampleShare, Tuner, TuningConfig, num_tokens
+
+__all__ = ["BlockQuantizer"]
+
+
+@dataclass
+class BlockQuantizer:
+    """
+    :param names: of all blocks, in the order of the model
+    :param layers: quantizes the layers in them
+    :param activations: that are quantized
+    :param store: what the blocks saw in full precision
+    :param config: of tuning; nothing is tuned if ``iters`` is 0
+    :param search: start from the scale search
+    :param quantized_inputs: whether blocks see the output of the quantized blocks before them
+    :param strict: raise where a block has NaN or infinity, instead of keeping its initial rounding
+    :param checkpoint: where finished blocks are kept, and found again
+    :param on_iteration: called after each step with the number of blocks that took it
+    :ivar reports: of the groups that were tuned
+    """
+
+    names: dict[nn.Module, str]
+    layers: LayerQuantizer
+    activations: list[ActivationQuantizer]
+    store: CalibrationStore
+    config: TuningConfig
+    search: bool
+    quantized_inputs: bool = True
+    strict: bool = False
+    checkpoint: RunCheckpoint | None = None
+    on_iteration: Callable[[int], None] = lambda num_blocks: None
+    reports: list[BlockReport] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._chain = QuantizedChain()
+        self._index = 0
+
+    def quantize(self, blocks: list[nn.Module]) -> None:
+        """
+        :param blocks: that have just run, to be tuned together on the output of the last
+        :raises NonFiniteError: if ``strict`` and there is NaN or infinity
+        :raises CheckpointError: if the checkpoint holds another group in this place
+        """
+        name = ", ".join(self.names[block] for block in blocks)
+        captured = [self.store.pop(block) for block in blocks]
+        samples = [one for one in captured if one is not None]
+        in_group = {layer for block in blocks for layer in block.modules()}
+        layers = [x for x in self.layers.names if x in in_group and isinstance(x, nn.Linear)]
+        if not layers and not self._chain.active:
+            return  # nothing to tune, and nothing quantized before it
+        if not all(gathered(len(samples) == len(blocks))):
+            if layers and self.config.iters:
+                logger.warning(f"{name}: not run once for each sample, so not tuned")
+            return
+        activations = [one for one in self.activations if one.module in in_group]
+        group = BlockGroup(blocks, [one.calls for one in samples], activations)
+        targets, masks = samples[-1].outputs, samples[-1].masks
+        digest = own_digest = ""
+        if self.checkpoint is not None:
+            digest, own_digest = data_digest(samples[0].digest, samples[0].inputs, targets, masks)
+        inputs = self._chained(name, samples[0].inputs)
+        for one in samples:
+            one.inputs = []  # only the inputs of the quantized chain are needed from here on
+
+        state = self.checkpoint.load(self._index, name, digest) if self.checkpoint else None
+        if state is None:
+            share = self._share(samples[-1])
+            weights, report = self._learn(name, group, layers, inputs, targets, masks, share)
+        else:
+            weights, report = self._restored(state, layers, activations)
+            logger.info(f"{name}: found finished in checkpoint_dir")
+            self.on_iteration(len(blocks) * self.config.iters)
+        if report is not None:
+            self.reports.append(report)
+            logger.info(str(report))
+        wait_for_all()  # processes may share the weights, and the last one still read them
+        for layer, weight in weights.items():
+            self.layers.write_back(layer, weight)
+
+        if self.quantized_inputs and blocks[-1] is not next(reversed(self.names)):
+            kept = None
+            if self.checkpoint is not None and state is not None:
+                kept = self.checkpoint.load_chain(self._index, own_digest)
+            if kept is None:
+                forwards = quantized_forwards(weights, self.layers.initial.experts)
+                group.advance(inputs, self.config.batch_size, forwards)
+            self._chain.advance(inputs if kept is None else kept, targets)
+        if self.checkpoint is not None and state is None:
+            state = self._state(weights, activations, report)
+            chain = self._chain_state(own_digest)
+            self.checkpoint.save(self._index, name, digest, state, chain)
+        self._index += 1
+
+    def _chained(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
+        """What the blocks will see after quantization; their own inputs where the chain ends."""
+        if not self._chain.active:
+            return inputs
+        chained = self._chain.take(inputs)
+        if chained is None:
+            logger.info(
+                f"{name}: its input is not the output of the block before it; it is tuned on "
+                "full-precision inputs"
+            )
+            return inputs
+        finite = all(bool(torch.isfinite(hidden).all()) for hidden in chained)
+        if not all(gathered(finite)):
+            self._report_failure(
+                f"{name}: the output of the quantized blocks before it",
+                "this block sees full-precision inputs",
+            )
+            return inputs
+        return chained
+
+    def _learn(
+        self,
+        name: str,
+        group: BlockGroup,
+        layers: list[nn.Linear],
+        inputs: list[Tensor],
+        targets: list[Tensor],
+        masks: list[Tensor | None],
+        share: SampleShare,
+    ) -> tuple[dict[nn.Linear, QuantizedWeight], BlockReport | None]:
+        initial = self.layers.initial
+        scarce = initial.scarce_experts(layers) if self.config.iters else {}
+        if scarce:
+            few = listed([f"{self.layers.names[x]} ({count})" for x, count in scarce.items()])
+            logger.info(
+                f"{name}: {len(scarce)} of {len(initial.experts.intersection(layers))} layers of "
+                f"experts saw fewer than {initial.min_expert_tokens} calibration tokens and are "
+                f"quantized by the scale search alone: {few}"
+            )
+        formats: dict[nn.Linear, TunedWeight] = {
+            layer: initial.start(layer, self.search or layer in scarce) for layer in layers
+        }
+        forwards = quantized_forwards(formats, initial.experts)
+        group.calibrate_activations(inputs, masks, self.config.batch_size, forwards)
+        del forwards
+        fixed = {
+            layer: formats.pop(layer).quantized()
+            for layer in layers
+            if layer in scarce or not self.config.iters
+        }
+        if not formats:
+            return fixed, None
+        result = Tuner(
+            group,
+            formats,
+            inputs,
+            targets,
+            masks,
+            self.config,
+            fixed,
+            initial.experts,
+            share,
+        ).run(lambda: self.on_iteration(len(group.blocks)))
+        if result.failure is not None:
+            self._report_failure(
+                f"{name}: {result.failure}", "the block keeps the rounding it started from"
+            )
+        tuned = {**fixed, **result.weights}
+        in_order = {layer: tuned[layer] for layer in layers}
+        return in_order, BlockReport.from_result(name, result, len(scarce))
+
+    @staticmethod
+    def _share(captured: BlockSamples) -> SampleShare:
+        pairs = zip(captured.outputs, captured.masks, strict=True)
+        counts = [num_tokens(output, mask) for output, mask in pairs]
+        everywhere: dict[int, int] = {}
+        for share in gathered(dict(zip(captured.positions, counts, strict=True))):
+            everywhere.update(share)
+        return SampleShare([everywhere[x] for x in sorted(everywhere)], captured.positions)
+
+    def _report_failure(self, what: str, consequence: str) -> None:
+        message = f"{what} has NaN or infinity; load the model in bfloat16 or float32"
+        if self.strict:
+            raise NonFiniteError(message)
+        logger.warning(f"{message}. The run goes on without it: {consequence}")
+
+    def release(self) -> None:
+        """Drop everything captured."""
+        self.store.clear()
+        self._chain = QuantizedChain()
+
+    # ------------------------------------------------------------------ checkpoint
+
+    def _state(
+        self,
+        weights: dict[nn.Linear, QuantizedWeight],
+        activations: list[ActivationQuantizer],
+        report: BlockReport | None,
+    ) -> BlockState:
+        state = BlockState(facts={"report": None if report is None else asdict(report)})
+        for layer, weight in weights.items():
+            for part, tensor in weight.parts.items():
+                state.tensors[f"{self.layers.names[layer]}.weight:{part}"] = tensor
+        for one in activations:
+            for part, tensor in one.scales().items():
+                state.tensors[f"{one.name}.{one.base_name}:{part}"] = tensor
+        return state
+
+    def _chain_state(self, digest: str) -> BlockState:
+        outputs = {str(sample): hidden for sample, hidden in enumerate(self._chain.outputs)}
+        return BlockState(outputs, {"digest": digest})
+
+    def _restored(
+        self, state: BlockState, layers: list[nn.Linear], activations: list[ActivationQuantizer]
+    ) -> tuple[dict[nn.Linear, QuantizedWeight], BlockReport | None]:
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in state.tensors.items():
+            owner, _, part = name.rpartition(":")
+            parts.setdefault(owner, {})[part] = tensor
+        weights = {}
+        for layer in layers:
+            self.layers.initial.forget(layer)
+            own = parts[f"{self.layers.names[layer]}.weight"]
+            weights[layer] = self.layers.restored(layer, own)
+        for one in activations:
+            one.set_scales(parts.get(f"{one.name}.{one.base_name}", {}))
+        report = state.facts["report"]
+        return weights, None if report is None else BlockReport(**report)

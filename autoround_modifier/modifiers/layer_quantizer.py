@@ -1,0 +1,74 @@
+"""Writes quantized weights into their layers, and knows which layers are left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from loguru import logger
+from torch import Tensor, nn
+
+from autoround_modifier.formats import QuantizedWeight
+from autoround_modifier.host.layers import Layer, get_execution_device, stored_weight
+from autoround_modifier.host.schemes import QuantizationArgs
+from autoround_modifier.host.write_back import write_back
+from autoround_modifier.parallel import wait_for_all
+from autoround_modifier.search.initial_weights import InitialWeights
+
+__all__ = ["LayerQuantizer"]
+
+
+class LayerQuantizer:
+    """
+    :param initial: where each layer starts
+    :param args: how the weight of each layer is quantized
+    :ivar unquantized: layers that are not quantized yet
+    """
+
+    def __init__(self, initial: InitialWeights, args: dict[Layer, QuantizationArgs]) -> None:
+        self.initial = initial
+        self.args = args
+        self.names = initial.names
+        self.unquantized = set(initial.names)
+
+    def waiting(self, modules: Iterable[nn.Module]) -> list[Layer]:
+        """:return: those of the modules that are layers not quantized yet, in model order"""
+        chosen = self.unquantized.intersection(modules)
+        return [layer for layer in self.names if layer in chosen]
+
+    def restored(self, layer: Layer, parts: dict[str, Tensor]) -> QuantizedWeight:
+        """
+        :param parts: of a `QuantizedWeight` of this layer, on any device
+        :return: the same weight, on the layer's device
+        """
+        weight, spec = stored_weight(layer), self.initial.specs[layer]
+        device = get_execution_device(layer)
+        return QuantizedWeight(
+            {name: tensor.to(device) for name, tensor in parts.items()},
+            spec.grid(weight.dtype),
+            spec.grouping(tuple(weight.shape)),
+        )
+
+    def write_back(self, layer: Layer, weight: QuantizedWeight) -> None:
+        """Set the layer's weight, scale and zero point, for good."""
+        moved = write_back(layer, weight, self.args[layer])
+        if moved:
+            logger.info(
+                f"{self.names[layer]}: {moved} of {weight.values.numel()} integers moved by one "
+                f"step, because {weight.grid.dtype} cannot carry them to the checkpoint"
+            )
+        self.unquantized.discard(layer)
+
+    def quantize(self, modules: Iterable[nn.Module], search: bool) -> list[str]:
+        """
+        Quantize without tuning.
+
+        :param modules: layers among them that are quantized already are skipped
+        :param search: see `InitialWeights.start`
+        :return: names of the layers that were quantized
+        """
+        layers = self.waiting(modules)
+        for layer in layers:
+            weight = self.initial.start(layer, search).quantized()
+            wait_for_all()  # other processes may share the weight, and still read it
+            self.write_back(layer, weight)
+        return [self.names[layer] for layer in layers]

@@ -1,0 +1,188 @@
+"""`ScaleDistillationModifier`: trains scales end to end, as a step of a recipe. Lifecycle only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any, cast
+
+from loguru import logger
+from pydantic import Field, PrivateAttr
+from torch import nn
+from tqdm import tqdm
+
+from autoround_modifier.distillation import (
+    DistillationConfig,
+    DistillationResult,
+    TeacherBatch,
+    TrainedScale,
+    record_teacher,
+    train_scales,
+    trainable_layers,
+    trainable_norms,
+)
+from autoround_modifier.errors import RecipeError, listed
+from autoround_modifier.host.layers import disable_offloading
+from autoround_modifier.host.lifecycle import (
+    DisableQuantization,
+    PlainDataModifier,
+    State,
+    eval_context,
+)
+from autoround_modifier.host.matching import find_blocks
+from autoround_modifier.host.schemes import QuantizationStatus
+from autoround_modifier.modifiers.validation import check_calibration_data
+from autoround_modifier.parallel import is_distributed
+
+__all__ = ["ScaleDistillationModifier"]
+
+
+class ScaleDistillationModifier(PlainDataModifier):
+    """
+    Trains the weight scales of a quantized model end to end, with the gains of its norms and its
+    biases, so that its next-token distribution comes closer to the original's. Integers, zero
+    points and the checkpoint format stay as they are. It follows any modifier that quantizes
+    integer weights:
+
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        AutoRoundModifier:
+          ignore: [lm_head]
+          config_groups:
+            group_0:
+              targets: [Linear]
+              weights: {num_bits: 2, type: int, symmetric: true, strategy: group, group_size: 64}
+        ScaleDistillationModifier: {}
+    ```
+
+    The whole model takes part in each step, so it must fit on its device; the activations of one
+    block at a time are kept.
+
+    Lifecycle:
+
+    - on_initialize: refuse bad input, record what the original predicts
+    - on_finalize: train, when all other modifiers are done. What was trained is kept only if it
+      lowers the divergence on samples set aside
+    """
+
+    iters: int = Field(default=50, ge=1, description="training steps")
+    lr: float = Field(
+        default=0.005,
+        gt=0,
+        description="step size of the scales, relative to their mean size in each layer; Adam, "
+        "cosine decay",
+    )
+    norm_lr: float | None = Field(
+        default=None,
+        ge=0,
+        description="the same for the gains of norms and the biases of all layers; 0 leaves them "
+        "alone. Default: half of `lr`",
+    )
+    batch_size: int = Field(
+        default=4,
+        ge=1,
+        description="calibration batches in each step, as `oneshot` delivers them (of one sample "
+        "by default)",
+    )
+    num_calibration_samples: int = Field(
+        default=128, ge=1, description="largest number of those batches to train on"
+    )
+    gradient_checkpointing: bool = Field(
+        default=True,
+        description="compute the activations of each block again on the way back, which takes a "
+        "quarter more time and a fraction of the memory",
+    )
+    holdout_fraction: float = Field(
+        default=0.125,
+        ge=0,
+        le=0.5,
+        description="share of the batches on which the result is judged; they are not trained on. "
+        "With 0, or a single batch, it is judged on what it was trained on",
+    )
+    seed: int = Field(default=42, description="fixes every random choice")
+
+    _teacher: list[TeacherBatch] = PrivateAttr(default_factory=list)
+    _blocks: list[nn.Module] = PrivateAttr(default_factory=list)
+    _result: DistillationResult | None = PrivateAttr(default=None)
+
+    @property
+    def result(self) -> DistillationResult | None:
+        """What training changed; None before it."""
+        return self._result
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """
+        :raises CalibrationError: if there is no calibration data
+        :raises RecipeError: if the model is quantized already, or no modifier before this one
+            quantizes linear layers
+        :raises SchemeError: if a scale cannot be trained
+        :raises NonFiniteError: if the original gives NaN or infinity
+        :raises RuntimeError: if several processes share the work
+        """
+        if is_distributed():
+            raise RuntimeError(
+                "ScaleDistillationModifier does not run in several processes. Start one process."
+            )
+        model = state.model
+        check_calibration_data(state.data.calib, "ScaleDistillationModifier")
+        done = [
+            name
+            for name, module in model.named_modules()
+            if getattr(module, "quantization_status", None) is not None
+            and module.quantization_status >= QuantizationStatus.FROZEN
+        ]
+        if done:
+            raise RecipeError(
+                "ScaleDistillationModifier needs the original's predictions, but the model is "
+                f"quantized already: {listed(done)}. Quantize and distil in one recipe."
+            )
+        trainable_layers(model)
+        self._blocks = list(find_blocks(model, kwargs.get("sequential_targets")))
+        logger.info("Recording the original's predictions")
+        with DisableQuantization(model), disable_offloading(), eval_context(model):
+            batches = islice(cast(Iterable, state.data.calib), self.num_calibration_samples)
+            self._teacher = record_teacher(model, batches)
+        return True
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """
+        :raises NonFiniteError: if the quantized model gives NaN or infinity
+        """
+        teacher, self._teacher = self._teacher, []
+        if not self.ended_:
+            return True  # the run has failed, and the host only cleans up
+        model = state.model
+        with tqdm(total=self.iters, desc="Scale distillation", unit="it") as progress:
+
+            def advance() -> None:
+                progress.update()
+
+            with disable_offloading():
+                scales = [
+                    TrainedScale(layer, args) for layer, args in trainable_layers(model).items()
+                ]
+                norms = trainable_norms(model)
+                self._result = train_scales(
+                    model, self._blocks, scales, norms, teacher, self._config(), advance
+                )
+        result = self._result
+        logger.info(
+            f"Scale distillation: KL divergence on {result.judged_on} {result.initial_kl:.4f} -> "
+            f"{result.final_kl:.4f}, {'kept' if result.kept else 'not better, so dropped'}; "
+            f"{result.seconds:.1f} s"
+        )
+        if result.moved:
+            logger.info(f"{result.moved} integers moved by one step to be saved exactly")
+        return True
+
+    def _config(self) -> DistillationConfig:
+        return DistillationConfig(
+            iters=self.iters,
+            lr=self.lr,
+            norm_lr=self.lr / 2 if self.norm_lr is None else self.norm_lr,
+            batch_size=self.batch_size,
+            gradient_checkpointing=self.gradient_checkpointing,
+            holdout_fraction=self.holdout_fraction,
+            seed=self.seed,
+        )

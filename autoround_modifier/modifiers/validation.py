@@ -1,0 +1,323 @@
+"""Everything that can be refused before the first forward pass is refused here."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from autoround_modifier.activations import unsupported_activations, unsupported_kv_cache
+from autoround_modifier.errors import (
+    CalibrationError,
+    NonFiniteError,
+    RecipeError,
+    SchemeError,
+    listed,
+)
+from autoround_modifier.host.layers import Layer, is_on_disk, stored_weight
+from autoround_modifier.host.lifecycle import is_module_quantized
+from autoround_modifier.host.matching import is_match, match_named_modules, match_targets
+from autoround_modifier.host.schemes import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationType,
+    is_cached_attention_module,
+    is_microscaling,
+    unsupported_weights,
+)
+from autoround_modifier.parallel import gathered, is_distributed
+
+__all__ = [
+    "blocks_without_mask",
+    "check_calibration_data",
+    "check_finite",
+    "check_fit",
+    "check_kv_cache",
+    "check_processes",
+    "check_same_blocks",
+    "check_schemes_unchanged",
+    "layers_to_choose_for",
+    "resolve_schemes",
+    "uncovered_layers",
+    "untargeted_routers",
+]
+
+Schemes = dict[str, tuple[Layer, QuantizationScheme]]
+
+# What the linear layers that choose or weigh experts are called in Transformers' models, or the
+# modules that hold them (`router.proj`, `gate.wg`). A `gate` is one only beside `experts`.
+_ROUTERS = frozenset({"router", "gate", "shared_expert_gate"})
+
+
+def resolve_schemes(model: nn.Module, config: QuantizationConfig) -> Schemes:
+    """
+    Which scheme each module will get, by the rules of compressed-tensors, without changing the
+    model: an exact name wins over a regular expression, and that over a class name.
+
+    :raises RecipeError: if no module matches, or a target matches modules without a weight matrix
+    """
+    by_target = OrderedDict(
+        (target, scheme) for scheme in config.config_groups.values() for target in scheme.targets
+    )
+    matched: dict[str, Layer] = {}
+    wrong = []
+    for name, module in match_named_modules(model, by_target, config.ignore):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            matched[name] = module
+        else:
+            wrong.append(name)
+    if wrong:
+        raise RecipeError(
+            f"targets match modules that are neither Linear nor Embedding: {listed(wrong)}. "
+            "Target the linear layers inside them."
+        )
+    if not matched:
+        raise RecipeError(
+            f"no module matches targets {list(by_target)} after ignoring {config.ignore}. Modules "
+            f"of this model are named like {listed(_example_names(model))}."
+        )
+    return {
+        name: (module, by_target[match_targets(name, module, by_target)[0]])
+        for name, module in matched.items()
+    }
+
+
+def untargeted_routers(model: nn.Module, config: QuantizationConfig) -> list[str]:
+    """
+    Linear layers that choose experts, or weigh a shared one, and are targeted only because they
+    are linear. They are small, and a rounded one sends tokens to other experts, so they keep their
+    precision unless a target is their name, or a regular expression with the word ``router``,
+    ``gate`` or ``shared_expert_gate`` in it, whichever it is.
+
+    :return: their names
+    """
+    targets = [target for scheme in config.config_groups.values() for target in scheme.targets]
+    routers = []
+    for name, module in match_named_modules(model, targets, config.ignore):
+        word = _router_word(model, name) if isinstance(module, nn.Linear) else None
+        if word is None:
+            continue
+        target = match_targets(name, module, targets)[0]
+        if target != name and not _names(target, word):
+            routers.append(name)
+    return routers
+
+
+def _router_word(model: nn.Module, name: str) -> str | None:
+    """:return: the part of a module's name by which it is a router, or None"""
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part in _ROUTERS:
+            beside = dict(model.get_submodule(".".join(parts[:index])).named_children())
+            if part != "gate" or "experts" in beside:
+                return part
+    return None
+
+
+def _names(target: str, word: str) -> bool:
+    return target.startswith("re:") and re.search(rf"\b{word}\b", target) is not None
+
+
+def check_finite(layers: dict[str, Layer]) -> None:
+    """:raises NonFiniteError: naming every layer whose weight has NaN or infinity"""
+    non_finite = [name for name, x in layers.items() if not torch.isfinite(x.weight).all()]
+    if non_finite:
+        raise NonFiniteError(f"weights with NaN or infinity: {listed(non_finite)}")
+
+
+def check_fit(schemes: Schemes) -> None:
+    """:raises SchemeError: naming every layer whose scheme is not supported or does not fit"""
+    unsupported: dict[str, list[str]] = {}  # by reason
+    indivisible: list[str] = []
+    for name, (module, scheme) in schemes.items():
+        reason = (
+            unsupported_weights(scheme.weights)
+            or unsupported_activations(scheme)
+            or _unfit_reason(module, scheme)
+        )
+        if reason is not None:
+            unsupported.setdefault(reason, []).append(name)
+            continue
+        columns = stored_weight(module).shape[-1]
+        sizes = {args.group_size for args in (scheme.weights, scheme.input_activations) if args}
+        for group_size in sizes - {None}:
+            if columns % group_size:
+                fitting = [size for size in range(256, 15, -8) if columns % size == 0]
+                indivisible.append(
+                    f"{name}: {columns} input features, group_size {group_size}"
+                    + (f"; {', '.join(map(str, fitting))} would divide" if fitting else "")
+                )
+
+    if unsupported:
+        reasons = [f"{reason}: {listed(names)}" for reason, names in unsupported.items()]
+        raise SchemeError("AutoRoundModifier cannot quantize these layers: " + "; ".join(reasons))
+    if indivisible:
+        raise SchemeError(
+            "group_size does not divide the input features of these layers; choose one that does, "
+            "use `strategy: channel`, or add the layers to `ignore`:\n  " + "\n  ".join(indivisible)
+        )
+
+
+def layers_to_choose_for(
+    model: nn.Module,
+    options: dict[str, QuantizationScheme],
+    targets: list[str],
+    ignore: list[str],
+) -> dict[str, Layer]:
+    """
+    :param options: schemes by name, each of which must fit all layers
+    :return: the targeted layers by name
+    :raises RecipeError: if no module is targeted, or a layer has a scheme already
+    :raises SchemeError: if an option does not fit a layer
+    :raises NonFiniteError: if a weight has NaN or infinity
+    """
+    layers: dict[str, Layer] = {}
+    for option, scheme in options.items():
+        groups = {"group_0": scheme.model_copy(update={"targets": targets})}
+        config = QuantizationConfig(config_groups=groups, ignore=ignore)
+        config.ignore = [*ignore, *untargeted_routers(model, config)]
+        resolved = resolve_schemes(model, config)
+        first = not layers
+        layers = {name: layer for name, (layer, _) in resolved.items()}
+        if first:
+            check_finite(layers)
+        if scheme.weights is None:
+            continue
+        try:
+            check_fit(resolved)
+        except SchemeError as error:
+            raise SchemeError(f"option {option}: {error}") from error
+    quantized = [name for name, layer in layers.items() if is_module_quantized(layer)]
+    if quantized:
+        raise RecipeError(
+            f"these layers have a scheme already: {listed(quantized)}. Add them to `ignore`, or "
+            "choose before the modifier that gave it."
+        )
+    return layers
+
+
+def check_kv_cache(model: nn.Module, args: QuantizationArgs | None) -> None:
+    """
+    :param args: ``kv_cache_scheme`` of the recipe
+    :raises SchemeError: if no engine keeps such a cache, or the model has no attention layer whose
+        cache compressed-tensors can quantize
+    """
+    if args is None:
+        return
+    reason = unsupported_kv_cache(args)
+    if reason is not None:
+        raise SchemeError(reason)
+    if not any(is_cached_attention_module(module) for module in model.modules()):
+        raise SchemeError(
+            "kv_cache_scheme: the model has no attention layer with `k_proj` or `v_proj` and a "
+            "cache; remove it"
+        )
+
+
+def _unfit_reason(module: Layer, scheme: QuantizationScheme) -> str | None:
+    """:return: why this kind of layer cannot have a scheme that others can, or None"""
+    args = scheme.weights
+    if isinstance(module, nn.Embedding):
+        if args.type != QuantizationType.INT:
+            return "embeddings take integers only"
+        if scheme.input_activations is not None:
+            return "the inputs of embeddings are token ids, not activations"
+    dtype = stored_weight(module).dtype
+    if is_microscaling(args) and dtype != torch.bfloat16:
+        return (
+            f"compressed-tensors loads MX weights as bfloat16, and the model is in {dtype}; load "
+            "it in bfloat16"
+        )
+    return None
+
+
+def check_schemes_unchanged(names: dict[Layer, str], args: dict[Layer, QuantizationArgs]) -> None:
+    """
+    :param names: the layers to quantize
+    :param args: the arguments each was given when the recipe was initialised
+    :raises RecipeError: if another modifier has replaced some of them since
+    """
+    taken = [name for layer, name in names.items() if _weight_args(layer) != args[layer]]
+    if taken:
+        raise RecipeError(
+            "another modifier of the recipe quantizes the same layers: "
+            f"{listed(taken)}. Add them to `ignore` of one of the two."
+        )
+
+
+def uncovered_layers(
+    model: nn.Module, blocks: dict[nn.Module, str], ignore: list[str]
+) -> list[str]:
+    """:return: linear layers inside of blocks that are neither targeted nor ignored"""
+    return [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and _weight_args(layer) is None
+        and any(name.startswith(f"{block}.") for block in blocks.values())
+        and not is_match(name, layer, ignore)
+    ]
+
+
+def blocks_without_mask(blocks: Iterable[nn.Module]) -> list[str]:
+    """:return: class names of blocks that take no attention mask, by which padding is known"""
+    blind = {
+        type(block).__name__
+        for block in blocks
+        if "attention_mask" not in inspect.signature(block.forward).parameters
+    }
+    return sorted(blind)
+
+
+def _weight_args(layer: nn.Module) -> QuantizationArgs | None:
+    return getattr(getattr(layer, "quantization_scheme", None), "weights", None)
+
+
+def check_processes(model: nn.Module) -> None:
+    """:raises RuntimeError: if several processes share a model that is offloaded to disk"""
+    if is_distributed() and is_on_disk(model):
+        raise RuntimeError(
+            "several processes cannot write to one model on disk; offload it to the CPU, or start "
+            "one process"
+        )
+
+
+def check_same_blocks(names: list[str]) -> None:
+    """
+    :param names: of the blocks that this process ran
+    :raises CalibrationError: if other processes ran others
+    """
+    missing = {name for share in gathered(names) for name in share} - set(names)
+    if any(gathered(bool(missing))):
+        raise CalibrationError(
+            f"not all processes ran the same blocks; here {listed(sorted(missing)) or 'none'} "
+            "lacked samples. Each process needs samples of every kind, such as texts with images."
+        )
+
+
+def check_calibration_data(dataloader: object, reason: str) -> None:
+    """
+    :param dataloader: what `oneshot` made of its ``dataset``; None if it got none
+    :param reason: why data is needed
+    :raises CalibrationError: if there is none, or it is empty
+    """
+    if dataloader is None:
+        raise CalibrationError(
+            f"{reason} needs calibration data: pass `dataset=` to `oneshot`, for example the "
+            "output of `autoround_modifier.self_generated(model, tokenizer)`."
+        )
+    try:
+        size = len(dataloader)  # type: ignore[arg-type]
+    except TypeError:
+        return  # a stream has no length
+    if size == 0:
+        raise CalibrationError("the calibration dataset is empty")
+
+
+def _example_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:4]
