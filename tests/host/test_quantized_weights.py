@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compressed_tensors.compressors import compress_module, decompress_module
 from compressed_tensors.quantization import (
     QuantizationScheme,
+    QuantizationStatus,
     initialize_module_for_quantization,
     preset_name_to_scheme,
 )
 from compressed_tensors.quantization.lifecycle.forward import quantize
 from torch import nn
 
-from autoround_modifier.host.quantized_weights import quantized_layers, read_layer
+from autoround_modifier.formats import QuantizedWeight
+from autoround_modifier.host.quantized_weights import (
+    matches_saved_layer,
+    quantized_layers,
+    read_layer,
+    read_saved_layer,
+)
 from autoround_modifier.host.schemes import QuantizationArgs
 
 W4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 2}
@@ -82,3 +90,61 @@ def test_a_layer_is_read_as_it_will_be_saved():
     assert found.global_scale is None
     layer.weight_scale.data.zero_()
     assert found.scale.tolist() == [[0.5, 1.0]]  # tensors of its own
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "W2A16",
+        "W4A16_ASYM",
+        "W8A8",
+        "W4A8",
+        "FP8",
+        "FP8_DYNAMIC",
+        "MXFP4A16",
+        "MXFP8A16",
+        "NVFP4A16",
+    ],
+)
+def test_a_layer_is_compressed_in_memory_when_it_is_saved(preset):
+    layer = nn.Linear(128, 4, bias=False, dtype=torch.bfloat16)
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    initialize_module_for_quantization(layer, scheme)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(-4, 4).repeat(64).view(4, 128) / 2)
+        layer.weight_scale.fill_(0.5)
+        layer.weight_zero_point.zero_()
+        if preset == "NVFP4A16":
+            layer.weight_global_scale.fill_(1.0)
+    before = read_layer(layer, scheme.weights)
+    low, high = (-2, 1) if preset == "W2A16" else (-4, 3)
+    assert before.values[0, :8].tolist() == [min(max(x, low), high) for x in range(-4, 4)]
+
+    def assert_same(after: QuantizedWeight) -> None:
+        assert after.parts.keys() == before.parts.keys()
+        for name, part in before.parts.items():
+            assert torch.equal(after.parts[name].float(), part.float()), name
+
+    compress_module(layer)
+    assert layer.quantization_status == QuantizationStatus.COMPRESSED
+    tensors = dict(layer.state_dict())
+    assert matches_saved_layer(tensors, scheme.weights)
+    assert_same(read_layer(layer, scheme.weights))
+    assert_same(read_saved_layer(tensors, scheme.weights, torch.bfloat16))
+    decompress_module(layer)
+    assert layer.quantization_status == QuantizationStatus.DECOMPRESSED
+    assert_same(read_layer(layer, scheme.weights))
+
+
+def test_tensors_that_other_arguments_describe():
+    layer = nn.Linear(256, 4, bias=False, dtype=torch.bfloat16)
+    initialize_module_for_quantization(layer, preset_name_to_scheme("W4A16", ["Linear"]))
+    nn.init.ones_(layer.weight_scale)
+    compress_module(layer)
+    tensors = dict(layer.state_dict())
+    described = {
+        name: matches_saved_layer(tensors, preset_name_to_scheme(name, ["Linear"]).weights)
+        for name in ("W4A16", "W4A16_ASYM", "W2A16", "W8A16", "W8A8", "FP8", "MXFP4A16", "NVFP4A16")
+    }
+    assert [name for name, fits in described.items() if fits] == ["W4A16"]
+    assert not matches_saved_layer({}, preset_name_to_scheme("W4A16", ["Linear"]).weights)
