@@ -47,6 +47,12 @@ def test_capped_logits_are_not_computed_by_sdpa(cap, expected):
 
 def test_sinks_are_not_computed_by_sdpa():
     assert not sdpa_computes_the_same(gpt_oss())
+    model = tiny_llama(num_layers=1)
+    attention = model.model.layers[0].self_attn
+    attention.sinks = None  # as MiMo-V2 has it in layers without
+    assert sdpa_computes_the_same(model)
+    attention.sinks = nn.Parameter(torch.zeros(4))
+    assert not sdpa_computes_the_same(model)
 
 
 def test_a_module_without_configuration_stays_as_it_is():
