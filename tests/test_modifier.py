@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from conftest import quantize, tiny_llama, tiny_tokenizer, token_samples, weight_scheme
@@ -14,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from autoround_modifier import PRESETS, AutoRoundModifier
 from autoround_modifier.evaluation import compare
-from autoround_modifier.tuning import attention_for_tuning
+from autoround_modifier.host.attention import sdpa_computes_the_same
 
 
 def modifier(num_bits: int = 2, symmetric: bool = True, **fields) -> AutoRoundModifier:
@@ -260,11 +258,10 @@ def test_one_sample_is_enough():
 
 
 def test_soft_capped_attention_is_not_tuned_in_sdpa():
-    config = tiny_llama().config
-    config._attn_implementation = "sdpa"
-    assert attention_for_tuning(SimpleNamespace(config=config)) == "sdpa"
-    config.attn_logit_softcapping = 50.0
-    assert attention_for_tuning(SimpleNamespace(config=config)) is None
+    model = tiny_llama()
+    assert sdpa_computes_the_same(model)
+    model.config.attn_logit_softcapping = 50.0
+    assert not sdpa_computes_the_same(model)
 
 
 def test_layers_left_out_are_named(log):
