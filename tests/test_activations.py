@@ -202,9 +202,9 @@ def test_padding_is_not_observed():
     padded[0, 0] = 1e6
     args = QuantizationArgs(**INT8_TENSOR)
     quantizers = [ActivationQuantizer("layer", nn.Linear(64, 1), "input", args) for _ in range(2)]
-    quantizers[0].observe(padded, mask)
-    quantizers[1].observe(x[mask])
-    first, second = (quantizer._observer.get_qparams()["scale"] for quantizer in quantizers)
+    quantizers[0].record(padded, mask)
+    quantizers[1].record(x[mask])
+    first, second = (quantizer.statistics.scales()["scale"] for quantizer in quantizers)
     assert torch.equal(first, second)
 
     keys = torch.randn(2, 3, 4, 8)
@@ -212,9 +212,9 @@ def test_padding_is_not_observed():
     padded[0, :, 0] = 1e6
     args = QuantizationArgs(**KV_CACHE["attn_head"])
     quantizers = [ActivationQuantizer("attention", nn.Identity(), "k", args) for _ in range(2)]
-    quantizers[0].observe(padded, mask)
-    quantizers[1].observe(keys[:, :, 1:])
-    scales = [quantizer._observer.get_qparams()["scale"] for quantizer in quantizers]
+    quantizers[0].record(padded, mask)
+    quantizers[1].record(keys[:, :, 1:])
+    scales = [quantizer.statistics.scales()["scale"] for quantizer in quantizers]
     assert scales[0].shape == (3, 1, 1)
     assert (scales[0] < 1).all()
 

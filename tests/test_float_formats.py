@@ -119,7 +119,7 @@ def test_equals_compressed_tensors(name, seed, kind):
     if name == "nvfp4":
         layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
         layer.weight.data = weight
-        global_scale = shared_global_scale([layer])
+        global_scale = shared_global_scale([layer.weight])
     found = search_range(weight, args, torch.rand(weight.shape[1]), global_scale)
     for initial in (None, found):
         ours = tuned_weight(weight, args, initial, global_scale).quantized()

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from autoround_modifier import AutoRoundModifier, device
 from autoround_modifier.blocks.importance import Importance
+from autoround_modifier.formats import TunedWeight
 from autoround_modifier.formats.speed import channel_speed
-from autoround_modifier.modifiers import layer_quantizer
+from autoround_modifier.search import initial_weights
 
 SCHEMES = {
     "group": {"num_bits": 2, "type": "int", "strategy": "group", "group_size": 32},
@@ -71,12 +72,12 @@ def test_channels_differ_where_scales_are_searched(scheme, scale_search, monkeyp
         return recorded[layer]
 
     def use(weight, *rest):
-        fmt = tuned_weight(weight, *rest)
+        fmt = TunedWeight(weight, *rest)
         used.append((weight, fmt.channel_speeds))
         return fmt
 
     monkeypatch.setattr(Importance, "pop", record)
-    monkeypatch.setattr(layer_quantizer, "tuned_weight", use)
+    monkeypatch.setattr(initial_weights, "TunedWeight", use)
     weights = {"symmetric": True, **SCHEMES[scheme]}
     recipe = AutoRoundModifier(
         config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
