@@ -53,7 +53,7 @@ class CalibrationRecorder:
         activations: Iterable[ActivationQuantizer],
     ) -> None:
         """
-        :param register: registers a hook; whoever gave it removes it
+        :param register: registers a hook; the caller removes them
         :param layers: whose importance is recorded
         :param activations: whose statistics are recorded
         """
