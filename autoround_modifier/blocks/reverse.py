@@ -161,7 +161,11 @@ class ReversePass:
             raise _FirstBlockReached
 
         first = next(iter(self.blocks))
-        hooks = [partial(layer.register_forward_hook, leave_embedding) for layer in embeddings]
+        # before other hooks of the layer, which shall see an output that takes gradients
+        hooks: list[Callable[[], Any]] = [
+            partial(layer.register_forward_hook, leave_embedding, prepend=True)
+            for layer in embeddings
+        ]
         hooks.append(partial(first.register_forward_pre_hook, enter_block, with_kwargs=True))
         with hooks_registered(*hooks):
             for batch in self.batches:
