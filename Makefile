@@ -32,11 +32,16 @@ quickstart: install
 	rm -rf $(OUTPUT)/quickstart
 	$(RUN) examples/quickstart.py --output $(OUTPUT)/quickstart
 
+# One test process for each of two cores, with one thread each. Compiled functions are kept from one
+# run to the next.
+TEST_PROCESSES ?= 2
+PYTEST = OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(abspath $(OUTPUT))/inductor $(RUN) -m pytest
+
 test: install
-	$(RUN) -m pytest
+	$(PYTEST) -n $(TEST_PROCESSES) --dist worksteal --durations=15
 
 test-slow: install
-	$(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 
 $(VLLM_VENV)/.installed:
 	$(PYTHON) -m venv $(VLLM_VENV)
