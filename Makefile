@@ -108,8 +108,9 @@ lint: install
 typecheck: install
 	$(VENV)/bin/mypy
 
+# With the environment's hatchling, so without network.
 build: install
-	$(VENV)/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(VENV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(AUTO_ROUND_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache
