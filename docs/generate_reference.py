@@ -101,7 +101,7 @@ def fields_page() -> str:
 
 def belongs_to_package(modifier: type[BaseModel], field: str) -> bool:
     """:return: whether a class of this package declares the field"""
-    owners = [x for x in modifier.__mro__ if field in x.__dict__.get("__annotations__", {})]
+    owners = [x for x in modifier.__mro__ if field in inspect.get_annotations(x)]
     return bool(owners) and owners[0].__module__.partition(".")[0] == "autoround_modifier"
 
 
@@ -180,7 +180,7 @@ def default(field: FieldInfo, from_preset: bool) -> str:
     if value is PydanticUndefined:
         return "required"
     if value is None:
-        return "from the preset" if from_preset else "none"
+        return "from the preset" if from_preset else "not set"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     return f"`{value}`" if value != [] else "empty"
@@ -213,8 +213,8 @@ def recipes_page() -> str:
     lines = [
         "# Shipped recipes",
         "",
-        "Each can be used by name: `oneshot(..., recipe=\"w4a16_autoround\")`. "
-        "`load_recipe(name, preset=\"light\")` replaces fields of its `AutoRoundModifier`.",
+        'Each can be used by name: `oneshot(..., recipe="w4a16_autoround")`. '
+        '`load_recipe(name, preset="light")` replaces fields of its `AutoRoundModifier`.',
         "",
     ]
     contents = {name: path.read_text() for name, path in autoround_modifier.list_recipes().items()}
@@ -247,7 +247,12 @@ def first_sentence(text: str) -> str:
 
 
 def api_page() -> str:
-    lines = ["# Python API", "", "What `autoround_modifier` exports. Everything else is private.", ""]
+    lines = [
+        "# Python API",
+        "",
+        "What `autoround_modifier` exports. Everything else is private.",
+        "",
+    ]
     sections: dict[str, list[str]] = {"Functions": [], "Modifiers": [], "Errors": [], "Others": []}
     for name in autoround_modifier.__all__:
         value = exported(name)
@@ -270,7 +275,7 @@ def directive(name: str) -> str:
 
 
 def modifier_entry(name: str) -> str:
-    """Its fields stand on a page of their own; what Python code may read of it afterwards is here."""
+    """Its fields stand on a page of their own; its properties, read after a run, are here."""
     properties = {
         key: " ".join(inspect.getdoc(value).split())
         for base in exported(name).__mro__

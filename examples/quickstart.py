@@ -32,17 +32,21 @@ held_out = samples // 3  # calibration never sees these samples
 evaluation = torch.tensor(text.select(range(held_out))["input_ids"])
 dataset = text.select(range(held_out, samples))
 
-settings = {"iters": 2} if tiny else {"iters": 50, "batch_size": 2}
-folders = {"4 bits": arguments.output, "2 bits": arguments.output / "w2"}
-recipes = {"4 bits": "w4a16_autoround", "2 bits": "w2a16_autoround"}
 answers = {"original": answer(original, tokenizer, question)}
-rows = [f"{'original':<10}{megabytes(arguments.model):>5.0f} MB"]
-for name, folder in folders.items():
+sizes = {"original": megabytes(arguments.model)}
+results = {}
+settings = {"iters": 2} if tiny else {"iters": 50, "batch_size": 2}
+runs = {
+    "4 bits": ("w4a16_autoround", arguments.output),
+    "2 bits": ("w2a16_autoround", arguments.output / "w2"),
+}
+for name, (recipe, folder) in runs.items():
     # 3. Quantize
-    print(f"\nQuantizing to {name} with {recipes[name]}", flush=True)
+    print(f"\nQuantizing to {name} with the recipe {recipe}", flush=True)
     model, _ = load(arguments.model)
-    recipe = load_recipe(recipes[name], **settings)
-    model = oneshot(model=model, tokenizer=tokenizer, dataset=dataset, recipe=recipe)
+    model = oneshot(
+        model=model, tokenizer=tokenizer, dataset=dataset, recipe=load_recipe(recipe, **settings)
+    )
 
     # 4. Save, and load again as any user of the checkpoint would
     model.save_pretrained(folder, save_compressed=True)
@@ -51,17 +55,17 @@ for name, folder in folders.items():
 
     # 5. Compare
     answers[name] = answer(quantized, tokenizer, question)
-    result = compare(original, quantized, evaluation)
-    rows[0] = f"{rows[0][:18]}{'':>15}{'':>17}{result.reference_perplexity:>12.1f}"
-    rows.append(
-        f"{name:<10}{megabytes(folder):>5.0f} MB{result.kl:>15.3f}{result.top1:>17.1%}"
-        f"{result.perplexity:>12.1f}"
-    )
+    sizes[name] = megabytes(folder)
+    results[name] = compare(original, quantized, evaluation)
 
-print(f"\n{'question':<10}{question}")
+print(f"\n{question}")
 for name, text in answers.items():
-    print(f"{name:<10}{text!r}")
-print(f"\n{'':<10}{'size':>8}{'KL divergence':>15}{'top-1 agreement':>17}{'perplexity':>12}")
-print(*rows, sep="\n")
-print(f"\nsaved in {folders['4 bits']} (4 bits) and {folders['2 bits']} (2 bits)")
-print(f"{time.perf_counter() - started:.0f} seconds")
+    print(f"{name:<10}{' '.join(text.split()) or '(no answer)'}")
+print(f"\n{'':<10}{'size':>8}{'KL divergence':>15}{'same top token':>16}{'perplexity':>12}")
+perplexity = results["4 bits"].reference_perplexity
+print(f"{'original':<10}{sizes['original']:>5.0f} MB{'':>31}{perplexity:>12.1f}")
+for name, result in results.items():
+    row = f"{result.kl:>15.3f}{result.top1:>16.1%}{result.perplexity:>12.1f}"
+    print(f"{name:<10}{sizes[name]:>5.0f} MB{row}")
+saved = ", ".join(f"{name} in {folder}" for name, (_, folder) in runs.items())
+print(f"\nsaved {saved}; {time.perf_counter() - started:.0f} seconds in all")
