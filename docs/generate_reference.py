@@ -130,11 +130,10 @@ def summary(modifier: type[BaseModel]) -> str:
 def fields_table(
     modifier: type[BaseModel], names: Iterable[str], described: dict[str, str]
 ) -> list[str]:
-    hints = typing.get_type_hints(modifier, include_extras=False)
     rows = [
         (
             f"`{name}`",
-            allowed(hints.get(name, field.annotation), field),
+            allowed(field),
             default(field, name in preset_fields() and "preset" in modifier.model_fields),
             described[name],
         )
@@ -144,7 +143,7 @@ def fields_table(
     return table(("field", "type", "default", "meaning"), rows)
 
 
-def allowed(annotation: Any, field: FieldInfo) -> str:
+def allowed(field: FieldInfo) -> str:
     """:return: the type as a recipe's author writes it, with its bounds"""
     bounds = [
         f"{words} {getattr(item, attribute)}"
@@ -152,7 +151,7 @@ def allowed(annotation: Any, field: FieldInfo) -> str:
         for kind, (attribute, words) in BOUNDS.items()
         if isinstance(item, kind)
     ]
-    return ", ".join([written(annotation), *bounds])
+    return ", ".join([written(field.annotation), *bounds])
 
 
 def written(annotation: Any) -> str:
