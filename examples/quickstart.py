@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from smollm2 import answer, load, parse_arguments
 
-from autoround_modifier import load_recipe, oneshot, self_generated
-from autoround_modifier.evaluation import compare
+from autoround_modifier import evaluate, load_recipe, oneshot, self_generated
 
 arguments = parse_arguments(__doc__)
 tiny = arguments.tiny
@@ -56,7 +55,7 @@ for name, (recipe, folder) in runs.items():
     # 5. Compare
     answers[name] = answer(quantized, tokenizer, question)
     sizes[name] = megabytes(folder)
-    results[name] = compare(original, quantized, evaluation)
+    results[name] = evaluate(original, quantized, evaluation)
 
 print(f"\n{question}")
 for name, text in answers.items():
