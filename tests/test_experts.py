@@ -19,11 +19,12 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from autoround_modifier import AutoRoundModifier
-from autoround_modifier.blocks.experts import ExpertRouting, routed_experts_only
+from autoround_modifier.blocks.experts import ExpertRouting
 from autoround_modifier.blocks.group import BlockGroup
 from autoround_modifier.blocks.importance import Importance
 from autoround_modifier.blocks.samples import BlockCall
 from autoround_modifier.formats import TunedWeight
+from autoround_modifier.host.experts import routed_experts_only
 from autoround_modifier.tuning import Tuner, TuningConfig
 
 WEIGHTS = QuantizationArgs(num_bits=2, strategy="group", group_size=32)
@@ -179,8 +180,8 @@ class Experts(nn.Module):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("fused", [False, True])
-def test_weights_on_demand_give_the_same_integers(accumulate, fused):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_on_demand_give_the_same_integers(accumulate, compiled):
     def tuned(experts_on_demand: bool):
         torch.manual_seed(0)
         block = Experts()
@@ -188,7 +189,7 @@ def test_weights_on_demand_give_the_same_integers(accumulate, fused):
         with torch.no_grad():
             targets = [block(x) for x in inputs]
         formats = {
-            layer: tuned_weight(layer.weight, WEIGHTS, fused=fused)
+            layer: tuned_weight(layer.weight, WEIGHTS, compiled=compiled)
             for layer in (block.every, block.few)
         }
         config = TuningConfig(iters=10, batch_size=2, gradient_accumulate_steps=accumulate)

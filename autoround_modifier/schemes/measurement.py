@@ -1,4 +1,4 @@
-"""What was measured, and what a budget makes of it: plain data, kept as JSON."""
+"""Scores of layers under each scheme, saved as JSON, and the choice for a budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Choice", "MeasuredUnit", "Measurement"]
 @dataclass(frozen=True)
 class MeasuredUnit:
     """
-    Layers that get one scheme, and what each scheme makes of them.
+    Layers that get one scheme, with their size and score under each scheme.
 
     :param name: display name
     :param layers: names of the layers

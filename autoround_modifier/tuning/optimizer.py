@@ -24,9 +24,10 @@ def default_lr(iters: int, num_bits: int) -> float:
 
 def default_minmax_lr(lr: float, num_bits: int, searched: bool) -> float:
     """
-    ``lr``, as in SignRound, from the observed range. From a searched one, less the wider the
-    integers: alpha and beta are factors of the largest weight, which stands 2^(b-1) integer steps
-    from zero, so that this moves it by as many integer steps at 4 and 8 bits as at 2.
+    ``lr``, as in SignRound, where tuning starts from the observed range. From a searched range it
+    is divided by 2^(b-2): alpha and beta are factors of the largest weight, which is 2^(b-1)
+    integer steps away from zero, so that a step then moves it by the same number of integer steps
+    at 2, 4 and 8 bits.
 
     :param lr: step size of V
     :param searched: whether the range of integers is the best of a search; false for the observed

@@ -1,4 +1,4 @@
-"""One sign-gradient step: the weights that samples compute with, and what becomes of gradients."""
+"""One sign-gradient step: which weights the samples are run with, and where gradients go."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Step:
                 self.forwards[layer] = with_weight(self._leaves[layer], layer.bias)
 
     def end(self) -> None:
-        """Take the step, as far as it was not taken on the way."""
+        """Take the step for all weights that did not take it during the backward pass."""
         for layer, fmt in self.formats.items():
             leaf = self._leaves.pop(layer, None)
             gradient = self._gradients.pop(layer, None) if leaf is None else leaf.grad
