@@ -44,6 +44,7 @@ __all__ = [
     "host_oneshot",
     "infer_sequential_targets",
     "is_module_quantized",
+    "known_modifiers",
     "patch_attr",
     "recipe_classes",
     "recipe_modifiers",
@@ -69,6 +70,19 @@ class PlainDataModifier(Modifier):
 def register_modifier(modifier: type[Modifier]) -> None:
     """Let recipes name this class; in place of a built-in one of the same name."""
     ModifierFactory.register(modifier.__name__, modifier)
+
+
+def known_modifiers() -> list[str]:
+    """:return: names of all modifiers that a recipe may have, those of other packages included"""
+    if not ModifierFactory._loaded:
+        ModifierFactory.refresh()  # imports the built-in ones; registered ones stay
+    registries = (
+        ModifierFactory._main_registry,
+        ModifierFactory._experimental_registry,
+        ModifierFactory._registered_registry,
+    )
+    names = {name for registry in registries for name in registry}
+    return sorted(names - {Modifier.__name__})  # the base class
 
 
 def recipe_classes(recipe: Any) -> list[type[Modifier]]:

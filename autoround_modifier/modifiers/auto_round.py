@@ -182,7 +182,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             check_calibration_data(state.data.calib, reason_for_calibration(self, self))
 
         if self.checkpoint_dir is not None:
-            digests = run_digests(model, self, recipe_modifiers())
+            batches = state.data.calib if self.requires_calibration_data else None
+            digests = run_digests(model, self, recipe_modifiers(), batches)
             self._checkpoint = RunCheckpoint(Path(self.checkpoint_dir), digests)
         QuantizationMixin.initialize_quantization(self, model)
         names = {module: name for name, (module, _) in schemes.items()}
@@ -364,5 +365,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         self.remove_hooks()
         self._progress.close()
         self._store = None
+        if self._checkpoint is not None:
+            self._checkpoint.close()
         if self._block_quantizer is not None:
             self._block_quantizer.release()
