@@ -16,7 +16,7 @@ export AUTO_ROUND_PYTHON = $(abspath $(AUTO_ROUND_VENV))/bin/python
 
 .PHONY: install auto-round quickstart test lint typecheck test-slow test-vllm bench-accuracy \
 	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
-	table-architectures build clean
+	table-architectures docs build clean
 
 install: $(VENV)/.installed
 
@@ -100,6 +100,11 @@ bench-memory: install
 # Which architectures work, from the checks of tests/architectures.
 table-architectures: install
 	$(RUN) tests/architectures/table.py $(OUTPUT)/architectures.md
+
+# The site, in $(OUTPUT)/site. Its reference is made from the installed package.
+docs: install
+	$(VENV)/bin/pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(VENV)/bin/mkdocs build --strict --site-dir "$(abspath $(OUTPUT))/site"
 
 lint: install
 	$(VENV)/bin/ruff check .
