@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from loguru import logger
 
-__all__ = ["Compute", "compile_options", "slice_elements"]
+__all__ = ["Compute", "compilation_pays", "compile_options", "slice_elements"]
 
 # Numbers to compute with at once without a compiler. On a CPU, intermediate results then fit its
 # cache; on an accelerator they only have to fit its memory, and each kernel launch costs time.
@@ -17,6 +17,12 @@ ACCELERATOR_SLICE_ELEMENTS = 2**26
 # Variants of one compiled function: a few for each numeric format of a recipe. PyTorch compiles no
 # more than this number.
 RECOMPILE_LIMIT = 64
+
+# Compiling takes some ten seconds, once: about as long as computing with this many weights takes
+# without a compiler.
+COMPILE_FROM = 1e9
+# How often the scale search computes with each weight.
+SEARCH_PASSES = 30
 
 Result = TypeVar("Result")
 
@@ -75,6 +81,16 @@ class Compute:
             recompile_limit=RECOMPILE_LIMIT
         ):
             return self._functions[function](*arguments)
+
+
+def compilation_pays(num_weights: int, iters: int | None, scale_search: bool | None) -> bool:
+    """
+    :param num_weights: of all layers
+    :param iters: sign-gradient steps
+    :return: whether there is enough to compute to make up for the time that compiling takes
+    """
+    passes = max(iters or 0, SEARCH_PASSES if scale_search else 0)
+    return passes * num_weights >= COMPILE_FROM
 
 
 def slice_elements(device: torch.device) -> int:

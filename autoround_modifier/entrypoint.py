@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedModel
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from autoround_modifier.calibration import text_dataset
-from autoround_modifier.errors import CalibrationError, OutputExistsError, RecipeError
-from autoround_modifier.host.lifecycle import (
-    host_oneshot,
-    recipe_classes,
-    without_error_propagation,
-)
+from autoround_modifier.errors import CalibrationError, RecipeError
+from autoround_modifier.host.layers import weight_folders
+from autoround_modifier.host.lifecycle import AUTOROUND_CLASS_NAME, as_recipe, host_oneshot
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.parallel import gathered, is_distributed, process_rank
 from autoround_modifier.recipes import check_recipe, find_recipe
+from autoround_modifier.runs.output_folder import check_output_folder
 
 __all__ = ["oneshot"]
 
@@ -31,6 +29,8 @@ def oneshot(
     dataset: Any = None,
     output_dir: str | os.PathLike[str] | None = None,
     overwrite_output_dir: bool = False,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """
@@ -46,47 +46,47 @@ def oneshot(
     :param dataset: whatever `llmcompressor.oneshot` takes, or the path of a ``.txt``, ``.json``
         or ``.jsonl`` file, which `text_dataset` cuts into samples of ``max_seq_length`` tokens
     :param output_dir: where to save; nothing is saved if None
-    :param overwrite_output_dir: save into a folder that already holds files
-    :param kwargs: further arguments of `llmcompressor.oneshot`
+    :param overwrite_output_dir: save into a folder that already holds files; never into the one
+        that the model comes from
+    :param token: for the Hugging Face Hub, where a tokenizer or processor is loaded by name
+    :param local_files_only: load tokenizer and processor from this machine only
+    :param kwargs: further arguments of `llmcompressor.oneshot`, such as ``model_revision`` and
+        ``trust_remote_code_model``, which apply to tokenizer and processor as well
     :return: the quantized model
-    :raises OutputExistsError: if ``output_dir`` holds files
+    :raises OutputExistsError: if ``output_dir`` holds files, or the original model
+    :raises OSError: if ``output_dir`` cannot be made or written to
+    :raises ValueError: if ``token`` or ``local_files_only`` is given with the name of a model on
+        the Hub, which LLM-Compressor loads without them
     :raises RecipeError: if the recipe is not found, is empty, or has fields that do not exist
     :raises CalibrationError: if the dataset is empty
     """
-    if output_dir is not None and not overwrite_output_dir:
-        folder = Path(output_dir)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise OutputExistsError(
-                f"{folder} exists and is not empty; choose another `output_dir`, or pass "
-                "`overwrite_output_dir=True`"
-            )
+    if output_dir is not None:
+        check_output_folder(Path(output_dir), overwrite_output_dir, _source_folders(model))
     recipe = _checked(recipe)
+    hub = {"token": token, "local_files_only": local_files_only}
+    if token is not None or local_files_only:
+        _load_processor(model, kwargs, hub)
     if isinstance(dataset, (str, Path)) and Path(dataset).is_file():
-        dataset = _read_text(Path(dataset), model, kwargs)
+        dataset = _read_text(Path(dataset), model, kwargs, hub)
     if isinstance(dataset, Sized) and not isinstance(dataset, str) and len(dataset) == 0:
         raise CalibrationError("the calibration dataset is empty")
     if is_distributed() and isinstance(dataset, Dataset):
         dataset = _own_share(dataset, kwargs.get("num_calibration_samples", 512))
     kwargs.setdefault("shuffle_calibration_samples", False)
-    with contextlib.ExitStack() as stack:
-        if _has_renamed_autoround(recipe):
-            # LLM-Compressor does the same, but goes by the name of the class.
+    recipe = as_recipe(recipe, kwargs.get("stage"))
+    for modifier in recipe.modifiers:
+        if isinstance(modifier, AutoRoundModifier) and (
+            type(modifier).__name__ != AUTOROUND_CLASS_NAME
+        ):
+            # For the class of that name LLM-Compressor does this itself.
             kwargs["propagate_error"] = False
-            stack.enter_context(without_error_propagation())
-        return host_oneshot(
-            model=model,
-            recipe=recipe,
-            dataset=dataset,
-            output_dir=None if output_dir is None else str(output_dir),
-            **kwargs,
-        )
-
-
-def _has_renamed_autoround(recipe: Any) -> bool:
-    """:return: whether the recipe has a subclass of `AutoRoundModifier` under another name"""
-    return any(
-        issubclass(kind, AutoRoundModifier) and kind.__name__ != AutoRoundModifier.__name__
-        for kind in recipe_classes(recipe)
+            modifier.run_without_error_propagation()
+    return host_oneshot(
+        model=model,
+        recipe=recipe,
+        dataset=dataset,
+        output_dir=None if output_dir is None else str(output_dir),
+        **kwargs,
     )
 
 
@@ -118,13 +118,44 @@ def _own_share(dataset: Dataset, num_samples: int | None) -> Dataset:
     return dataset.select(range(total * rank // size, total * (rank + 1) // size))
 
 
-def _read_text(path: Path, model: str | PreTrainedModel, kwargs: dict[str, Any]) -> Any:
+def _source_folders(model: str | PreTrainedModel) -> set[Path]:
+    """:return: folders on this machine from which the model was, or still is, read"""
+    if isinstance(model, (str, Path)):
+        return {Path(model)} if Path(model).is_dir() else set()
+    name = model.config._name_or_path
+    named = {Path(name)} if name and Path(name).is_dir() else set()
+    return named | weight_folders(model)
+
+
+def _load_processor(
+    model: str | PreTrainedModel, kwargs: dict[str, Any], hub: dict[str, Any]
+) -> None:
+    """
+    Load what LLM-Compressor would load without ``token`` and ``local_files_only``.
+
+    :param kwargs: of `oneshot`; ``processor`` is set, ``tokenizer`` is removed
+    :param hub: the two arguments
+    :raises ValueError: if the model itself is to be loaded from the Hub
+    """
+    if isinstance(model, str) and not Path(model).is_dir():
+        raise ValueError(
+            f"LLM-Compressor loads `{model}` without `token` and `local_files_only`. Load the "
+            "model by `from_pretrained`, which takes both, and pass it to `oneshot`."
+        )
+    processor = kwargs.pop("tokenizer", None) or kwargs.get("processor")
+    if processor is None or isinstance(processor, str):
+        source = _processor_source(processor, model, kwargs)
+        processor = AutoProcessor.from_pretrained(**source, **hub)
+    kwargs["processor"] = processor
+
+
+def _read_text(
+    path: Path, model: str | PreTrainedModel, kwargs: dict[str, Any], hub: dict[str, Any]
+) -> Any:
     tokenizer = kwargs.get("tokenizer") or kwargs.get("processor")
     if tokenizer is None or isinstance(tokenizer, str):
-        source = tokenizer or (model if isinstance(model, str) else model.config._name_or_path)
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=kwargs.get("trust_remote_code_model", False)
-        )
+        source = _processor_source(tokenizer, model, kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(**source, **hub)
     return text_dataset(
         path,
         tokenizer,
@@ -132,3 +163,42 @@ def _read_text(path: Path, model: str | PreTrainedModel, kwargs: dict[str, Any])
         max_seq_length=kwargs.get("max_seq_length") or 2048,
         text_column=kwargs.get("text_column", "text"),
     )
+
+
+def _processor_source(
+    name: str | None, model: str | PreTrainedModel, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    :param name: what the user named, or None
+    :return: arguments of `from_pretrained`
+    :raises CalibrationError: if nothing is named, and the model does not come from where its
+        config says. A config is data from somebody else; what it names is not fetched.
+    """
+    arguments = {"trust_remote_code": kwargs.get("trust_remote_code_model", False)}
+    if name is not None:
+        return {"pretrained_model_name_or_path": name, **arguments}
+    revision = kwargs.get("model_revision")
+    if isinstance(model, (str, Path)):
+        source = str(model)
+    else:
+        source = model.config._name_or_path
+        revision = revision or getattr(model.config, "_commit_hash", None)
+        if not _was_loaded_from(source, revision):
+            raise CalibrationError(
+                f"no tokenizer: the model is in memory, and `{source}`, which its config names, is "
+                "neither a folder nor a model that was downloaded to this machine. Pass "
+                "`tokenizer=`."
+            )
+    return {"pretrained_model_name_or_path": source, "revision": revision or "main", **arguments}
+
+
+def _was_loaded_from(name: str, revision: str | None) -> bool:
+    """:return: whether it is a folder, or the Hub's cache has the config of a model of that name"""
+    if not name:
+        return False
+    if Path(name).is_dir():
+        return True
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    except ValueError:  # it cannot be the name of a model
+        return False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from autoround_modifier.errors import RecipeError
-from autoround_modifier.host.lifecycle import Recipe
+from autoround_modifier.host.lifecycle import Modifier, Recipe, known_modifiers
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
 from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
@@ -54,7 +55,8 @@ def load_recipe(recipe: str | Path, **fields: Any) -> Recipe:
 
     :param recipe: a path, or the name of a shipped recipe
     :param fields: fields of `AutoRoundModifier`, by name
-    :raises RecipeError: if the recipe is not found or is not sound
+    :raises RecipeError: if the recipe is not found or is not sound, or would not be with these
+        fields
     """
     path = find_recipe(recipe)
     text = path.read_text(encoding="utf-8")
@@ -73,6 +75,7 @@ def load_recipe(recipe: str | Path, **fields: Any) -> Recipe:
             for name in PRESET_FIELDS:
                 body.pop(name, None)
         body.update(fields)
+        _check_fields(f"{path}, with {', '.join(fields)} replaced", AutoRoundModifier, body)
     return Recipe.from_dict(content)
 
 
@@ -86,22 +89,49 @@ def check_recipe(text: str, source: str) -> None:
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_keys(source, root)
         modifiers = list(_modifiers(source, root))
     except yaml.YAMLError as error:
         raise RecipeError(f"{source}: not valid YAML: {error}") from error
     if not modifiers:
         raise RecipeError(f"{source}: no modifiers; {_LAYOUT}")
+    known = known_modifiers()
     for line, name, body in modifiers:
+        place = f"{source}:{line}"
+        if name not in known:
+            raise RecipeError(f"{place}: no modifier is named `{name}`{_nearest(name, known)}")
         if not isinstance(body, dict):
-            raise RecipeError(f"{source}:{line}: `{name}` has no fields; write `{name}: {{}}`")
+            raise RecipeError(f"{place}: `{name}` has no fields; write `{name}: {{}}`")
         if name in _OURS:
-            try:
-                _OURS[name](**body)
-            except ValidationError as error:
-                problems = "; ".join(
-                    ".".join(map(str, item["loc"])) + ": " + item["msg"] for item in error.errors()
-                )
-                raise RecipeError(f"{source}:{line}: `{name}`: {problems}") from error
+            _check_fields(place, _OURS[name], body)
+
+
+def _check_fields(place: str, modifier: type[Modifier], body: dict[Any, Any]) -> None:
+    """
+    :param place: of the fields, for messages
+    :raises RecipeError: if a modifier cannot be made of the fields
+    """
+    name = modifier.__name__
+    for field in body:
+        if not isinstance(field, str):
+            raise RecipeError(f"{place}: `{name}`: {field!r} is not the name of a field")
+    try:
+        modifier(**body)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            field = ".".join(map(str, item["loc"]))
+            hint = ""
+            if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
+                hint = _nearest(field, modifier.model_fields)
+            problems.append(f"{field}: {item['msg']}{hint}")
+        raise RecipeError(f"{place}: `{name}`: {'; '.join(problems)}") from error
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """:return: the end of a message: which known names are nearest"""
+    near = [f"`{x}`" for x in difflib.get_close_matches(name, list(known), n=2)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 _OURS = {
@@ -128,15 +158,39 @@ def _modifiers(source: str, root: yaml.Node | None) -> Iterator[tuple[int, str, 
                     f"{source}:{_line(group_key)}: `{group_key.value}` is not a group of "
                     f"modifiers: {_LAYOUT}"
                 )
-            seen: set[str] = set()
             for key, value in _items(group):
-                if key.value in seen:
-                    raise RecipeError(
-                        f"{source}:{_line(key)}: a second `{key.value}` in one group would replace "
-                        "the first; put it into a group of its own"
-                    )
-                seen.add(key.value)
                 yield _line(key), key.value, _construct(value)
+
+
+def _check_keys(source: str, root: yaml.Node | None) -> None:
+    """
+    YAML takes the last of two equal keys, and Python cannot have a list as a key.
+
+    :raises RecipeError: with the line of a key that is not a scalar, or that is there twice
+    """
+    nodes, seen = [] if root is None else [root], set()
+    for node in nodes:  # which grows
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        keys: set[str] = set()
+        for key, value in _items(node):
+            place = f"{source}:{_line(key)}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"{place}: a list or mapping is used as a key; keys are words")
+            if key.value in keys:
+                raise RecipeError(
+                    f"{place}: a second `{key.value}` would replace the first"
+                    + ("; put it into a group of its own" if _is_modifier(key.value) else "")
+                )
+            keys.add(key.value)
+            nodes.append(value)
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+
+
+def _is_modifier(key: str) -> bool:
+    return key.endswith("Modifier")
 
 
 def _items(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:

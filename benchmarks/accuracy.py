@@ -35,7 +35,7 @@ from autoround_modifier import (
     text_dataset,
 )
 from autoround_modifier.evaluation import compare
-from autoround_modifier.formats import group_format
+from autoround_modifier.formats import tuned_weight
 from autoround_modifier.formats.floating import FloatElement, FloatGrid
 from autoround_modifier.formats.grid import Grid
 from autoround_modifier.runs.files import write_atomically
@@ -124,7 +124,7 @@ def use_equal_steps() -> None:
 
 def use_equal_channels() -> None:
     """Let V of all channels move equally far in a sign step, as in SignRound."""
-    group_format.channel_speed = torch.ones_like  # type: ignore[assignment]
+    tuned_weight.channel_speed = torch.ones_like  # type: ignore[assignment]
 
 
 def use_fixed_unit() -> None:

@@ -35,18 +35,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from autoround_modifier import AutoRoundModifier, oneshot, text_dataset
 from autoround_modifier.blocks.importance import Importance
-from autoround_modifier.evaluation import compare, logits_of
+from autoround_modifier.evaluation import compare, next_token_logits
+from autoround_modifier.formats import TunedWeight
+from autoround_modifier.host.saved_size import saved_bits
+from autoround_modifier.host.schemes import weight_spec
 from autoround_modifier.runs.files import write_atomically
-from autoround_modifier.schemes import (
-    MeasuredUnit,
-    Measurement,
-    SensitivityConfig,
-    Unit,
-    find_units,
-    measure_sensitivity,
-    resolve_options,
-    saved_bits,
-)
+from autoround_modifier.schemes import MeasuredUnit, Measurement, resolve_options
+from autoround_modifier.schemes.sensitivity import SensitivityConfig, measure_sensitivity
+from autoround_modifier.schemes.units import Unit, find_units
 from autoround_modifier.search import search_range
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -134,13 +130,13 @@ def rank(bench: Bench) -> dict[str, Any]:
         layer.register_forward_pre_hook(lambda layer, args: importance.record(layer, args))
         for layer in bench.layers.values()
     ]
-    logits_of(model, torch.tensor(bench.calibration["input_ids"]))
+    next_token_logits(model, torch.tensor(bench.calibration["input_ids"]))
     for handle in handles:
         handle.remove()
     found = {layer: importance.pop(layer) for layer in bench.layers.values()}
 
     samples = bench.held_out[: arguments.rank_samples]
-    reference = logits_of(model, samples)
+    reference = next_token_logits(model, samples)
     truth: dict[str, list[float]] = {option: [] for option in OPTIONS[:2]}
     for unit in bench.units:
         for option, divergences in truth.items():
@@ -149,9 +145,10 @@ def rank(bench: Bench) -> dict[str, Any]:
             for name in unit.layers:
                 layer = bench.layers[name]
                 saved[name] = layer.weight.detach().clone()
-                best = search_range(layer.weight, args, found[layer])
+                spec = weight_spec(args)
+                best = search_range(layer.weight, spec, found[layer])
                 with torch.no_grad():
-                    layer.weight.copy_(tuned_weight(layer.weight, args, best).dequantize())
+                    layer.weight.copy_(TunedWeight(layer.weight, spec, best).dequantize())
             divergences.append(compare(reference, model, samples).kl)
             with torch.no_grad():
                 for name, weight in saved.items():

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM
 
 from autoround_modifier import AutoRoundModifier
 from autoround_modifier.activations import ActivationQuantizer
+from autoround_modifier.device import Compute
 from autoround_modifier.errors import CalibrationError, SchemeError
 from autoround_modifier.evaluation import compare
-from autoround_modifier.host import choose_saved_format
+from autoround_modifier.host.saved_format import choose_saved_format
 
 MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "type": "float"}
 NVFP4 = {
@@ -95,8 +96,8 @@ def tuned(name: str, preset: str = "light", model=None, data=None, **fields):
     return quantize(tiny_llama() if model is None else model, recipe, data)
 
 
-def site_of(name: str, x: torch.Tensor) -> ActivationQuantizer:
-    """A calibrated site of its own, whose scale is that of ``x``."""
+def quantizer_of(name: str, x: torch.Tensor) -> ActivationQuantizer:
+    """A calibrated quantizer, whose scale is that of ``x``."""
     args = QuantizationArgs(**{"symmetric": True, **ACTIVATIONS[name]})
     layer = nn.Linear(x.shape[-1], 1)
     layer.quantization_scheme = QuantizationScheme(targets=["Linear"], input_activations=args)
@@ -108,11 +109,11 @@ def site_of(name: str, x: torch.Tensor) -> ActivationQuantizer:
         del layer.input_global_scale
     if args.dynamic:
         del layer.input_scale, layer.input_zero_point
-    site = ActivationQuantizer("layer", layer, "input", args)
-    if not site.calibrated:
-        site.observe(x)
-        site.calibrate()
-    return site
+    quantizer = ActivationQuantizer("layer", layer, "input", args)
+    if not quantizer.calibrated:
+        quantizer.record(x)
+        quantizer.calibrate()
+    return quantizer
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -135,24 +136,26 @@ def test_gradients_pass_straight_through(name, seed, kind, dtype):
             x.fill_(0.3)
         case "outliers":
             x[0, 0, 0] = 1000
-    site = site_of(name, x)
+    quantizer = quantizer_of(name, x)
     leaf = x.clone().requires_grad_()
-    out = site.quantize(leaf)
-    assert torch.equal(out, forward_quantize(site.module, x, "input", site.args))
+    out = quantizer.quantize(leaf)
+    assert torch.equal(out, forward_quantize(quantizer.module, x, "input", quantizer.args))
     assert out.dtype == dtype
     assert out.shape == x.shape
     assert torch.isfinite(out).all()
     cotangent = torch.randn(x.shape, generator=generator).to(dtype)
     out.backward(cotangent)
-    if site.args.dynamic or site.args.symmetric:
+    if quantizer.args.dynamic or quantizer.args.symmetric:
         assert torch.equal(leaf.grad, cotangent)
     else:  # rounding of the zero point may cut the ends off
         edge = 0.03 * (x.float().max() - x.float().min())
         inner = (x.float() >= x.float().min() + edge) & (x.float() <= x.float().max() - edge)
         assert torch.equal(leaf.grad[inner], cotangent[inner])
     if kind in ("normal", "constant"):
-        bits = site.args.num_bits
-        tolerance = {("int", 8): 0.01, ("float", 8): 0.04, ("float", 4): 0.26}[site.args.type, bits]
+        bits = quantizer.args.num_bits
+        tolerance = {("int", 8): 0.01, ("float", 8): 0.04, ("float", 4): 0.26}[
+            quantizer.args.type, bits
+        ]
         limit = x.float().abs().max() if bits == 8 else x.float().abs().max() / 2
         assert (out.float() - x.float()).abs().max() <= tolerance * limit * 2
 
@@ -160,12 +163,12 @@ def test_gradients_pass_straight_through(name, seed, kind, dtype):
 @pytest.mark.parametrize("name", ["int8 token", "fp8 tensor", "mxfp4", "nvfp4"])
 def test_fused_and_plain_agree(name):
     x = torch.randn(3, 7, 64).bfloat16()
-    site = site_of(name, x)
-    plain = [leaf := x.clone().requires_grad_(), site.quantize(leaf)]
-    site.fused = True
-    fused = [leaf := x.clone().requires_grad_(), site.quantize(leaf)]
-    assert torch.equal(plain[1], fused[1])
-    for leaf, out in (plain, fused):
+    quantizer = quantizer_of(name, x)
+    plain = [leaf := x.clone().requires_grad_(), quantizer.quantize(leaf)]
+    quantizer.compute = Compute(compiled=True)
+    compiled = [leaf := x.clone().requires_grad_(), quantizer.quantize(leaf)]
+    assert torch.equal(plain[1], compiled[1])
+    for leaf, out in (plain, compiled):
         (2 * out).sum().backward()
         assert torch.equal(leaf.grad, torch.full_like(x, 2))
 
@@ -173,9 +176,9 @@ def test_fused_and_plain_agree(name):
 @pytest.mark.parametrize("name", ["int8 tensor", "fp8 tensor", "int8 tensor asymmetric"])
 def test_no_gradient_beyond_a_static_range(name):
     x = torch.linspace(-1, 1, 64).view(1, 1, 64)
-    site = site_of(name, x)
+    quantizer = quantizer_of(name, x)
     leaf = (3 * x).requires_grad_()
-    out = site.quantize(leaf)
+    out = quantizer.quantize(leaf)
     out.sum().backward()
     inside = leaf.abs() < 0.99
     assert torch.equal(leaf.grad[inside], torch.ones(int(inside.sum())))
@@ -187,9 +190,9 @@ def test_no_gradient_beyond_a_static_range(name):
 def test_tokens_of_experts_have_scales_of_their_own(name):
     """A routed expert sees (tokens, features)."""
     x = torch.randn(6, 64) * torch.logspace(-2, 2, 6)[:, None]
-    site = site_of(name, x)
-    assert torch.equal(site.quantize(x), site.quantize(x[None])[0])
-    assert ((site.quantize(x) - x).abs().amax(1) < 0.04 * x.abs().amax(1)).all()
+    quantizer = quantizer_of(name, x)
+    assert torch.equal(quantizer.quantize(x), quantizer.quantize(x[None])[0])
+    assert ((quantizer.quantize(x) - x).abs().amax(1) < 0.04 * x.abs().amax(1)).all()
 
 
 def test_padding_is_not_observed():
@@ -198,20 +201,20 @@ def test_padding_is_not_observed():
     padded = x.clone()
     padded[0, 0] = 1e6
     args = QuantizationArgs(**INT8_TENSOR)
-    sites = [ActivationQuantizer("layer", nn.Linear(64, 1), "input", args) for _ in range(2)]
-    sites[0].observe(padded, mask)
-    sites[1].observe(x[mask])
-    first, second = (site._observer.get_qparams()["scale"] for site in sites)
+    quantizers = [ActivationQuantizer("layer", nn.Linear(64, 1), "input", args) for _ in range(2)]
+    quantizers[0].record(padded, mask)
+    quantizers[1].record(x[mask])
+    first, second = (quantizer.statistics.scales()["scale"] for quantizer in quantizers)
     assert torch.equal(first, second)
 
     keys = torch.randn(2, 3, 4, 8)
     padded = keys.clone()
     padded[0, :, 0] = 1e6
     args = QuantizationArgs(**KV_CACHE["attn_head"])
-    sites = [ActivationQuantizer("attention", nn.Identity(), "k", args) for _ in range(2)]
-    sites[0].observe(padded, mask)
-    sites[1].observe(keys[:, :, 1:])
-    scales = [site._observer.get_qparams()["scale"] for site in sites]
+    quantizers = [ActivationQuantizer("attention", nn.Identity(), "k", args) for _ in range(2)]
+    quantizers[0].record(padded, mask)
+    quantizers[1].record(keys[:, :, 1:])
+    scales = [quantizer.statistics.scales()["scale"] for quantizer in quantizers]
     assert scales[0].shape == (3, 1, 1)
     assert (scales[0] < 1).all()
 
@@ -338,7 +341,7 @@ def test_tuning_beats_rounding(name):
 @pytest.mark.parametrize("name", ["W8A8 static", "MXFP4"])
 def test_the_tuner_sees_what_inference_computes(name, monkeypatch):
     """The loss of the last block's best candidate is that of the finished model on the chain."""
-    from autoround_modifier.tuning import block as blocks
+    from autoround_modifier.blocks import group as blocks
 
     advanced = []
     original = blocks.BlockGroup.advance

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from autoround_modifier import AutoRoundModifier, AutoSchemeModifier, auto_scheme, oneshot
+from autoround_modifier import AutoRoundModifier, AutoSchemeModifier, oneshot
 from autoround_modifier.blocks.samples import content_key
 from autoround_modifier.errors import (
     CalibrationError,
@@ -24,17 +24,12 @@ from autoround_modifier.errors import (
     RecipeError,
     SchemeError,
 )
+from autoround_modifier.host.saved_size import saved_bits
 from autoround_modifier.recipes import check_recipe
-from autoround_modifier.schemes import (
-    MeasuredUnit,
-    Measurement,
-    SensitivityConfig,
-    find_units,
-    measure_sensitivity,
-    resolve_options,
-    saved_bits,
-)
+from autoround_modifier.schemes import MeasuredUnit, Measurement, choose, resolve_options
 from autoround_modifier.schemes.options import named_scheme
+from autoround_modifier.schemes.sensitivity import SensitivityConfig, measure_sensitivity
+from autoround_modifier.schemes.units import find_units
 
 OPTIONS = ["W2A16G32", "W4A16G32", "W8A16G32"]
 
@@ -442,7 +437,7 @@ def test_results_are_written_and_run_again_without_a_search(tmp_path, monkeypatc
     def never(*args, **kwargs):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(auto_scheme, "measure_sensitivity", never)
+    monkeypatch.setattr(choose, "measure_sensitivity", never)
     explicit = (found / "recipe.yaml").read_text()
     check_recipe(explicit, "recipe.yaml")
     (group,) = yaml.safe_load(explicit)["quant_stage"].values()
@@ -468,7 +463,7 @@ def test_scores_are_kept_by_content(tmp_path, monkeypatch):
         calls.append(list(options))
         return measure_sensitivity(model, blocks, layers, options, *args)
 
-    monkeypatch.setattr(auto_scheme, "measure_sensitivity", spy)
+    monkeypatch.setattr(choose, "measure_sensitivity", spy)
 
     def run(model=None, data=None, **fields):
         modifier = chooser(cache_dir=str(tmp_path), **fields)
@@ -584,14 +579,14 @@ def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path, log):
 
 
 def test_a_budget_for_the_original_is_refused(monkeypatch):
-    monkeypatch.setattr(auto_scheme, "measure_sensitivity", None)
+    monkeypatch.setattr(choose, "measure_sensitivity", None)
     fields = {"avg_bits": 16, "options": ["W4A16G32", "UNQUANTIZED"]}
     with pytest.raises(SchemeError, match="fits without quantization"):
         quantize(tiny_llama(), [chooser(**fields), tuner()])
 
 
 def test_a_budget_that_cannot_be_kept_is_refused_before_anything_runs(monkeypatch):
-    monkeypatch.setattr(auto_scheme, "measure_sensitivity", None)
+    monkeypatch.setattr(choose, "measure_sensitivity", None)
     with pytest.raises(SchemeError, match=r"from 2\.5\d+ to 8\.5\d+ bits per weight"):
         quantize(tiny_llama(), [chooser(avg_bits=2.0), tuner()])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from autoround_modifier.blocks.importance import Importance
 from autoround_modifier.blocks.samples import (
     BlockCall,
     call_token_mask,
@@ -14,12 +15,7 @@ from autoround_modifier.blocks.samples import (
     stackable,
     token_mask,
 )
-from autoround_modifier.blocks.store import (
-    CalibrationStore,
-    Importance,
-    split_towers,
-    tower,
-)
+from autoround_modifier.blocks.store import CalibrationStore, module_list, split_by_module_list
 
 
 def test_split_and_stack_are_inverse():
@@ -155,7 +151,8 @@ def test_a_call_without_batch_dimension_is_one_sample(shape):
     assert one.shape == (1, hidden[..., 0].numel(), 8)
     args, kwargs = BlockCall.stack([call], one)
     assert torch.equal(args[0], hidden)
-    assert kwargs["cu_seqlens"] is lengths
+    assert torch.equal(kwargs["cu_seqlens"], lengths)
+    assert kwargs["cu_seqlens"] is not lengths  # the block may write into it
     assert call.signature(one) is None
 
 
@@ -188,7 +185,7 @@ def test_towers():
         "model.layers.1.mlp",
         "head.a",
     ]
-    assert [tower(name) for name in names] == [
+    assert [module_list(name) for name in names] == [
         "visual.blocks",
         "model.layers",
         "visual.blocks",
@@ -197,7 +194,7 @@ def test_towers():
     ]
     blocks = {torch.nn.Identity(): name for name in names[:3]}
     first, second, third = blocks
-    assert split_towers(blocks, blocks) == [[first, third], [second]]
+    assert split_by_module_list(blocks, blocks) == [[first, third], [second]]
 
 
 def test_each_tower_has_its_own_samples():

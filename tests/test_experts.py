@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,12 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from autoround_modifier import AutoRoundModifier
-from autoround_modifier.blocks.experts import ExpertRouting, routed_experts_only
+from autoround_modifier.blocks.experts import ExpertRouting
 from autoround_modifier.blocks.group import BlockGroup
 from autoround_modifier.blocks.importance import Importance
 from autoround_modifier.blocks.samples import BlockCall
 from autoround_modifier.formats import TunedWeight
+from autoround_modifier.host.experts import routed_experts_only
 from autoround_modifier.tuning import Tuner, TuningConfig
 
 WEIGHTS = QuantizationArgs(num_bits=2, strategy="group", group_size=32)
@@ -119,14 +121,15 @@ def test_llama4_experts_count_no_zero_rows():
     hidden = torch.zeros(6, 4)
     hidden[1], hidden[2], hidden[3] = 1.0, 2.0, 3.0  # two tokens of the first, one of the second
     mask = torch.tensor([[True, True, False]])
-    routing.enter(experts, (hidden,), mask)
-    for x, layer, rows in (
-        (hidden, experts[0], [1]),  # token 2 is padding
-        (hidden[:3], experts[0], [1]),
-        (hidden, experts[1], [3]),
-        (hidden[3:], experts[1], [3]),
-    ):
-        assert torch.equal(routing.select(layer, x), hidden[rows])
+    for all_shown in (True, False):
+        with moe_calibration_context() if all_shown else nullcontext():
+            routing.enter(experts, (hidden,), mask)
+        for x, layer, rows in (
+            (hidden[:3], experts[0], [1]),  # token 2 is padding
+            (hidden[3:], experts[1], [3]),
+        ):
+            x = hidden if all_shown else x
+            assert torch.equal(routing.select(layer, x), hidden[rows])
 
 
 def test_experts_without_tokens_are_searched_alone(log, tmp_path):
@@ -179,8 +182,8 @@ class Experts(nn.Module):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("fused", [False, True])
-def test_weights_on_demand_give_the_same_integers(accumulate, fused):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_on_demand_give_the_same_integers(accumulate, compiled):
     def tuned(experts_on_demand: bool):
         torch.manual_seed(0)
         block = Experts()
@@ -188,7 +191,7 @@ def test_weights_on_demand_give_the_same_integers(accumulate, fused):
         with torch.no_grad():
             targets = [block(x) for x in inputs]
         formats = {
-            layer: tuned_weight(layer.weight, WEIGHTS, fused=fused)
+            layer: tuned_weight(layer.weight, WEIGHTS, compiled=compiled)
             for layer in (block.every, block.few)
         }
         config = TuningConfig(iters=10, batch_size=2, gradient_accumulate_steps=accumulate)

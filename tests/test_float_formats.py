@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from autoround_modifier import AutoRoundModifier
 from autoround_modifier.errors import SchemeError
 from autoround_modifier.evaluation import compare
-from autoround_modifier.formats import Grouping, grid_of
 from autoround_modifier.formats.floating import E2M1, E4M3, exponent_of, power_of_two
 from autoround_modifier.formats.grouping import observed_range
+from autoround_modifier.host.schemes import weight_spec
 from autoround_modifier.search import shared_global_scale
 
 SCHEMES = {
@@ -119,7 +119,7 @@ def test_equals_compressed_tensors(name, seed, kind):
     if name == "nvfp4":
         layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
         layer.weight.data = weight
-        global_scale = shared_global_scale([layer])
+        global_scale = shared_global_scale([layer.weight])
     found = search_range(weight, args, torch.rand(weight.shape[1]), global_scale)
     for initial in (None, found):
         ours = tuned_weight(weight, args, initial, global_scale).quantized()
@@ -132,7 +132,7 @@ def test_equals_compressed_tensors(name, seed, kind):
 def test_observed_scales_are_those_of_compressed_tensors(name):
     weight, args = weights_of(3, "normal", 48, 96), args_of(name)
     global_scale = torch.tensor([448 * 6 / weight.abs().max()]) if name == "nvfp4" else None
-    groups = Grouping.of(weight.shape, args).split(weight)
+    groups = weight_spec(args).grouping(weight.shape).split(weight)
     theirs, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale)
     ours = tuned_weight(weight, args, None, global_scale).quantized().scale
     assert torch.equal(ours.flatten(), theirs.float())
@@ -147,7 +147,7 @@ def test_search_lowers_the_weighted_error(name):
     def error(initial):
         ours = tuned_weight(weight, args, initial, global_scale).quantized().dequantize()
         errors = importance * (ours - weight).square()
-        return Grouping.of(weight.shape, args).split(errors).sum(-1)
+        return weight_spec(args).grouping(weight.shape).split(errors).sum(-1)
 
     before = error(None)
     after = error(search_range(weight, args, importance, global_scale))
@@ -163,7 +163,10 @@ def test_gradients_are_those_of_the_smooth_surrogate(name):
     same function without rounding; V moves each weight onto a number, where the two are equal.
     """
     weight, args = weights_of(1, "normal", 48, 96), args_of(name)
-    grid, groups = grid_of(args, torch.float32), Grouping.of(weight.shape, args).split(weight)
+    grid, groups = (
+        weight_spec(args).grid(torch.float32),
+        weight_spec(args).grouping(weight.shape).split(weight),
+    )
     low, high = (0.8 * bound for bound in observed_range(groups))  # cuts some weights off
     one_global = 448 * 6 / weight.abs().max()
     global_scale = one_global.expand(len(groups)) if name == "nvfp4" else None
@@ -239,22 +242,23 @@ def test_sign_steps_follow_the_gradient_of_v(name):
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_fused_and_plain_agree(name):
+def test_compiled_and_plain_agree(name):
     weight, args = weights_of(2, "normal", 48, 96).bfloat16(), args_of(name)
     global_scale = None
     if name == "nvfp4":
         global_scale = (448 * 6 / weight.abs().max().float()).view(1)
     importance = torch.rand(weight.shape[1]) ** 4
     formats = [
-        tuned_weight(weight, args, None, global_scale, importance, fused) for fused in (False, True)
+        tuned_weight(weight, args, None, global_scale, importance, compiled)
+        for compiled in (False, True)
     ]
     gradient = torch.randn(weight.shape).bfloat16()
     for fmt in formats:
         fmt.make_trainable(True)
         fmt.descend(gradient, torch.tensor(0.3), torch.tensor(0.0))
-    plain, fused = formats
-    assert torch.equal(plain.rounding, fused.rounding)
-    assert torch.equal(plain.dequantize(), fused.dequantize())
+    plain, compiled = formats
+    assert torch.equal(plain.rounding, compiled.rounding)
+    assert torch.equal(plain.dequantize(), compiled.dequantize())
     assert torch.equal(plain.dequantize(), plain.quantized().dequantize())
 
 

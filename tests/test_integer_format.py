@@ -10,6 +10,7 @@ from helpers import tuned_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoround_modifier import device
 from autoround_modifier.formats import TunedWeight
 from autoround_modifier.formats.integer import (
     asymmetric_qparams,
@@ -74,11 +75,11 @@ def test_parity_with_compressed_tensors(num_bits, symmetric, group_size, rows, g
     torch.testing.assert_close(ours.dequantize(), again, rtol=0, atol=0)
 
 
-def tuned_format(symmetric: bool, dtype: torch.dtype, fused: bool = False) -> TunedWeight:
+def tuned_format(symmetric: bool, dtype: torch.dtype, compiled: bool = False) -> TunedWeight:
     """A format some way into tuning: V and the clipping factors have moved."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 64, generator=generator).to(dtype)
-    fmt = tuned_weight(weight, args_of(3, symmetric), fused=fused)
+    fmt = tuned_weight(weight, args_of(3, symmetric), compiled=compiled)
     fmt.make_trainable(tune_clipping=True)
     fmt.rounding.uniform_(-0.5, 0.5, generator=generator)
     for factor in fmt.clipping:
@@ -142,26 +143,28 @@ def test_a_step_is_one_step_size_against_the_gradient(symmetric):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_fused_and_plain_agree(symmetric):
+def test_compiled_and_plain_agree(symmetric):
     """The same integers; the same step, but for sums of a group that are next to zero."""
-    plain, fused = (tuned_format(symmetric, torch.bfloat16, fused=flag) for flag in (False, True))
+    plain, compiled = (
+        tuned_format(symmetric, torch.bfloat16, compiled=flag) for flag in (False, True)
+    )
     gradient = torch.randn(48, 64).bfloat16()
-    for fmt in (plain, fused):
+    for fmt in (plain, compiled):
         fmt.descend(gradient, torch.tensor(0.02), torch.tensor(0.02))
-    assert torch.equal(plain.rounding, fused.rounding)
-    for ours, theirs in zip(plain.clipping, fused.clipping, strict=True):
+    assert torch.equal(plain.rounding, compiled.rounding)
+    for ours, theirs in zip(plain.clipping, compiled.clipping, strict=True):
         assert (ours != theirs).float().mean() < 0.05
         theirs.copy_(ours)
-    ours, theirs = plain.quantized(), fused.quantized()
+    ours, theirs = plain.quantized(), compiled.quantized()
     for name in ("values", "scale", "zero_point"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    for fmt in (plain, fused):  # what is tuned is what is saved
+    for fmt in (plain, compiled):  # what is tuned is what is saved
         assert torch.equal(fmt.dequantize(), ours.dequantize())
 
 
 def test_slices_change_nothing(monkeypatch):
     whole = tuned_format(False, torch.bfloat16)
-    monkeypatch.setattr("autoround_modifier.formats.tuned_weight.SLICE_ELEMENTS", 7 * 32)
+    monkeypatch.setattr(device, "CPU_SLICE_ELEMENTS", 7 * 32)
     sliced = tuned_format(False, torch.bfloat16)
     gradient = torch.randn(48, 64)
     sliced.descend(gradient, torch.tensor(0.1), torch.tensor(0.1))

@@ -16,9 +16,10 @@ import torch
 from conftest import quantize, tiny_llama, token_samples, weight_scheme
 from test_modifier import all_integers, assert_same, differ
 
-from autoround_modifier import AutoRoundModifier, run_checkpoint
+from autoround_modifier import AutoRoundModifier
 from autoround_modifier.blocks.group import BlockGroup
 from autoround_modifier.errors import CheckpointError, NonFiniteError
+from autoround_modifier.runs import checkpoint as checkpoint_module
 from autoround_modifier.tuning import Tuner
 from autoround_modifier.tuning.step import Step
 
@@ -173,9 +174,9 @@ def test_two_modifiers_of_one_recipe_do_not_share_a_folder(tmp_path):
 
 
 def test_a_chain_of_other_samples_is_not_taken(tmp_path):
-    checkpoint = run_checkpoint.RunCheckpoint(tmp_path, {"model": "m"})
-    chain = run_checkpoint.BlockState({"0": torch.ones(1, 2, 3)}, {"digest": "mine"})
-    checkpoint.save(0, "block", "digest", run_checkpoint.BlockState(), chain)
+    checkpoint = checkpoint_module.RunCheckpoint(tmp_path, {"model": "m"})
+    chain = checkpoint_module.BlockState({"0": torch.ones(1, 2, 3)}, {"digest": "mine"})
+    checkpoint.save(0, "block", "digest", checkpoint_module.BlockState(), chain)
     assert checkpoint.load_chain(0, "another's") is None
     (hidden,) = checkpoint.load_chain(0, "mine")
     assert torch.equal(hidden, torch.ones(1, 2, 3))
@@ -198,7 +199,7 @@ def test_samples_that_only_importance_saw_count_as_data(tmp_path):
 
 def test_a_full_disk_loses_no_finished_block(tmp_path, monkeypatch):
     whole = all_integers(quantize(tiny_llama(num_layers=4), modifier(None)))
-    original, written = run_checkpoint.save_file, []
+    original, written = checkpoint_module.save_file, []
 
     def disk_full_at_the_third_block(tensors, path, metadata):
         original(tensors, path, metadata)
@@ -208,7 +209,7 @@ def test_a_full_disk_loses_no_finished_block(tmp_path, monkeypatch):
                 file.truncate(100)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(run_checkpoint, "save_file", disk_full_at_the_third_block)
+    monkeypatch.setattr(checkpoint_module, "save_file", disk_full_at_the_third_block)
     with pytest.raises(OSError, match="No space left") as raised:
         quantize(tiny_llama(num_layers=4), modifier(tmp_path))
     assert str(tmp_path) in str(raised.value)
@@ -223,12 +224,12 @@ def test_a_full_disk_loses_no_finished_block(tmp_path, monkeypatch):
 def test_a_file_that_the_system_does_not_let_grow(tmp_path):
     """What safetensors raises, when the system refuses to write, is an error of the folder too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    checkpoint = run_checkpoint.RunCheckpoint(tmp_path, {"model": "m"})
-    state = run_checkpoint.BlockState({"a": torch.zeros(10_000)})
+    checkpoint = checkpoint_module.RunCheckpoint(tmp_path, {"model": "m"})
+    state = checkpoint_module.BlockState({"a": torch.zeros(10_000)})
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         with pytest.raises(OSError, match=r"cannot be written to") as raised:
-            checkpoint.save(0, "block", "digest", state, run_checkpoint.BlockState())
+            checkpoint.save(0, "block", "digest", state, checkpoint_module.BlockState())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(tmp_path) in str(raised.value)

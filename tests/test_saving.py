@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from conftest import quantize, tiny_llama, weight_scheme
 from helpers import (
-    tuned_weight,
     integers,
     quantized_layers,
     saved_integers,
     saved_tensors,
     saved_zero_points,
+    tuned_weight,
 )
 from transformers import AutoModelForCausalLM
 
 from autoround_modifier import AutoRoundModifier
+from autoround_modifier.host.write_back import write_back
 
 
 @pytest.mark.parametrize("group_size", [32, None], ids=["group", "channel"])
@@ -54,10 +56,6 @@ def test_saved_integers_are_the_tuned_integers(num_bits, symmetric, group_size, 
 
 def test_integers_move_only_where_bfloat16_has_no_value_for_them():
     # 8 bits, float32: all survive, so the limit is the dtype's, not the format's.
-    from compressed_tensors.quantization import QuantizationArgs
-
-        from autoround_modifier.host.write_back import write_back
-
     args = QuantizationArgs(num_bits=8, symmetric=False, strategy="group", group_size=32)
     moved = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -7,6 +7,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from helpers import search_range, tuned_weight
 
+from autoround_modifier import device
+
 
 def args_of(num_bits: int, symmetric: bool) -> QuantizationArgs:
     return QuantizationArgs(num_bits=num_bits, symmetric=symmetric, strategy="group", group_size=32)
@@ -54,13 +56,13 @@ def test_symmetric_search_is_close_to_brute_force():
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_fused_and_plain_find_the_same(symmetric):
+def test_compiled_and_plain_find_the_same(symmetric):
     torch.manual_seed(0)
     weight, importance = torch.randn(48, 64).bfloat16(), torch.rand(64)
     args = args_of(2, symmetric)
     plain = search_range(weight, args, importance)
-    fused = search_range(weight, args, importance, compiled=True)
-    ours, theirs = (error(weight, args, importance, found) for found in (plain, fused))
+    compiled = search_range(weight, args, importance, compiled=True)
+    ours, theirs = (error(weight, args, importance, found) for found in (plain, compiled))
     # Sums may round differently, and a tie then has another winner of the same error.
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
@@ -93,11 +95,9 @@ def test_degenerate_groups_stay_finite():
 
 
 def test_rows_are_independent(monkeypatch):
-    from autoround_modifier.search import integer_search
-
     weight = torch.randn(40, 64)
     whole = search_range(weight, args_of(3, True))
-    monkeypatch.setattr(integer_search, "SLICE_ELEMENTS", 64 * 7)
+    monkeypatch.setattr(device, "CPU_SLICE_ELEMENTS", 64 * 7)
     sliced = search_range(weight, args_of(3, True))
     for a, b in zip(whole, sliced, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)

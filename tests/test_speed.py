@@ -10,11 +10,11 @@ from helpers import quantized_layers, tuned_weight
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoround_modifier import AutoRoundModifier
+from autoround_modifier import AutoRoundModifier, device
 from autoround_modifier.blocks.importance import Importance
-from autoround_modifier.formats import group_format
+from autoround_modifier.formats import TunedWeight
 from autoround_modifier.formats.speed import channel_speed
-from autoround_modifier.modifiers import layer_quantizer
+from autoround_modifier.search import initial_weights
 
 SCHEMES = {
     "group": {"num_bits": 2, "type": "int", "strategy": "group", "group_size": 32},
@@ -40,14 +40,14 @@ def test_unused_channels_do_not_slow_others():
     assert channel_speed(torch.zeros(3)).tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_each_channel_moves_at_its_own_speed(scheme, fused, monkeypatch):
-    monkeypatch.setattr(group_format, "SLICE_ELEMENTS", 1000)  # several slices
+def test_each_channel_moves_at_its_own_speed(scheme, compiled, monkeypatch):
+    monkeypatch.setattr(device, "CPU_SLICE_ELEMENTS", 1000)  # several slices
     args = QuantizationArgs(symmetric=True, **SCHEMES[scheme])
     weight, gradient = torch.randn(2, 50, 96).bfloat16()
     importance = torch.rand(96) ** 4
-    fmt = tuned_weight(weight, args, None, None, importance, fused)
+    fmt = tuned_weight(weight, args, None, None, importance, compiled)
     start = fmt.quantized()
     fmt.make_trainable(tune_clipping=False)
     fmt.descend(gradient, torch.tensor(0.01), torch.tensor(0.0))
@@ -72,12 +72,12 @@ def test_channels_differ_where_scales_are_searched(scheme, scale_search, monkeyp
         return recorded[layer]
 
     def use(weight, *rest):
-        fmt = tuned_weight(weight, *rest)
+        fmt = TunedWeight(weight, *rest)
         used.append((weight, fmt.channel_speeds))
         return fmt
 
     monkeypatch.setattr(Importance, "pop", record)
-    monkeypatch.setattr(layer_quantizer, "tuned_weight", use)
+    monkeypatch.setattr(initial_weights, "TunedWeight", use)
     weights = {"symmetric": True, **SCHEMES[scheme]}
     recipe = AutoRoundModifier(
         config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},

@@ -71,13 +71,11 @@ def test_a_subclass_gives_the_same_integers(kind, expected, monkeypatch, tmp_pat
         assert torch.equal(ours[name], values), name
 
 
-def test_quantized_inputs_give_others(expected, monkeypatch):
+def test_quantized_inputs_give_others(expected):
     """Which the test above would see: without the class's name the next block is fed them."""
-    monkeypatch.setattr(
-        "autoround_modifier.modifiers.auto_round.error_propagation_is_off", lambda modifier: True
-    )
-    model = tiny_llama(num_layers=3)
-    host_oneshot(model, Mine(**FIELDS))
+    model, recipe = tiny_llama(num_layers=3), Mine(**FIELDS)
+    recipe.run_without_error_propagation()  # not so
+    host_oneshot(model, recipe)
     differs = {
         name
         for name, layer in quantized_layers(model).items()

@@ -13,6 +13,7 @@ from torch import nn
 from autoround_modifier.blocks.forwards import quantized_forwards
 from autoround_modifier.blocks.group import BlockGroup
 from autoround_modifier.blocks.samples import BlockCall
+from autoround_modifier.formats.tuned_weight import SMALLEST_CLIPPING
 from autoround_modifier.tuning import Tuner, TuningConfig
 from autoround_modifier.tuning.loss import balanced_error, filtered_error, squared_error
 from autoround_modifier.tuning.optimizer import SignSGD, default_lr, default_minmax_lr
@@ -75,9 +76,10 @@ def test_sign_steps_decay_to_zero_and_stay_in_the_clipping_limits():
         moved.append((fmt.rounding - before).abs().max().item())
     assert moved == pytest.approx([0.1, 0.075, 0.05, 0.025], abs=1e-3)
     for factor in fmt.clipping:
-        assert factor.min() >= 0.0
+        assert factor.min() > 0.0
         assert factor.max() <= 1.0
-    assert min(factor.min() for factor in fmt.clipping) == 0.0  # 0.8 + 0.6: beyond the limit
+    # 0.8 + 0.6: beyond the limit
+    assert min(factor.min() for factor in fmt.clipping) == SMALLEST_CLIPPING
 
 
 def test_padding_with_nan_counts_for_nothing():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -24,7 +25,7 @@ from autoround_modifier.host.activations import HOOK_REGISTRARS, HOOK_TYPES, has
 from autoround_modifier.host.layers import write_parameter
 from autoround_modifier.host.schemes import QuantizationArgs
 
-__all__ = ["ActivationQuantizer", "activation_quantizers"]
+__all__ = ["ActivationQuantizer", "activation_quantizers", "calibrate_remaining"]
 
 QPARAMS = ("scale", "zero_point", "global_scale")
 
@@ -194,3 +195,16 @@ def activation_quantizers(
             base_names = ("input",) if module in layers else ()
         found += [ActivationQuantizer(name, module, base, args, compute) for base in base_names]
     return found
+
+
+def calibrate_remaining(activations: list[ActivationQuantizer]) -> None:
+    """Find static scales that tuning has not found, on what the full-precision model gave."""
+    for one in activations:
+        if one.calibrated:
+            continue
+        one.synchronize()
+        if one.calibrate_or_keep_one():
+            logger.warning(
+                f"{one.name}: no calibration sample reached its key-value cache, whose scale "
+                "stays 1"
+            )

@@ -28,7 +28,7 @@ class TrainedScale(TrainedValue):
     The scale of one quantized linear layer, trained while its integers stay what they are.
 
     The layer's own weight always holds the dequantized values of the current scale. The integers
-    are kept beside it, one byte each.
+    are kept as well, one byte each.
 
     :param layer: with ``weight_scale`` and ``weight_zero_point``
     :param args: how the weight is quantized, strategy ``group``, ``channel`` or ``tensor``

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from compressed_tensors.offload import (
     disable_offloading,
@@ -27,6 +28,7 @@ __all__ = [
     "is_on_disk",
     "parameters_frozen",
     "stored_weight",
+    "weight_folders",
     "write_parameter",
 ]
 
@@ -47,6 +49,17 @@ def write_parameter(module: nn.Module, name: str, value: Tensor) -> None:
 def is_on_disk(model: nn.Module) -> bool:
     """:return: whether a parameter of the model is offloaded to the disk"""
     return any(isinstance(module._parameters, DiskCache) for module in model.modules())
+
+
+def weight_folders(model: nn.Module) -> set[Path]:
+    """
+    :return: folders of the files from which weights on the disk are read; where the offload folder
+        holds a link to a file of the original checkpoint, that of the original
+    """
+    with disable_onloading():
+        stored = [p for module in model.modules() for p in module.parameters(recurse=False)]
+    files = [DiskCache.index[p]["safetensors_file"] for p in stored if p in DiskCache.index]
+    return {Path(file).resolve().parent for file in files}
 
 
 @contextlib.contextmanager

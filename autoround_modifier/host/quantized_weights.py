@@ -71,9 +71,7 @@ def read_layer(
     parts = {
         "values": codes.to(grid.code_dtype),  # type: ignore[attr-defined]
         "scale": scale,
-        "zero_point": zero_point.detach().to(
-            torch.int8
-        ),  # of floating-point numbers: zeros in E4M3
+        "zero_point": zero_point.detach().to(torch.int8),  # E4M3 for floating-point numbers
     }
     if global_scale is not None:
         parts["global_scale"] = global_scale.detach()

@@ -20,7 +20,7 @@ __all__ = ["saved_bits"]
 
 def saved_bits(layer: Layer, scheme: QuantizationScheme) -> int:
     """
-    What compressed-tensors makes of a layer of this shape, without its bias, which no scheme
+    The size that compressed-tensors gives a layer of this shape, without its bias, which no scheme
     changes.
 
     :param scheme: one without ``weights`` leaves the layer as it is

@@ -102,7 +102,7 @@ def unsupported_weights(weights: QuantizationArgs | None) -> str | None:
 
 
 def has_global_scale(args: QuantizationArgs) -> bool:
-    """:return: whether the scales of groups stand under one scale of the tensor (NVFP4)"""
+    """:return: whether the scales of groups are relative to one scale of the tensor (NVFP4)"""
     return (
         args.type == QuantizationType.FLOAT
         and args.num_bits == 4

@@ -9,19 +9,23 @@ from typing import Any
 
 from loguru import logger
 from pydantic import PrivateAttr, model_validator
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from autoround_modifier.activations import ActivationQuantizer, activation_quantizers
+from autoround_modifier.activations import (
+    ActivationQuantizer,
+    activation_quantizers,
+    calibrate_remaining,
+)
 from autoround_modifier.blocks.experts import ExpertRouting
 from autoround_modifier.blocks.importance import Importance
 from autoround_modifier.blocks.store import CalibrationStore, split_by_module_list
-from autoround_modifier.device import Compute
+from autoround_modifier.device import Compute, compilation_pays
 from autoround_modifier.errors import RecipeError, listed
 from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_attention
 from autoround_modifier.host.experts import routed_experts_only
-from autoround_modifier.host.layers import Layer, stored_weight
+from autoround_modifier.host.layers import stored_weight
 from autoround_modifier.host.lifecycle import (
+    AUTOROUND_CLASS_NAME,
     Event,
     HooksMixin,
     PlainDataModifier,
@@ -29,7 +33,6 @@ from autoround_modifier.host.lifecycle import (
     State,
     apply_calibration_status,
     disable_quantization,
-    error_propagation_is_off,
     recipe_modifiers,
     targets_embeddings,
     untie_word_embeddings,
@@ -39,10 +42,18 @@ from autoround_modifier.host.saved_format import choose_saved_format
 from autoround_modifier.host.schemes import weight_spec
 from autoround_modifier.modifiers.block_quantizer import BlockQuantizer
 from autoround_modifier.modifiers.layer_quantizer import LayerQuantizer
-from autoround_modifier.modifiers.recorder import CalibrationRecorder, layers_to_record
-from autoround_modifier.modifiers.settings import SchemeSettings, TuningSettings
+from autoround_modifier.modifiers.progress import TuningProgress
+from autoround_modifier.modifiers.recorder import (
+    CalibrationRecorder,
+    layers_to_record,
+    loss_mask_of,
+)
+from autoround_modifier.modifiers.settings import (
+    SchemeSettings,
+    TuningSettings,
+    reason_for_calibration,
+)
 from autoround_modifier.modifiers.validation import (
-    blocks_without_mask,
     check_calibration_data,
     check_finite,
     check_fit,
@@ -50,9 +61,10 @@ from autoround_modifier.modifiers.validation import (
     check_processes,
     check_same_blocks,
     check_schemes_unchanged,
+    log_uncovered_layers,
     resolve_schemes,
-    uncovered_layers,
     untargeted_routers,
+    warn_of_blocks_without_mask,
 )
 from autoround_modifier.runs.block_report import BlockReport
 from autoround_modifier.runs.checkpoint import RunCheckpoint
@@ -60,11 +72,6 @@ from autoround_modifier.runs.digests import run_digests
 from autoround_modifier.search.initial_weights import InitialWeights
 
 __all__ = ["AutoRoundModifier"]
-
-# Compiling takes some ten seconds, once: as long as this many weights, times the passes over them,
-# take longer without.
-COMPILE_FROM = 1e9
-SEARCH_PASSES = 30
 
 
 class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
@@ -102,6 +109,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
 
     requires_calibration_data: bool = True
 
+    _without_error_propagation: bool = PrivateAttr(default=False)
     _compute: Compute = PrivateAttr(default_factory=Compute)
     _quantizer: LayerQuantizer = PrivateAttr(
         default_factory=lambda: LayerQuantizer(InitialWeights({}, {}, Importance()), {})
@@ -113,18 +121,28 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     _blocks: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _store: CalibrationStore | None = PrivateAttr(default=None)
     _tune_in_sdpa: bool = PrivateAttr(default=False)
-    _progress: tqdm | None = PrivateAttr(default=None)
+    _progress: TuningProgress = PrivateAttr(default_factory=TuningProgress)
 
     @model_validator(mode="after")
-    def _find_whether_data_is_needed(self) -> AutoRoundModifier:
+    def _say_whether_data_is_needed(self) -> AutoRoundModifier:
+        self._find_whether_data_is_needed()
+        return self
+
+    def _find_whether_data_is_needed(self) -> None:
         self.requires_calibration_data = bool(
             self.iters or self.scale_search or self.has_static_activations()
         )
-        return self
 
     def assign_schemes(self, config_groups: dict[str, Any], ignore: list[str]) -> None:
         super().assign_schemes(config_groups, ignore)
         self._find_whether_data_is_needed()
+
+    def run_without_error_propagation(self) -> None:
+        """
+        Called by `oneshot`, which starts the run with ``propagate_error=False``: this class is not
+        the one whose name makes LLM-Compressor do so.
+        """
+        self._without_error_propagation = True
 
     @property
     def block_reports(self) -> list[BlockReport]:
@@ -144,7 +162,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         :raises CheckpointError: if ``checkpoint_dir`` holds another run
         :raises OSError: if ``checkpoint_dir`` cannot be written to
         """
-        if not error_propagation_is_off(self):
+        known_by_name = type(self).__name__ == AUTOROUND_CLASS_NAME
+        if not (known_by_name or self._without_error_propagation):
             raise RecipeError(
                 f"{type(self).__name__} is an AutoRoundModifier under another name. LLM-Compressor "
                 "would feed its blocks quantized inputs, because it goes by the name of the class. "
@@ -169,17 +188,24 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         check_finite({name: layer for name, (layer, _) in schemes.items()})
         check_kv_cache(model, self.kv_cache_scheme)
         if self.requires_calibration_data:
-            check_calibration_data(state.data.calib, self._reason_for_calibration())
+            check_calibration_data(state.data.calib, reason_for_calibration(self, self))
 
         if self.checkpoint_dir is not None:
-            digests = run_digests(model, self, recipe_modifiers())
+            batches = state.data.calib if self.requires_calibration_data else None
+            digests = run_digests(model, self, recipe_modifiers(), batches)
             self._checkpoint = RunCheckpoint(Path(self.checkpoint_dir), digests)
         QuantizationMixin.initialize_quantization(self, model)
         names = {module: name for name, (module, _) in schemes.items()}
         args = {module: scheme.weights for module, scheme in schemes.values()}
         for layer in names:
             choose_saved_format(layer.quantization_scheme, type(layer))
-        self._compute = Compute(self._compilation_pays(names))
+        self._compute = Compute(
+            compilation_pays(
+                sum(stored_weight(layer).numel() for layer in names), self.iters, self.scale_search
+            )
+            if self.enable_torch_compile is None
+            else self.enable_torch_compile
+        )
         self._routing = ExpertRouting(model)
         initial = InitialWeights(
             names,
@@ -194,7 +220,9 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             model.named_modules(), names, self.kv_cache_scheme is not None, self._compute
         )
         self._blocks = find_blocks(model, kwargs.get("sequential_targets"))
-        self._log_what_is_left_out(model)
+        log_uncovered_layers(model, self._blocks, self.ignore)
+        if self.requires_calibration_data:
+            warn_of_blocks_without_mask(self._blocks)
         self._tune_in_sdpa = sdpa_computes_the_same(model)
         return True
 
@@ -214,6 +242,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             # static scales alone use all samples that the pipeline runs
             limit = self.num_calibration_samples if self.iters else None
             self._store = CalibrationStore(self._blocks, limit)
+            self._progress = TuningProgress(len(self._blocks) * (self.iters or 0))
             self._block_quantizer = BlockQuantizer(
                 self._blocks,
                 self._quantizer,
@@ -224,11 +253,11 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                 self.enable_quanted_input,
                 self.strict,
                 self._checkpoint,
-                self._advance_progress,
+                self._progress.advance,
             )
         recorder = CalibrationRecorder(
             self._blocks,
-            _loss_mask_of(state),
+            loss_mask_of(state),
             self._routing,
             self._quantizer.initial.importance,
             self._store,
@@ -255,14 +284,14 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                         self._block_quantizer.quantize(group)
             self._quantize_rest(modules)
             ran = set(modules)
-            _calibrate_rest([one for one in self._activations if one.module in ran])
+            calibrate_remaining([one for one in self._activations if one.module in ran])
 
     def on_calibration_end(self, state: State, event: Event | None, **kwargs: Any) -> None:
         with self._clean_up_on_failure():
             never_ran = list(self._quantizer.unquantized)
             self._find_shared_scales(state.model, never_ran)
             self._quantize_rest(never_ran)
-            _calibrate_rest(self._activations)
+            calibrate_remaining(self._activations)
         self._release()
         QuantizationMixin.end_calibration(self, state.model)
 
@@ -308,41 +337,6 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                 f"outside of the tuned blocks, quantized by the scale search: {', '.join(done)}"
             )
 
-    def _reason_for_calibration(self) -> str:
-        if self.iters or self.scale_search:
-            reason = f"`iters: {self.iters}`" if self.iters else "`scale_search: true`"
-            if not self.has_static_activations():
-                reason += " (`preset: rtn` needs none)"
-            return reason
-        return "a static scale of activations"
-
-    def _compilation_pays(self, layers: Iterable[Layer]) -> bool:
-        if self.enable_torch_compile is not None:
-            return self.enable_torch_compile
-        passes = max(self.iters or 0, SEARCH_PASSES if self.scale_search else 0)
-        return passes * sum(stored_weight(layer).numel() for layer in layers) >= COMPILE_FROM
-
-    def _log_what_is_left_out(self, model: nn.Module) -> None:
-        """Log linear layers that no target and no `ignore` names, and blocks without a mask."""
-        left_out = uncovered_layers(model, self._blocks, self.ignore)
-        if left_out:
-            logger.info(
-                f"{len(left_out)} linear layers inside of blocks are neither targeted nor ignored "
-                f"and stay as they are: {listed(left_out)}"
-            )
-        without_mask = blocks_without_mask(self._blocks)
-        if without_mask and self.requires_calibration_data:
-            logger.warning(
-                f"{listed(without_mask)} receive no `attention_mask`: padding in the calibration "
-                "data would count as text"
-            )
-
-    def _advance_progress(self, steps: int) -> None:
-        if self._progress is None:
-            total = len(self._blocks) * (self.iters or 0)
-            self._progress = tqdm(total=total, desc="AutoRound", unit="it", smoothing=0.05)
-        self._progress.update(steps)
-
     # ------------------------------------------------------------------ failures
 
     def _register_cleaning_up(
@@ -378,33 +372,9 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     def _release(self) -> None:
         """Drop hooks and everything recorded."""
         self.remove_hooks()
-        if self._progress is not None:
-            self._progress.close()
-        self._store = self._progress = None
+        self._progress.close()
+        self._store = None
+        if self._checkpoint is not None:
+            self._checkpoint.close()
         if self._block_quantizer is not None:
             self._block_quantizer.release()
-
-
-def _loss_mask_of(state: State) -> Callable[[nn.Module], Tensor | None]:
-    """:return: block -> the dataset's loss mask for this batch, (batch, tokens), or None"""
-    # A loss mask is of the text; blocks outside of the decoder see patches of images.
-    decoder = set(state.model.get_decoder().modules())
-
-    def loss_mask(block: nn.Module) -> Tensor | None:
-        masks = state.loss_masks if block in decoder else None
-        return masks[state.current_batch_idx] if masks else None
-
-    return loss_mask
-
-
-def _calibrate_rest(activations: list[ActivationQuantizer]) -> None:
-    """Find static scales that tuning has not found, on what the full-precision model gave."""
-    for one in activations:
-        if one.calibrated:
-            continue
-        one.synchronize()
-        if one.calibrate_or_keep_one():
-            logger.warning(
-                f"{one.name}: no calibration sample reached its key-value cache, whose scale "
-                "stays 1"
-            )

@@ -252,7 +252,9 @@ class AutoSchemeModifier(PlainDataModifier):
 
             plot_choice(choice, folder / PLOT_FILE)
         except ImportError:
-            logger.info("no picture: `pip install autoround-modifier[plot]` brings matplotlib")
+            logger.info(
+                "no picture: matplotlib is not installed (`pip install autoround-modifier[plot]`)"
+            )
         except Exception as error:  # a picture is not worth the run
             logger.warning(f"no picture: {error}")
 

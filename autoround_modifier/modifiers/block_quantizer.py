@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from loguru import logger
@@ -17,10 +17,11 @@ from autoround_modifier.blocks.store import BlockSamples, CalibrationStore
 from autoround_modifier.errors import NonFiniteError, listed
 from autoround_modifier.formats import QuantizedWeight, TunedWeight
 from autoround_modifier.modifiers.layer_quantizer import LayerQuantizer
+from autoround_modifier.modifiers.saved_blocks import SavedBlocks
 from autoround_modifier.parallel import gathered, wait_for_all
+from autoround_modifier.runs.block_data import describe_data
 from autoround_modifier.runs.block_report import BlockReport
-from autoround_modifier.runs.checkpoint import BlockState, RunCheckpoint
-from autoround_modifier.runs.digests import data_digest
+from autoround_modifier.runs.checkpoint import RunCheckpoint
 from autoround_modifier.tuning import SampleShare, Tuner, TuningConfig, num_tokens
 
 __all__ = ["BlockQuantizer"]
@@ -76,21 +77,25 @@ class BlockQuantizer:
                 logger.warning(f"{name}: not run once for each sample, so not tuned")
             return
         activations = [one for one in self.activations if one.module in in_group]
-        group = BlockGroup(blocks, [one.calls for one in samples], activations)
         targets, masks = samples[-1].outputs, samples[-1].masks
-        digest = own_digest = ""
+        saved: SavedBlocks | None = None
         if self.checkpoint is not None:
-            digest, own_digest = data_digest(samples[0].digest, samples[0].inputs, targets, masks)
-        inputs = self._chained(name, samples[0].inputs)
+            one = samples[0]
+            data = describe_data(one.digest, one.positions, one.inputs, targets, masks)
+            saved = SavedBlocks(self.checkpoint, self._index, name, data)
+        chained = self._chained(name, samples[0].inputs)
+        inputs = samples[0].inputs if chained is None else chained
+        written = None if chained is None else self._chain.written
+        group = BlockGroup(blocks, [one.calls for one in samples], activations, written)
         for one in samples:
             one.inputs = []  # only the inputs of the quantized chain are needed from here on
 
-        state = self.checkpoint.load(self._index, name, digest) if self.checkpoint else None
-        if state is None:
+        found = None if saved is None else saved.restore(layers, self.layers, activations)
+        if found is None:
             share = self._share(samples[-1])
             weights, report = self._learn(name, group, layers, inputs, targets, masks, share)
         else:
-            weights, report = self._restored(state, layers, activations)
+            weights, report = found
             logger.info(f"{name}: found finished in checkpoint_dir")
             self.on_iteration(len(blocks) * self.config.iters)
         if report is not None:
@@ -101,37 +106,38 @@ class BlockQuantizer:
             self.layers.write_back(layer, weight)
 
         if self.quantized_inputs and blocks[-1] is not next(reversed(self.names)):
-            kept = None
-            if self.checkpoint is not None and state is not None:
-                kept = self.checkpoint.load_chain(self._index, own_digest)
+            # What blocks write into their arguments is not in a checkpoint: they run again.
+            restorable = saved is not None and found is not None and not group.writes
+            kept = saved.chain() if saved is not None and restorable else None
             if kept is None:
                 forwards = quantized_forwards(weights, self.layers.initial.experts)
-                group.advance(inputs, self.config.batch_size, forwards)
-            self._chain.advance(inputs if kept is None else kept, targets)
-        if self.checkpoint is not None and state is None:
-            state = self._state(weights, activations, report)
-            chain = self._chain_state(own_digest)
-            self.checkpoint.save(self._index, name, digest, state, chain)
+                own_writes = group.advance(inputs, self.config.batch_size, forwards)
+                self._chain.advance(inputs, targets, own_writes)
+            else:
+                self._chain.advance(kept, targets)
+        if saved is not None and found is None:
+            chain = [] if group.writes else self._chain.outputs
+            saved.save(weights, self.layers, activations, report, chain)
         self._index += 1
 
-    def _chained(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
-        """What the blocks will see after quantization; their own inputs where the chain ends."""
+    def _chained(self, name: str, inputs: list[Tensor]) -> list[Tensor] | None:
+        """:return: what the blocks will see after quantization; None where the chain ends"""
         if not self._chain.active:
-            return inputs
+            return None
         chained = self._chain.take(inputs)
         if chained is None:
             logger.info(
                 f"{name}: its input is not the output of the block before it; it is tuned on "
                 "full-precision inputs"
             )
-            return inputs
+            return None
         finite = all(bool(torch.isfinite(hidden).all()) for hidden in chained)
         if not all(gathered(finite)):
             self._report_failure(
                 f"{name}: the output of the quantized blocks before it",
                 "this block sees full-precision inputs",
             )
-            return inputs
+            return None
         return chained
 
     def _learn(
@@ -204,41 +210,3 @@ class BlockQuantizer:
         """Drop everything captured."""
         self.store.clear()
         self._chain = QuantizedChain()
-
-    # ------------------------------------------------------------------ checkpoint
-
-    def _state(
-        self,
-        weights: dict[nn.Linear, QuantizedWeight],
-        activations: list[ActivationQuantizer],
-        report: BlockReport | None,
-    ) -> BlockState:
-        state = BlockState(facts={"report": None if report is None else asdict(report)})
-        for layer, weight in weights.items():
-            for part, tensor in weight.parts.items():
-                state.tensors[f"{self.layers.names[layer]}.weight:{part}"] = tensor
-        for one in activations:
-            for part, tensor in one.scales().items():
-                state.tensors[f"{one.name}.{one.base_name}:{part}"] = tensor
-        return state
-
-    def _chain_state(self, digest: str) -> BlockState:
-        outputs = {str(sample): hidden for sample, hidden in enumerate(self._chain.outputs)}
-        return BlockState(outputs, {"digest": digest})
-
-    def _restored(
-        self, state: BlockState, layers: list[nn.Linear], activations: list[ActivationQuantizer]
-    ) -> tuple[dict[nn.Linear, QuantizedWeight], BlockReport | None]:
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in state.tensors.items():
-            owner, _, part = name.rpartition(":")
-            parts.setdefault(owner, {})[part] = tensor
-        weights = {}
-        for layer in layers:
-            self.layers.initial.forget(layer)
-            own = parts[f"{self.layers.names[layer]}.weight"]
-            weights[layer] = self.layers.restored(layer, own)
-        for one in activations:
-            one.set_scales(parts.get(f"{one.name}.{one.base_name}", {}))
-        report = state.facts["report"]
-        return weights, None if report is None else BlockReport(**report)

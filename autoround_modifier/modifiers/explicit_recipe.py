@@ -31,7 +31,7 @@ def explicit_recipe(choice: Choice, tuner: AutoRoundModifier, modifiers: list[Mo
             fields.pop(unwanted, None)
         if modifier is tuner:
             preset = PRESETS[tuner.preset]
-            for field in PRESET_FIELDS:  # what the preset stands for anyway
+            for field in PRESET_FIELDS:  # the preset implies these
                 if fields.get(field) == getattr(preset, field):
                     del fields[field]
             fields["config_groups"] = choice.config_groups()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from autoround_modifier.formats import QuantizedWeight
+from autoround_modifier.errors import CheckpointError
+from autoround_modifier.formats import QuantizedWeight, TunedWeight, WeightSpec
 from autoround_modifier.host.layers import Layer, get_execution_device, stored_weight
 from autoround_modifier.host.schemes import QuantizationArgs
 from autoround_modifier.host.write_back import write_back
@@ -37,11 +39,13 @@ class LayerQuantizer:
 
     def restored(self, layer: Layer, parts: dict[str, Tensor]) -> QuantizedWeight:
         """
-        :param parts: of a `QuantizedWeight` of this layer, on any device
+        :param parts: of a `QuantizedWeight` of this layer, on any device; from a file
         :return: the same weight, on the layer's device
+        :raises CheckpointError: if they are not what this layer's format has
         """
         weight, spec = stored_weight(layer), self.initial.specs[layer]
         device = get_execution_device(layer)
+        check_parts(f"{self.names[layer]}.weight", parts, _layout(weight, spec))
         return QuantizedWeight(
             {name: tensor.to(device) for name, tensor in parts.items()},
             spec.grid(weight.dtype),
@@ -72,3 +76,31 @@ class LayerQuantizer:
             wait_for_all()  # other processes may share the weight, and still read it
             self.write_back(layer, weight)
         return [self.names[layer] for layer in layers]
+
+
+def _layout(weight: Tensor, spec: WeightSpec) -> dict[str, Tensor]:
+    """:return: the parts of a weight of this shape and format, without data"""
+    empty = torch.empty_like(weight, device="meta")
+    global_scale = torch.empty(1, device="meta") if spec.global_scale else None
+    return TunedWeight(empty, spec, global_scale=global_scale).quantized().parts
+
+
+def check_parts(owner: str, parts: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """
+    :param owner: what they are parts of, for messages
+    :param parts: by name, from a file
+    :param expected: tensors of the right shapes and dtypes
+    :raises CheckpointError: if names, shapes or dtypes differ, or a number is NaN or infinite
+    """
+    if set(parts) != set(expected):
+        found = ", ".join(sorted(parts)) or "nothing"
+        raise CheckpointError(f"{owner}: has {found}, expected {', '.join(sorted(expected))}")
+    for name, tensor in parts.items():
+        like = expected[name]
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            raise CheckpointError(
+                f"{owner}:{name} is {tuple(tensor.shape)}, {tensor.dtype}; expected "
+                f"{tuple(like.shape)}, {like.dtype}"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise CheckpointError(f"{owner}:{name} has NaN or infinity")

@@ -12,8 +12,9 @@ from autoround_modifier.blocks.experts import ExpertRouting
 from autoround_modifier.blocks.importance import Importance
 from autoround_modifier.blocks.samples import call_token_mask
 from autoround_modifier.blocks.store import CalibrationStore
+from autoround_modifier.host.lifecycle import State
 
-__all__ = ["CalibrationRecorder"]
+__all__ = ["CalibrationRecorder", "layers_to_record", "loss_mask_of"]
 
 # (module, hook, kind of hook, options): `HooksMixin.register_hook`
 RegisterHook = Callable[..., Any]
@@ -53,14 +54,14 @@ class CalibrationRecorder:
         activations: Iterable[ActivationQuantizer],
     ) -> None:
         """
-        :param register: registers a hook; whoever gave it removes it
+        :param register: registers a hook; the caller removes them
         :param layers: whose importance is recorded
         :param activations: whose statistics are recorded
         """
         for block in self.blocks:
             register(block, self._enter_block, "forward_pre", with_kwargs=True)
             if self.store is not None:
-                register(block, self._leave_block, "forward", with_kwargs=True)
+                register(block, self._leave_block, "forward")
         for one in activations:
             register(one.module, one.hook(self._recorder(one)), one.hook_type)
         for mixture in self.routing.mixtures:
@@ -70,10 +71,12 @@ class CalibrationRecorder:
 
     def _enter_block(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self._token_mask = call_token_mask(block, args, kwargs, self.loss_mask(block))
+        if self.store is not None:
+            self.store.enter(block, args, kwargs, self._token_mask)
 
-    def _leave_block(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave_block(self, block: nn.Module, args: Any, output: Any) -> None:
         assert self.store is not None
-        self.store.record(block, args, kwargs, output, self._token_mask)
+        self.store.leave(block, output)
 
     def _enter_mixture(self, mixture: Any, args: Any) -> None:
         self.routing.enter(mixture, args, self._token_mask)
@@ -103,3 +106,15 @@ def layers_to_record(
         outside of blocks, and experts, whose tokens are counted
     """
     return [x for x in layers if scale_search or x not in in_blocks or x in experts]
+
+
+def loss_mask_of(state: State) -> Callable[[nn.Module], Tensor | None]:
+    """:return: block -> the dataset's loss mask for this batch, (batch, tokens), or None"""
+    # A loss mask is of the text; blocks outside of the decoder see patches of images.
+    decoder = set(state.model.get_decoder().modules())
+
+    def loss_mask(block: nn.Module) -> Tensor | None:
+        masks = state.loss_masks if block in decoder else None
+        return masks[state.current_batch_idx] if masks else None
+
+    return loss_mask

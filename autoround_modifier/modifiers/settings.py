@@ -13,7 +13,7 @@ from autoround_modifier.host.schemes import QuantizationScheme, is_preset_scheme
 from autoround_modifier.presets import PRESET_FIELDS, PRESETS
 from autoround_modifier.tuning import TuningConfig
 
-__all__ = ["SchemeSettings", "TuningSettings"]
+__all__ = ["SchemeSettings", "TuningSettings", "reason_for_calibration"]
 
 
 class TuningSettings(BaseModel):
@@ -208,6 +208,14 @@ class SchemeSettings(QuantizationMixin):
         return self.kv_cache_scheme is not None or any(
             needs_calibration(scheme.input_activations) for scheme in groups
         )
+
+
+def reason_for_calibration(tuning: TuningSettings, schemes: SchemeSettings) -> str:
+    """:return: why calibration data is needed, for messages"""
+    if not (tuning.iters or tuning.scale_search):
+        return "a static scale of activations"
+    reason = f"`iters: {tuning.iters}`" if tuning.iters else "`scale_search: true`"
+    return reason if schemes.has_static_activations() else f"{reason} (`preset: rtn` needs none)"
 
 
 def _set_default_observer(schemes: Iterable[Any]) -> None:

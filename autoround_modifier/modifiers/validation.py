@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 import torch
+from loguru import logger
 from torch import nn
 
 from autoround_modifier.activations import unsupported_activations, unsupported_kv_cache
@@ -33,7 +34,6 @@ from autoround_modifier.host.schemes import (
 from autoround_modifier.parallel import gathered, is_distributed
 
 __all__ = [
-    "blocks_without_mask",
     "check_calibration_data",
     "check_finite",
     "check_fit",
@@ -42,9 +42,10 @@ __all__ = [
     "check_same_blocks",
     "check_schemes_unchanged",
     "layers_to_choose_for",
+    "log_uncovered_layers",
     "resolve_schemes",
-    "uncovered_layers",
     "untargeted_routers",
+    "warn_of_blocks_without_mask",
 ]
 
 Schemes = dict[str, tuple[Layer, QuantizationScheme]]
@@ -250,11 +251,9 @@ def check_schemes_unchanged(names: dict[Layer, str], args: dict[Layer, Quantizat
         )
 
 
-def uncovered_layers(
-    model: nn.Module, blocks: dict[nn.Module, str], ignore: list[str]
-) -> list[str]:
-    """:return: linear layers inside of blocks that are neither targeted nor ignored"""
-    return [
+def log_uncovered_layers(model: nn.Module, blocks: dict[nn.Module, str], ignore: list[str]) -> None:
+    """Log the linear layers inside of blocks that are neither targeted nor ignored."""
+    left_out = [
         name
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
@@ -262,16 +261,25 @@ def uncovered_layers(
         and any(name.startswith(f"{block}.") for block in blocks.values())
         and not is_match(name, layer, ignore)
     ]
+    if left_out:
+        logger.info(
+            f"{len(left_out)} linear layers inside of blocks are neither targeted nor ignored and "
+            f"stay as they are: {listed(left_out)}"
+        )
 
 
-def blocks_without_mask(blocks: Iterable[nn.Module]) -> list[str]:
-    """:return: class names of blocks that take no attention mask, by which padding is known"""
-    blind = {
+def warn_of_blocks_without_mask(blocks: Iterable[nn.Module]) -> None:
+    """Warn of blocks that take no attention mask, by which padding is known."""
+    without_mask = {
         type(block).__name__
         for block in blocks
         if "attention_mask" not in inspect.signature(block.forward).parameters
     }
-    return sorted(blind)
+    if without_mask:
+        logger.warning(
+            f"{listed(sorted(without_mask))} receive no `attention_mask`: padding in the "
+            "calibration data would count as text"
+        )
 
 
 def _weight_args(layer: nn.Module) -> QuantizationArgs | None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from autoround_modifier.tuning import TuningResult
 
 __all__ = ["BlockReport"]
+
+# How JSON gives the fields of a report.
+JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "str | None": (str, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,26 @@ class BlockReport:
             scarce_experts,
             result.failure,
         )
+
+    def facts(self) -> dict[str, Any]:
+        """:return: the same as JSON values"""
+        return asdict(self)
+
+    @classmethod
+    def from_facts(cls, facts: Any) -> BlockReport | None:
+        """
+        :param facts: what `facts` returned, or None where nothing was tuned
+        :raises ValueError: if it is anything else
+        """
+        if facts is None:
+            return None
+        types = {field.name: str(field.type) for field in fields(cls)}
+        if not isinstance(facts, dict) or set(facts) != set(types):
+            raise ValueError(f"expected the fields {', '.join(types)}")
+        for name, value in facts.items():
+            if not isinstance(value, JSON_TYPES[types[name]]) or isinstance(value, bool):
+                raise ValueError(f"`{name}` is {value!r}, not {types[name]}")
+        return cls(**facts)
 
     def __str__(self) -> str:
         return (

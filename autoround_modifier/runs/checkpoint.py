@@ -2,20 +2,27 @@
 Finished blocks on disk, so that a run that was interrupted goes on where it stopped.
 
 A folder holds ``run.json``, which says what the run is about; for each finished group of blocks
-``block-0003.safetensors`` with its integers and scales; and, of the last one, what the next block
-will see (``chain-0003-...``). A file is either whole or not there. A block's file is the last thing
-that is written of it.
+``block-0003.safetensors`` with its integers and scales; of the last one, what the next block will
+see (``chain-0003-...``); and ``run.lock``, which keeps a second process out (`FolderLock`). A file
+is either whole or not there. A block's file is the last thing that is written of it.
+
+What a file holds is checked before it is used. Nothing is deleted but ``.unfinished-...`` and
+``chain-...`` files, in a folder whose ``run.json`` is of this run, and no link is followed: the
+folder's path may come from a recipe that somebody else wrote.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +34,10 @@ from autoround_modifier.parallel import (
     process_rank,
     wait_for_all,
 )
+from autoround_modifier.runs.block_data import COLUMNS, BlockData
+from autoround_modifier.runs.block_report import BlockReport
 from autoround_modifier.runs.files import TEMPORARY_PREFIX, atomic_file, write_atomically
+from autoround_modifier.runs.lock import LOCK_FILE, FolderLock
 
 __all__ = ["BlockState", "RunCheckpoint"]
 
@@ -49,26 +59,55 @@ class BlockState:
 
 class RunCheckpoint:
     """
+    Several processes of one job share a folder; the first of them locks it and writes.
+
     :param folder: ``checkpoint_dir``; made if it is not there
     :param run: digests of all that the result depends on, by what they are of, such as ``model``
-    :raises CheckpointError: if the folder holds another run
+    :raises CheckpointError: if the folder holds another run, or another process uses it
     :raises OSError: if the folder cannot be written to
     """
 
     def __init__(self, folder: Path, run: dict[str, str]):
         self.folder = folder
+        self._lock: FolderLock | None = None
+        self._warned = False
+        problem: Exception | None = None
         if is_source_process():
-            with self._naming_the_folder():
-                self._open(run)
-        wait_for_all()
+            try:
+                with self._naming_the_folder():
+                    self._open(run)
+            except (CheckpointError, OSError) as error:
+                self.close()
+                problem = error
+        # All processes stop, not only the one that found the problem.
+        for found in gathered(problem):
+            if found is not None:
+                raise found
 
     def _open(self, run: dict[str, str]) -> None:
+        self._check_is_ours(run)  # before a lock file is put there
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.folder)
+        weakref.finalize(self, self._lock.release)
+        self._check_is_ours(run)
+        # also where it is there: a folder that cannot be written to is found out now
+        write_atomically(self.folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
+        for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
+            if leftover.is_file() and not leftover.is_symlink():
+                leftover.unlink()
+
+    def _check_is_ours(self, run: dict[str, str]) -> None:
+        """:raises CheckpointError: if the folder holds anything but this run"""
         path = self.folder / RUN_FILE
+        _refuse_link(path)
+        _refuse_link(self.folder / LOCK_FILE)
         if path.exists():
             try:
                 earlier = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise CheckpointError(f"{path} cannot be read ({error}); delete it") from error
+            if not isinstance(earlier, dict):
+                raise CheckpointError(f"{path} cannot be read (not a mapping); delete it")
             different = [name for name in run if earlier.get(name) != run[name]]
             if different:
                 raise CheckpointError(
@@ -76,25 +115,33 @@ class RunCheckpoint:
                     f"{' and another '.join(different)}. Choose another folder, or delete this one "
                     "if its blocks are not needed."
                 )
-        elif any(not x.name.startswith(TEMPORARY_PREFIX) for x in self.folder.glob("*")):
+        elif any(
+            not x.name.startswith(TEMPORARY_PREFIX) and x.name != LOCK_FILE
+            for x in self.folder.glob("*")
+        ):
             raise CheckpointError(
                 f"checkpoint_dir {self.folder} holds other files and no {RUN_FILE}; choose an "
                 "empty folder"
             )
-        for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-            leftover.unlink()
-        # also where it is there: a folder that cannot be written to is found out now
-        write_atomically(path, json.dumps(run, indent=1) + "\n")
 
-    def load(self, index: int, name: str, digest: str) -> BlockState | None:
+    def close(self) -> None:
+        """Let other processes use the folder. Nothing happens if it is closed already."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def load(self, index: int, name: str, data: BlockData) -> BlockState | None:
         """
+        Finished blocks whose activations differ here in their last bits only are taken, with one
+        warning: the result is then not bit by bit that of an uninterrupted run on one machine.
+
         :param index: number of the group of blocks, in the order in which they are tuned
         :param name: of the group
-        :param digest: of what its blocks saw and gave, `data_digest`
-        :return: its state, or None if it was not finished
-        :raises CheckpointError: if it is that of other blocks or of other calibration data
+        :param data: what its blocks saw and gave
+        :return: its state, or None if it was not finished; its facts are complete
+        :raises CheckpointError: if it is that of other blocks or of other calibration data, or is
+            damaged
         """
-        path = self._block_path(index)
+        path = self.block_path(index)
         exists = gathered(path.exists())
         if not any(exists):
             return None
@@ -103,21 +150,32 @@ class RunCheckpoint:
                 f"not all processes see {path}; checkpoint_dir must be one folder for all of them"
             )
         state = _read(path)
+        _check_facts(path, state.facts)
         if state.facts["name"] != name:
             raise CheckpointError(
                 f"{path} is of {state.facts['name']}, where this run has {name}: the model is cut "
                 "into other groups of blocks. Choose another checkpoint_dir."
             )
-        if state.facts["digest"] != digest:
-            raise CheckpointError(
-                f"{path}: {name} was tuned on other calibration data, or gives other outputs here. "
-                "Pass the same dataset, or choose another checkpoint_dir."
-            )
+        if state.facts["digest"] != data.digest:
+            difference = data.difference(state.facts)
+            if difference is None:
+                raise CheckpointError(
+                    f"{path}: {name} was tuned on other calibration data, or the model gives other "
+                    "outputs here. Pass the same dataset, or choose another checkpoint_dir."
+                )
+            if not self._warned:
+                logger.warning(
+                    f"{path}: {name} was tuned with activations that differ slightly from those of "
+                    f"this machine (means of a sample by up to {difference:.1e}), as they do on "
+                    "another device, driver or version of PyTorch. The run goes on, but its result "
+                    "has not exactly the integers of a run on one machine."
+                )
+            self._warned = True
         return state
 
     def load_chain(self, index: int, digest: str) -> list[Tensor] | None:
         """
-        :param digest: of the samples of this process, `data_digest`
+        :param digest: of the samples of this process, bit by bit, `BlockData.own_digest`
         :return: (1, tokens, hidden) per sample, what the next block will see; None where it was not
             kept, or is that of other samples
         """
@@ -125,9 +183,12 @@ class RunCheckpoint:
         if not path.exists():
             return None
         chain = _read(path)
-        if chain.facts["digest"] != digest:
+        names = [str(sample) for sample in range(len(chain.tensors))]
+        if set(names) != set(chain.tensors):
+            raise _damaged(path, f"tensors are named {sorted(chain.tensors)[:4]}, not 0, 1, ...")
+        if chain.facts.get("digest") != digest:
             return None
-        return [chain.tensors[str(sample)] for sample in range(len(chain.tensors))]
+        return [chain.tensors[name] for name in names]
 
     def save(
         self, index: int, name: str, digest: str, state: BlockState, chain: BlockState
@@ -143,11 +204,12 @@ class RunCheckpoint:
             wait_for_all()
             if is_source_process():
                 facts = {**state.facts, "name": name, "digest": digest}
-                _write(self._block_path(index), BlockState(state.tensors, facts))
+                _write(self.block_path(index), BlockState(state.tensors, facts))
             wait_for_all()
             self._chain_path(index - 1).unlink(missing_ok=True)
 
-    def _block_path(self, index: int) -> Path:
+    def block_path(self, index: int) -> Path:
+        """:return: the file of a group of blocks, which may not be there"""
         return self.folder / f"block-{index:04d}.safetensors"
 
     def _chain_path(self, index: int) -> Path:
@@ -187,11 +249,47 @@ def _write(path: Path, state: BlockState) -> None:
 
 
 def _read(path: Path) -> BlockState:
+    """:raises CheckpointError: if the file is damaged, or is a link"""
+    _refuse_link(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return BlockState(tensors, json.loads(file.metadata()["facts"]))
-    except SafetensorError as error:
+            facts = json.loads((file.metadata() or {})["facts"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(facts, dict):
+        raise _damaged(path, "its facts are not a mapping")
+    return BlockState(tensors, facts)
+
+
+def _check_facts(path: Path, facts: dict[str, Any]) -> None:
+    """:raises CheckpointError: if what a block's file says of itself is incomplete"""
+    for name in ("name", "digest", "order"):
+        if not isinstance(facts.get(name), str):
+            raise _damaged(path, f"its `{name}` is missing")
+    samples = facts.get("samples")
+    if not isinstance(samples, list) or not all(_is_row(row) for row in samples):
+        raise _damaged(path, f"its `samples` are not rows of {COLUMNS} finite numbers")
+    try:
+        BlockReport.from_facts(facts.get("report"))
+    except ValueError as error:
+        raise _damaged(path, f"its `report`: {error}") from error
+
+
+def _is_row(row: object) -> bool:
+    return (
+        isinstance(row, list)
+        and len(row) == COLUMNS
+        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in row)
+    )
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
         raise CheckpointError(
-            f"{path} is damaged ({error}); delete it, and its block is tuned again"
-        ) from error
+            f"{path} is a link to another file. checkpoint_dir holds files only; choose another"
+        )
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged ({reason}); delete it, and its block is tuned again")

@@ -1,14 +1,15 @@
-"""Atomic file writes."""
+"""Atomic file writes, and who may write to a file."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["TEMPORARY_PREFIX", "atomic_file", "write_atomically"]
+__all__ = ["TEMPORARY_PREFIX", "atomic_file", "not_private_reason", "write_atomically"]
 
 TEMPORARY_PREFIX = ".unfinished-"
 
@@ -17,25 +18,24 @@ TEMPORARY_PREFIX = ".unfinished-"
 def atomic_file(path: Path) -> Iterator[Path]:
     """
     Yields another path to write to. On a clean exit that file takes the place of ``path``, after
-    its content is on the disk; no reader, and no crash, ever sees a part of it.
+    its content is on the disk; no reader, and no crash, ever sees a part of it. A link in that
+    place is replaced, not followed.
 
     :raises OSError: if the folder cannot be written to; an existing file is left as it was
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY_PREFIX)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    # The system applies the umask, as it does for `open`. O_EXCL refuses links as well.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # as `open` would have made it
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -46,3 +46,30 @@ def write_atomically(path: Path, text: str) -> None:
     """
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a new name to the disk, where the system can: a crash could lose it otherwise."""
+    with contextlib.suppress(OSError):  # Windows opens no folders; some file systems sync none
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def not_private_reason(path: Path) -> str | None:
+    """
+    :param path: of a file or folder that exists
+    :return: why others than this user may have written to it, or None. Always None on systems
+        without POSIX users
+    :raises OSError: if it is not there
+    """
+    if not hasattr(os, "getuid"):
+        return None
+    status = path.stat()
+    if status.st_uid != os.getuid():
+        return f"{path} belongs to another user (id {status.st_uid})"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"{path} can be written to by other users; `chmod go-w` it"
+    return None

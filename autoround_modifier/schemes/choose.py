@@ -83,12 +83,11 @@ def choose_for_layers(
     if cache_folder is not None:
         settings = {
             "blocks": list(blocks.values()),
-            "layers": list(layers),
             "score": config.score,
             "scale_search": config.scale_search,
             "seed": config.seed,
         }
-        cache = ScoreCache(cache_folder, model, batches, settings)
+        cache = ScoreCache(cache_folder, model, batches, list(layers), settings)
     scores: dict[str, dict[str, float]] = {}
     if cache is not None:
         found = {name: cache.find(scheme) for name, scheme in options.items()}

@@ -1,8 +1,10 @@
-"""What was measured, and what a budget makes of it: plain data, kept as JSON."""
+"""Scores of layers under each scheme, saved as JSON, and the choice for a budget."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ __all__ = ["Choice", "MeasuredUnit", "Measurement"]
 @dataclass(frozen=True)
 class MeasuredUnit:
     """
-    Layers that get one scheme, and what each scheme makes of them.
+    Layers that get one scheme, with their size and score under each scheme.
 
     :param name: display name
     :param layers: names of the layers
@@ -110,18 +112,41 @@ class Measurement:
 
     @classmethod
     def load(cls, path: Path) -> Measurement:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["schemes"] = {
-            name: QuantizationScheme.model_validate(scheme)
-            for name, scheme in content["schemes"].items()
-        }
-        content["units"] = [
-            MeasuredUnit(
-                **{**unit, "layers": tuple(unit["layers"]), "targets": tuple(unit["targets"])}
-            )
-            for unit in content["units"]
-        ]
-        return cls(**content)
+        """
+        :param path: what `save` wrote
+        :raises SchemeError: naming the file, if a field is missing or wrong, a scheme is not known,
+            or a score is not a finite number
+        :raises OSError: if it cannot be read
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            schemes = {
+                name: QuantizationScheme.model_validate(scheme)
+                for name, scheme in content["schemes"].items()
+            }
+            units = [
+                MeasuredUnit(
+                    **{**unit, "layers": tuple(unit["layers"]), "targets": tuple(unit["targets"])}
+                )
+                for unit in content["units"]
+            ]
+            loaded = cls(**{**content, "schemes": schemes, "units": units})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SchemeError(f"{path} is not a measurement: {error!r}") from error
+        for unit in units:
+            for field in ("bits", "scores"):
+                _check_numbers(f"{path}: {field} of {unit.name}", getattr(unit, field), schemes)
+        return loaded
+
+
+def _check_numbers(what: str, numbers: Any, names: Iterable[str]) -> None:
+    """:raises SchemeError: unless there is a finite number for each name, and no other"""
+    if not isinstance(numbers, dict) or set(numbers) != set(names):
+        raise SchemeError(f"{what} are not those of {', '.join(names)}")
+    for name, value in numbers.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise SchemeError(f"{what}: {name} is {value!r}, not a finite number")
 
 
 @dataclass(frozen=True)

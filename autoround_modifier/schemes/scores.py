@@ -5,8 +5,8 @@ The divergence of the quantized model from the original is zero at the original,
 gradient; what remains is its curvature, the Fisher information. With labels drawn from the
 original's own predictions, the gradients ``g_t = dL/dy_t`` at the output of a layer give it: an
 error ``e_t`` of the output at token t raises the divergence by about ``(g_t e_t)^2 / 2``, if errors
-at different tokens and layers are taken for independent (`FisherScore`). The gradients are those
-of the original, so one backward pass serves all schemes; the errors are those of weights and
+at different tokens and layers are independent, which is assumed (`FisherScore`). The gradients are
+those of the original, so one backward pass serves all schemes; the errors are those of weights and
 activations together, ``e_t = Q(W) Q(x_t) - W x_t``.
 
 DeltaLoss of SignRoundV2 (https://arxiv.org/abs/2512.04746, section 3.1) is the first order,

@@ -167,7 +167,7 @@ class _Scorer:
         names = {layer: self.layers[layer] for layer in layers}
         for name, scheme in self.options.items():
             assert scheme.weights is not None
-            # With 8 bits there is next to nothing to lose, nor to find.
+            # With 8 bits there is almost nothing to lose, and so nothing to gain by a search.
             search = self.config.scale_search and scheme.weights.num_bits < 8
             specs = dict.fromkeys(layers, weight_spec(scheme.weights))
             initial = InitialWeights(names, specs, self.importance.copy())

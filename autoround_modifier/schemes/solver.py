@@ -176,7 +176,7 @@ def _improve(
         alive = np.flatnonzero(
             (new_excess + price * unused < gap) & (new_size + smallest_rest[position + 1] <= budget)
         )
-        cost = new_excess[alive] - price * new_size[alive]  # the true cost, but for a constant
+        cost = new_excess[alive] - price * new_size[alive]  # the true cost, up to a constant
         order = np.lexsort((cost, new_size[alive]))
         cheapest = np.minimum.accumulate(cost[order])
         pareto = np.ones(len(order), dtype=bool)

@@ -3,7 +3,7 @@ One scale for several layers that engines multiply by as one: q, k and v, or gat
 
 NVFP4 has one scale of the whole tensor above those of its groups, and FP8 by tensor has no other.
 Where fused layers bring different ones, vLLM takes one of them for all: FP8 weights are rounded a
-second time, and NVFP4's scales of groups stand under a wrong one.
+second time, and NVFP4's scales of groups are multiplied by a wrong one.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def _difference(output: Tensor, target: Tensor, token_mask: Tensor | None) -> Te
     difference = output.float() - target.float()
     if token_mask is None:
         return difference
-    # `where`, not a product: whatever stands in padding, even NaN, contributes nothing.
+    # `where`, not a product: the values in padding, even NaN, contribute nothing.
     return difference.where(token_mask.unsqueeze(-1), difference.new_zeros(()))
 
 

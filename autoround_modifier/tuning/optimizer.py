@@ -24,9 +24,10 @@ def default_lr(iters: int, num_bits: int) -> float:
 
 def default_minmax_lr(lr: float, num_bits: int, searched: bool) -> float:
     """
-    ``lr``, as in SignRound, from the observed range. From a searched one, less the wider the
-    integers: alpha and beta are factors of the largest weight, which stands 2^(b-1) integer steps
-    from zero, so that this moves it by as many integer steps at 4 and 8 bits as at 2.
+    ``lr``, as in SignRound, where tuning starts from the observed range. From a searched range it
+    is divided by 2^(b-2): alpha and beta are factors of the largest weight, which is 2^(b-1)
+    integer steps away from zero, so that a step then moves it by the same number of integer steps
+    at 2, 4 and 8 bits.
 
     :param lr: step size of V
     :param searched: whether the range of integers is the best of a search; false for the observed
@@ -62,6 +63,7 @@ class SignSGD:
                 clipping_lr if minmax_lr is None else minmax_lr,
             )
         self.iteration = 0
+        self._schedules: dict[tuple[float, float, torch.device], Tensor] = {}
 
     def descend(self, layer: nn.Linear, gradient: Tensor) -> None:
         """
@@ -69,10 +71,20 @@ class SignSGD:
 
         :param gradient: of the loss by the dequantized weight, (out_features, in_features)
         """
-        decay = 1.0 - self.iteration / self.iters
-        lrs = torch.tensor(self.step_sizes[layer]) * decay
-        rounding_lr, clipping_lr = lrs.to(gradient.device)
+        rounding_lr, clipping_lr = self._schedule(layer, gradient.device)[self.iteration]
         self.formats[layer].descend(gradient, rounding_lr, clipping_lr)
+
+    def _schedule(self, layer: nn.Linear, device: torch.device) -> Tensor:
+        """
+        :return: (iters, 2), float32, the step sizes of V and of alpha and beta at each step; copied
+            to the device once, so that no step waits for a copy
+        """
+        key = (*self.step_sizes[layer], device)
+        if key not in self._schedules:
+            sizes = torch.tensor(self.step_sizes[layer])
+            steps = [sizes * (1.0 - step / self.iters) for step in range(self.iters)]
+            self._schedules[key] = torch.stack(steps).to(device)
+        return self._schedules[key]
 
     def end_step(self) -> None:
         """The next call of `descend` belongs to the next step."""

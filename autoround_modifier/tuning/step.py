@@ -1,4 +1,4 @@
-"""One sign-gradient step: the weights that samples compute with, and what becomes of gradients."""
+"""One sign-gradient step: which weights the samples are run with, and where gradients go."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Step:
     :param experts: layers that see few of the tokens
     :param one_pass: whether there will be one backward pass
     :ivar forwards: what the layers compute meanwhile
-    :ivar finite: scalar bool, whether no gradient had NaN or infinity so far
+    :ivar finite: scalar bool on the device, whether no gradient had NaN or infinity so far; None
+        before the first one
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Step:
     ):
         self.formats = formats
         self.optimizer = optimizer
-        self.finite: Tensor = torch.ones((), dtype=torch.bool)
+        self.finite: Tensor | None = None
         self.forwards: dict[nn.Module, Forward] = {}
         self._leaves: dict[nn.Linear, Tensor] = {}
         self._gradients: dict[nn.Linear, Tensor] = {}
@@ -59,7 +60,7 @@ class Step:
                 self.forwards[layer] = with_weight(self._leaves[layer], layer.bias)
 
     def end(self) -> None:
-        """Take the step, as far as it was not taken on the way."""
+        """Take the step for all weights that did not take it during the backward pass."""
         for layer, fmt in self.formats.items():
             leaf = self._leaves.pop(layer, None)
             gradient = self._gradients.pop(layer, None) if leaf is None else leaf.grad
@@ -78,5 +79,5 @@ class Step:
     def _descend(self, layer: nn.Linear, gradient: Tensor) -> None:
         # The sum is finite if all terms are, at a fraction of the time that looking at each takes.
         finite = gradient.sum(dtype=torch.float32).isfinite()
-        self.finite = self.finite.to(finite.device) & finite
+        self.finite = finite if self.finite is None else self.finite & finite
         self.optimizer.descend(layer, gradient)

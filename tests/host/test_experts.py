@@ -8,7 +8,11 @@ from llmcompressor.modeling.moe.linearize import linearize_moe
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from autoround_modifier.host.experts import LinearExperts2D, routed_experts_only
+from autoround_modifier.host.experts import (
+    LinearExperts2D,
+    all_experts_see_all_tokens,
+    routed_experts_only,
+)
 
 
 def mixture() -> nn.Module:
@@ -56,13 +60,16 @@ def test_experts_are_called_with_hidden_states_and_their_choice():
 
     with torch.no_grad(), context.moe_calibration_context():
         assert context._CALIBRATE_ALL_EXPERTS
+        assert all_experts_see_all_tokens()
         everywhere = experts(hidden, chosen, weights)
         assert [tokens_of(index) for index in range(4)] == [[0, 1, 2, 3, 4]] * 4
         with routed_experts_only():
+            assert not all_experts_see_all_tokens()
             routed = experts(hidden, chosen, weights)
         assert [tokens_of(index) for index in range(4)] == [[1, 4], [3], [0, 2], []]
         assert context._CALIBRATE_ALL_EXPERTS
     assert not context._CALIBRATE_ALL_EXPERTS
+    assert not all_experts_see_all_tokens()
     torch.testing.assert_close(everywhere, routed)
     assert torch.equal(called[0][0], hidden)
     assert torch.equal(called[0][1], chosen)

@@ -76,7 +76,7 @@ def test_writing_reaches_what_is_stored_and_what_was_brought(place, tmp_path):
 
 
 def test_a_model_loaded_to_the_disk_is_known(tmp_path):
-    folder = tiny_llama().config._name_or_path
+    folder = Path(tiny_llama().config._name_or_path)
     with load_offloaded_model():
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -86,6 +86,12 @@ def test_a_model_loaded_to_the_disk_is_known(tmp_path):
             offload_folder=tmp_path,
         )
     assert layers.is_on_disk(model)
+    # links, until a weight is written
+    assert layers.weight_folders(model) == {folder.resolve()}
+    layer = model.lm_head
+    layers.write_parameter(layer, "weight", torch.ones_like(layer.weight))
+    assert layers.weight_folders(model) == {folder.resolve(), tmp_path.resolve()}
+    assert layers.weight_folders(tiny_llama()) == set()
     assert not layers.is_on_disk(tiny_llama())
     with layers.disable_onloading():
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -143,14 +143,6 @@ def test_the_pipeline_goes_by_the_name_of_the_class():
     assert not torch.equal(first, second)
 
 
-def test_what_is_known_of_error_propagation():
-    assert lifecycle.error_propagation_is_off(NamedAlike())
-    assert not lifecycle.error_propagation_is_off(Probe())
-    with lifecycle.without_error_propagation():
-        assert lifecycle.error_propagation_is_off(Probe())
-    assert not lifecycle.error_propagation_is_off(Probe())
-
-
 def test_registered_modifiers_win_over_built_in_ones():
     ModifierFactory.refresh()
     name = "AutoRoundModifier"
@@ -159,7 +151,8 @@ def test_registered_modifiers_win_over_built_in_ones():
     found = ModifierFactory.create(name, True, True, scheme="W4A16")
     assert type(found) is autoround_modifier.AutoRoundModifier
     recipe = "s_stage:\n  s_modifiers:\n    AutoRoundModifier:\n      scheme: W4A16\n"
-    assert lifecycle.recipe_classes(recipe) == [autoround_modifier.AutoRoundModifier]
+    (modifier,) = lifecycle.as_recipe(recipe).modifiers
+    assert type(modifier) is autoround_modifier.AutoRoundModifier
 
 
 def test_a_modifier_can_be_registered(monkeypatch):
@@ -170,16 +163,38 @@ def test_a_modifier_can_be_registered(monkeypatch):
     assert (type(modifier), modifier.number) == (Probe, 3)
 
 
-def test_classes_of_recipes(tmp_path):
+def test_names_of_modifiers():
+    names = lifecycle.known_modifiers()
+    assert names == sorted(names)
+    assert {"GPTQModifier", "QuantizationModifier", "AutoRoundModifier"} <= set(names)
+    assert {"AutoSchemeModifier", "ScaleDistillationModifier"} <= set(names)
+    assert "Modifier" not in names
+
+
+def test_recipes_in_all_their_forms(tmp_path):
     text = "s_stage:\n  s_modifiers:\n    QuantizationModifier: {scheme: W4A16}\n"
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     modifier = QuantizationModifier(scheme="W4A16")
     for recipe in (text, str(path), path, modifier, lifecycle.Recipe.create_instance(text)):
-        assert lifecycle.recipe_classes(recipe) == [QuantizationModifier]
-    assert lifecycle.recipe_classes([modifier, Probe()]) == [QuantizationModifier, Probe]
-    found = lifecycle.Recipe.from_dict(yaml.safe_load(text))
-    assert lifecycle.recipe_classes(found) == [QuantizationModifier]
+        (found,) = lifecycle.as_recipe(recipe).modifiers
+        assert type(found) is QuantizationModifier
+    assert lifecycle.as_recipe(modifier).modifiers[0] is modifier
+    probe = Probe()
+    assert lifecycle.as_recipe([modifier, probe]).modifiers == [modifier, probe]
+    recipe = lifecycle.as_recipe(modifier)
+    assert lifecycle.as_recipe(recipe) is recipe
+    (found,) = lifecycle.Recipe.from_dict(yaml.safe_load(text)).modifiers
+    assert type(found) is QuantizationModifier
+
+
+def test_one_stage_of_a_recipe():
+    text = "a_stage:\n  m_modifiers:\n    QuantizationModifier: {scheme: W4A16}\n"
+    text += "b_stage:\n  m_modifiers:\n    QuantizationModifier: {scheme: W8A16}\n"
+    schemes = [modifier.scheme for modifier in lifecycle.as_recipe(text).modifiers]
+    assert schemes == ["W4A16", "W8A16"]
+    (modifier,) = lifecycle.as_recipe(text, "b").modifiers
+    assert modifier.scheme == "W8A16"
 
 
 def test_fields_are_dumped_as_plain_data():
