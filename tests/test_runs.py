@@ -497,10 +497,13 @@ def test_the_umask_is_never_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "umask", None)
     try:
         files.write_atomically(tmp_path / "a", "text")
+        with files.atomic_file(tmp_path / "b") as temporary:
+            save_file({"x": torch.ones(1)}, temporary)
     finally:
         monkeypatch.undo()
         os.umask(previous)
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+    for name in ("a", "b"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640
 
 
 def test_the_folder_is_synchronized_after_the_rename(tmp_path, monkeypatch):
