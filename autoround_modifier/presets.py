@@ -26,7 +26,7 @@ class Preset:
 
 
 # Iterations and samples are those of the published recipes. The published `light` has lr 5e-3: too
-# timid to get anywhere in 50 steps at 2 bits (docs/ablation.md).
+# timid to get anywhere in 50 steps at 2 bits (docs/benchmarks/ablation.md).
 PRESETS: dict[str, Preset] = {
     "best": Preset(iters=1000, num_calibration_samples=512),
     "default": Preset(iters=200, num_calibration_samples=128),

@@ -9,8 +9,7 @@ Nothing of this has run on a GPU. Each number is one of three kinds, and the tab
 - counted: shapes of the real configuration on the meta device, bytes by the code, and the tensors
   that autograd saves in a real block of an eighth of the width (saved bytes per token are linear
   in the widths), with the attention that tuning uses (SDPA);
-- measured: on a CPU, by benchmarks/memory.py and, for time, in the README ("How the cost of one
-  block grows");
+- measured: on a CPU, by benchmarks/memory.py and, for time, in docs/benchmarks/results.md;
 - assumed: the constants in capitals below.
 
 W is the number of weights of a block in linear layers that see every token, E that of its routed
@@ -67,9 +66,10 @@ LAUNCHES, LAUNCH = 20, 10e-6  # kernels for one layer of an expert in an iterati
 MOVED = {"CPU memory": 25e9, "disk": 2e9}  # bytes per second, one way
 # Measured, see `check`
 ACTIVATIONS = 3.0
-# Measured: time of an iteration as a multiple of that of the bare block, the largest of the README
+# Measured: time of an iteration as a multiple of that of the bare block, the largest in
+# docs/benchmarks/results.md
 OF_THE_FLOOR = 1.5
-SEARCH_PASSES = 30  # as in `autoround_modifier.modifiers.auto_round`
+SEARCH_PASSES = 30  # as in `autoround_modifier.device`
 # Measured by benchmarks/memory.py --blocks 1: width, samples, tokens, MiB beyond the model
 MEASURED = [(576, 64, 256, 141), (576, 64, 512, 271), (1536, 64, 256, 476)]
 SAVED = "saved for the backward pass"

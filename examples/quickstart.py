@@ -1,4 +1,4 @@
-"""Quantize SmolLM2-135M to 2 bits, save it, load it again, and compare it with the original.
+"""Quantize SmolLM2-135M to 4 bits and to 2 bits, save and reload both, compare with the original.
 
 make quickstart
 """
@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from smollm2 import answer, load, parse_arguments
 
-from autoround_modifier import load_recipe, oneshot, self_generated
-from autoround_modifier.evaluation import compare
+from autoround_modifier import evaluate, load_recipe, oneshot, self_generated
 
 arguments = parse_arguments(__doc__)
 tiny = arguments.tiny
 started = time.perf_counter()
+question = "What is the capital of France?"
 
 
 def megabytes(folder: Path) -> float:
@@ -22,38 +22,49 @@ def megabytes(folder: Path) -> float:
 
 
 # 1. Load
-model, tokenizer = load(arguments.model)
-original, _ = load(arguments.model)
+original, tokenizer = load(arguments.model)
 
-# 2. Calibrate: on text that the model writes itself, so no download is needed
-samples, length = (12, 16) if tiny else (96, 256)
-text = self_generated(model, tokenizer, samples, length, batch_size=samples)
+# 2. Calibration text: the model writes it itself, so nothing is downloaded
+samples, length = (12, 16) if tiny else (96, 128)
+text = self_generated(original, tokenizer, samples, length, batch_size=samples)
 held_out = samples // 3  # calibration never sees these samples
 evaluation = torch.tensor(text.select(range(held_out))["input_ids"])
 dataset = text.select(range(held_out, samples))
 
-# 3. Recipe
-settings = {"iters": 2} if tiny else {"iters": 50, "batch_size": 4}
-recipe = load_recipe("w2a16_autoround", **settings)
+answers = {"original": answer(original, tokenizer, question)}
+sizes = {"original": megabytes(arguments.model)}
+results = {}
+settings = {"iters": 2} if tiny else {"iters": 50, "batch_size": 2}
+runs = {
+    "4 bits": ("w4a16_autoround", arguments.output),
+    "2 bits": ("w2a16_autoround", arguments.output / "w2"),
+}
+for name, (recipe, folder) in runs.items():
+    # 3. Quantize
+    print(f"\nQuantizing to {name} with the recipe {recipe}", flush=True)
+    model, _ = load(arguments.model)
+    model = oneshot(
+        model=model, tokenizer=tokenizer, dataset=dataset, recipe=load_recipe(recipe, **settings)
+    )
 
-# 4. Quantize
-model = oneshot(model=model, tokenizer=tokenizer, dataset=dataset, recipe=recipe)
+    # 4. Save, and load again as any user of the checkpoint would
+    model.save_pretrained(folder, save_compressed=True)
+    tokenizer.save_pretrained(folder)
+    quantized, _ = load(folder)
 
-# 5. Save, and load again as any user of the checkpoint would
-model.save_pretrained(arguments.output, save_compressed=True)
-tokenizer.save_pretrained(arguments.output)
-quantized, _ = load(arguments.output)
+    # 5. Compare
+    answers[name] = answer(quantized, tokenizer, question)
+    sizes[name] = megabytes(folder)
+    results[name] = evaluate(original, quantized, evaluation)
 
-# 6. Compare
-question = "What is gravity?"
-result = compare(original, quantized, evaluation)
-print(f"\nquestion   {question}")
-print(f"original   {answer(original, tokenizer, question)!r}")
-print(f"quantized  {answer(quantized, tokenizer, question)!r}")
-print(f"size       {megabytes(arguments.model):.0f} MB -> {megabytes(arguments.output):.0f} MB")
-print(
-    f"held out   KL divergence {result.kl:.3f}, top-1 agreement {result.top1:.1%}, "
-    f"perplexity {result.reference_perplexity:.2f} -> {result.perplexity:.2f}"
-)
-print(f"saved      {arguments.output}")
-print(f"time       {time.perf_counter() - started:.0f} s")
+print(f"\n{question}")
+for name, text in answers.items():
+    print(f"{name:<10}{' '.join(text.split()) or '(no answer)'}")
+print(f"\n{'':<10}{'size':>8}{'KL divergence':>15}{'same top token':>16}{'perplexity':>12}")
+perplexity = results["4 bits"].reference_perplexity
+print(f"{'original':<10}{sizes['original']:>5.0f} MB{'':>31}{perplexity:>12.1f}")
+for name, result in results.items():
+    row = f"{result.kl:>15.3f}{result.top1:>16.1%}{result.perplexity:>12.1f}"
+    print(f"{name:<10}{sizes[name]:>5.0f} MB{row}")
+saved = ", ".join(f"{name} in {folder}" for name, (_, folder) in runs.items())
+print(f"\nsaved {saved}; {time.perf_counter() - started:.0f} seconds in all")

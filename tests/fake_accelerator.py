@@ -4,7 +4,8 @@ Tunes one block of fake tensors on a fake accelerator, from capture to the quant
     python fake_accelerator.py resident|offloaded|mixed|experts|mismatch
 
 resident: captured activations are on the accelerator; offloaded: on the CPU; mixed: some are;
-mismatch: a weight is left on the CPU. Prints the device of the tuned integers.
+mismatch: a weight is left on the CPU. Prints the copies from the CPU to the accelerator in each
+step, and the device of the tuned integers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ WEIGHTS = QuantizationArgs(num_bits=2, symmetric=True, strategy="group", group_s
 class Numbers(FakeTensorMode):
     """A fake number is 1 where the program asks for its value, and every element of a mask true."""
 
+    copies_to_device = 0
+
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            target = (kwargs or {}).get("device")
+            if args[0].device.type == "cpu" and target is not None and target.type != "cpu":
+                Numbers.copies_to_device += 1
         if func is torch.ops.aten._local_scalar_dense.default:
             return torch.ones((), dtype=args[0].dtype, device="cpu").numpy().item()
         if func is torch.ops.aten.nonzero.default:
@@ -59,7 +66,7 @@ def main(case: str) -> None:
     with Numbers():
         with torch.device(DEVICE):
             block = Block()
-        capture = CalibrationStore(
+        store = CalibrationStore(
             {block: "model.layers.0"},
             num_samples=None,
             offload_device=DEVICE if case == "resident" else "cpu",
@@ -70,8 +77,8 @@ def main(case: str) -> None:
             mask = torch.ones(2, 1, 8, 8, dtype=torch.bool, device=DEVICE)
             real = torch.ones(2, 8, dtype=torch.bool, device=DEVICE)
             with torch.no_grad():
-                capture.record(block, (x,), {"attention_mask": mask}, block(x, mask), real)
-        captured = capture.pop(block)
+                store.record(block, (x,), {"attention_mask": mask}, block(x, mask), real)
+        captured = store.pop(block)
         assert captured is not None
         if case == "mixed":
             captured.inputs[::2] = [x.to(DEVICE) for x in captured.inputs[::2]]
@@ -102,7 +109,14 @@ def main(case: str) -> None:
             config,
             experts=experts,
         )
-        result = tuner.run()
+        copies = []
+
+        def count_copies() -> None:
+            copies.append(Numbers.copies_to_device)
+            Numbers.copies_to_device = 0
+
+        result = tuner.run(count_copies)
+        print("copies in each step:", *copies)
         home = [x.device for x in captured.inputs]
         group.advance(captured.inputs, 4, quantized_forwards(result.weights, experts))
         assert [x.device for x in captured.inputs] == home

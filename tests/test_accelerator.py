@@ -26,7 +26,10 @@ def test_tensors_meet_on_one_device(case):
         assert "FakeTensorDeviceMismatchError" in done.stderr
     else:
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.splitlines()[-1] == "accel:0"
+        *_, copies, device = done.stdout.splitlines()
+        assert device == "accel:0"
+        if case == "resident":  # the step sizes, once
+            assert copies == "copies in each step: 1 0 0"
 
 
 def test_the_package_names_no_vendor():

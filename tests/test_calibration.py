@@ -151,7 +151,8 @@ def test_a_call_without_batch_dimension_is_one_sample(shape):
     assert one.shape == (1, hidden[..., 0].numel(), 8)
     args, kwargs = BlockCall.stack([call], one)
     assert torch.equal(args[0], hidden)
-    assert kwargs["cu_seqlens"] is lengths
+    assert torch.equal(kwargs["cu_seqlens"], lengths)
+    assert kwargs["cu_seqlens"] is not lengths  # the block may write into it
     assert call.signature(one) is None
 
 

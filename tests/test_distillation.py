@@ -351,7 +351,10 @@ def test_refuses_what_cannot_work():
         (QuantizationModifier(scheme="W8A8", ignore=["lm_head"]), "self_attn.q_proj"),
         (rounded(kv_cache_scheme=cache), "its key-value cache"),
     ):
-        with pytest.raises(SchemeError, match=f"or cache; not so: model.layers.0..*{place}"):
+        with pytest.raises(
+            SchemeError,
+            match=f"or cache. These layers have another scheme: model.layers.0..*{place}",
+        ):
             quantize(tiny_llama(), [quantizer, ScaleDistillationModifier(iters=1)])
 
 

@@ -77,4 +77,5 @@ def test_processes_agree_in_bfloat16(folder):
     first, second = run(folder, "w2 bfloat16", 2)
     for name in first:
         assert torch.equal(first[name], second[name]), name
-    torch.testing.assert_close(first["losses"][:, 1], alone["losses"][:, 1], rtol=0.05, atol=0)
+    # Of the first block: the second is tuned on outputs of the first, which are not the same ones.
+    torch.testing.assert_close(first["losses"][0, 1], alone["losses"][0, 1], rtol=0.05, atol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -120,14 +121,15 @@ def test_llama4_experts_count_no_zero_rows():
     hidden = torch.zeros(6, 4)
     hidden[1], hidden[2], hidden[3] = 1.0, 2.0, 3.0  # two tokens of the first, one of the second
     mask = torch.tensor([[True, True, False]])
-    routing.enter(experts, (hidden,), mask)
-    for x, layer, rows in (
-        (hidden, experts[0], [1]),  # token 2 is padding
-        (hidden[:3], experts[0], [1]),
-        (hidden, experts[1], [3]),
-        (hidden[3:], experts[1], [3]),
-    ):
-        assert torch.equal(routing.select(layer, x), hidden[rows])
+    for all_shown in (True, False):
+        with moe_calibration_context() if all_shown else nullcontext():
+            routing.enter(experts, (hidden,), mask)
+        for x, layer, rows in (
+            (hidden[:3], experts[0], [1]),  # token 2 is padding
+            (hidden[3:], experts[1], [3]),
+        ):
+            x = hidden if all_shown else x
+            assert torch.equal(routing.select(layer, x), hidden[rows])
 
 
 def test_experts_without_tokens_are_searched_alone(log, tmp_path):

@@ -9,8 +9,8 @@ from helpers import quantized_layers
 from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from autoround_modifier import AutoRoundModifier, AutoSchemeModifier
-from autoround_modifier.modifiers.validation import untargeted_routers
+from autoround_modifier import AutoRoundModifier
+from autoround_modifier.modifiers.validation import layers_to_choose_for, untargeted_routers
 from autoround_modifier.schemes import resolve_options
 
 NAMES = ["mlp.gate", "mlp.shared_expert_gate", "router.proj", "dense.gate"]
@@ -58,9 +58,8 @@ def test_ignored_routers_are_not_mentioned():
 
 
 def test_auto_scheme_leaves_routers_alone():
-    layers = AutoSchemeModifier(avg_bits=4, options=["W4A16", "W8A16"])._layers(
-        model(), resolve_options(["W8A16", "FP8_DYNAMIC"]), []
-    )
+    options = resolve_options(["W8A16", "FP8_DYNAMIC"])
+    layers = layers_to_choose_for(model(), options, ["Linear"], [])
     assert set(layers) == {"mlp.experts.0", "dense.gate"}
 
 

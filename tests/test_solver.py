@@ -47,9 +47,9 @@ def test_a_thousand_layers_with_eight_options(uniform):
     noise = rng.lognormal(0, 2, count)[:, None] * rng.uniform(0.5, 1.5, (count, 8))
     costs = (noise * 4.0**-bits).tolist()
     budget = int(numel.sum() * 3.1)
-    started = time.perf_counter()
+    started = time.process_time()  # other processes do not count
     choice = solve(costs, sizes, budget)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert total(sizes, choice) <= budget
     # No better than the linear relaxation, and nearly as good.
     points = frontier(costs, sizes)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, MutableMapping
+from typing import cast
+
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from autoround_modifier.blocks.samples import fingerprint
 from autoround_modifier.parallel import gathered
@@ -17,18 +21,30 @@ class QuantizedChain:
 
     :ivar outputs: (1, tokens, hidden) per sample of this process, which may have none
     :ivar active: whether there is a chain
+    :ivar written: what quantized blocks wrote into arguments, such as keys and values that later
+        blocks share, by the tensors that hold the same from the full-precision blocks; kept as long
+        as the arguments of a later block hold these
     """
 
     def __init__(self) -> None:
         self.outputs: list[Tensor] = []
         self.active = False
+        self.written = cast(MutableMapping[Tensor, Tensor], WeakTensorKeyDictionary())
         self._fingerprints: list[int] = []
 
-    def advance(self, outputs: list[Tensor], full_precision: list[Tensor]) -> None:
+    def advance(
+        self,
+        outputs: list[Tensor],
+        full_precision: list[Tensor],
+        written: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
         """
         :param outputs: (1, tokens, hidden) per sample, from the quantized blocks
         :param full_precision: the same from the full-precision blocks
+        :param written: what the quantized blocks wrote into their arguments, by the tensors that
+            hold the same from the full-precision blocks
         """
+        self.written.update(written or {})
         self.outputs = outputs
         self.active = True
         self._fingerprints = [fingerprint(hidden) for hidden in full_precision]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoround_modifier.host.experts import LinearExperts2D
+from autoround_modifier.host.experts import LinearExperts2D, all_experts_see_all_tokens
 
 __all__ = ["ExpertRouting"]
 
@@ -33,7 +33,7 @@ class ExpertRouting:
             for layer in mixture[index].modules()
             if isinstance(layer, nn.Linear)
         }
-        self._sizes: dict[nn.Module, int] = {}
+        self._all_shown: dict[nn.Module, bool] = {}
         self._rows: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
     @torch.no_grad()
@@ -61,15 +61,16 @@ class ExpertRouting:
                 counts &= token_mask.flatten().to(hidden.device).repeat(mixture.num_experts)
             parts = torch.arange(len(hidden), device=hidden.device).chunk(mixture.num_experts)
             rows = [(tokens, counts[tokens]) for tokens in parts]
-        self._sizes[mixture] = len(hidden)
+        self._all_shown[mixture] = all_experts_see_all_tokens()
         self._rows[mixture] = rows
 
     def select(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """
         :param layer: of an expert
-        :param x: its input, (tokens, in_features), of all tokens or of those routed to it
+        :param x: its input, (tokens, in_features): of all tokens, if all experts saw all tokens in
+            the call that `enter` noted, else of those routed to it, in the order of the mixture
         :return: the rows that were routed to it and count
         """
         mixture, index = self.layers[layer]
         tokens, counts = self._rows[mixture][index]
-        return x[tokens[counts]] if len(x) == self._sizes[mixture] else x[counts]
+        return x[tokens[counts]] if self._all_shown[mixture] else x[counts]

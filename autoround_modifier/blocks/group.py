@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from autoround_modifier.activations import ActivationQuantizer
+from autoround_modifier.blocks.argument_objects import tensors_by_place
 from autoround_modifier.blocks.forwards import Forward
 from autoround_modifier.blocks.patching import forwards_replaced, hooks_registered
 from autoround_modifier.blocks.samples import (
     BlockCall,
     as_samples,
     output_hidden,
+    sample_part,
     stack_masks,
     stackable,
 )
@@ -31,6 +33,9 @@ class BlockGroup:
     :param blocks: in the order in which they run
     :param calls: for each block, the arguments of its call for each sample
     :param activations: that are quantized within the blocks
+    :param written: what earlier quantized blocks wrote into arguments, by the tensors in ``calls``
+        that have the same from the full-precision blocks; it takes their place
+    :ivar writes: whether the blocks write into their arguments what a later block may read
     """
 
     def __init__(
@@ -38,10 +43,13 @@ class BlockGroup:
         blocks: list[nn.Module],
         calls: list[list[BlockCall]],
         activations: Iterable[ActivationQuantizer] = (),
+        written: Mapping[Tensor, Tensor] | None = None,
     ):
         self.blocks = blocks
         self.calls = calls
         self.activations = list(activations)
+        self.written: Mapping[Tensor, Tensor] = {} if written is None else written
+        self.writes = any(call.written for block_calls in calls for call in block_calls)
         first = next(blocks[0].parameters(), None)
         self.device = torch.device("cpu") if first is None else first.device
 
@@ -51,10 +59,33 @@ class BlockGroup:
         :param samples: which samples these are; all of one signature
         :return: output of the last block, same shape
         """
+        return self._run(hidden, samples)[0]
+
+    def _run(self, hidden: Tensor, samples: list[int]) -> tuple[Tensor, dict[Tensor, Tensor]]:
+        """
+        :return: `forward`; and what the blocks wrote into their arguments, by the tensors that hold
+            the same in the recorded calls
+        """
+        written: dict[Tensor, Tensor] = {}
+
+        def instead(recorded: Tensor) -> Tensor:
+            now = written.get(recorded)
+            return self.written.get(recorded, recorded) if now is None else now
+
         for block, calls in zip(self.blocks, self.calls, strict=True):
-            args, kwargs = BlockCall.stack([calls[index] for index in samples], hidden)
+            rows = [calls[index] for index in samples]
+            if written or self.written:
+                rows = [call.exchanged(instead) for call in rows]
+            args, kwargs = BlockCall.stack(rows, hidden)
             hidden = as_samples(output_hidden(block(*args, **kwargs)))
-        return hidden
+            if not any(call.written for call in rows):
+                continue
+            after = tensors_by_place((args, kwargs))
+            for row, call in enumerate(rows):
+                for place, recorded in call.written.items():
+                    if place in after:
+                        written[recorded] = sample_part(after[place], row, len(rows))
+        return hidden, written
 
     def stackable(self, hidden: list[Tensor], samples: list[int]) -> list[list[int]]:
         """:return: the samples, those together that one call of the blocks can take"""
@@ -120,19 +151,26 @@ class BlockGroup:
     @torch.no_grad()
     def advance(
         self, hidden: list[Tensor], batch_size: int, forwards: dict[nn.Module, Forward]
-    ) -> None:
+    ) -> dict[Tensor, Tensor]:
         """
         Replace the input of the first block by the output of the last one, sample by sample, so
         that only one of the two is in memory.
 
         :param hidden: (1, tokens, hidden) per sample; the outputs stay on the inputs' devices
         :param forwards: what layers compute in place of their own
+        :return: what the blocks wrote into their arguments, by the tensors that hold the same from
+            the full-precision blocks, on the devices of these
         """
+        everything: dict[Tensor, Tensor] = {}
         with self.quantized(forwards):
             for indices, stacked in self.batches(hidden, batch_size):
-                for index, row in zip(indices, self.forward(stacked, indices), strict=True):
-                    # a copy: a view would keep the whole batch
+                outputs, written = self._run(stacked, indices)
+                # copies: a view would keep the whole batch
+                for index, row in zip(indices, outputs, strict=True):
                     hidden[index] = row.unsqueeze(0).to(hidden[index].device, copy=True)
+                for recorded, tensor in written.items():
+                    everything[recorded] = tensor.to(recorded.device, copy=True)
+        return everything
 
     @contextmanager
     def quantized(self, forwards: dict[nn.Module, Forward]) -> Iterator[None]:

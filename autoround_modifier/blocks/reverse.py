@@ -137,7 +137,8 @@ class ReversePass:
         for samples, hidden in group.batches(captured.inputs, self.batch_size):
             leaf = hidden.detach().requires_grad_()
             gradient = torch.cat([self.gradients[index] for index in samples])
-            group.forward(leaf, samples).backward(gradient.to(leaf.device))
+            # a copy of the leaf, because a block may write into its input
+            group.forward(leaf.clone(), samples).backward(gradient.to(leaf.device))
             for index, row in zip(samples, cast(Tensor, leaf.grad), strict=True):
                 self.gradients[index] = row.unsqueeze(0).to("cpu", copy=True)
 
@@ -161,7 +162,11 @@ class ReversePass:
             raise _FirstBlockReached
 
         first = next(iter(self.blocks))
-        hooks = [partial(layer.register_forward_hook, leave_embedding) for layer in embeddings]
+        # before other hooks of the layer, which shall see an output that takes gradients
+        hooks: list[Callable[[], Any]] = [
+            partial(layer.register_forward_hook, leave_embedding, prepend=True)
+            for layer in embeddings
+        ]
         hooks.append(partial(first.register_forward_pre_hook, enter_block, with_kwargs=True))
         with hooks_registered(*hooks):
             for batch in self.batches:
@@ -196,7 +201,7 @@ class _ForwardCall:
         for block in self.owner.blocks:
             registrations += [
                 partial(block.register_forward_pre_hook, self._enter_block, with_kwargs=True),
-                partial(block.register_forward_hook, self._leave_block, with_kwargs=True),
+                partial(block.register_forward_hook, self._leave_block),
             ]
         registrations += [
             partial(layer.register_forward_pre_hook, self._enter_layer) for layer in self.observers
@@ -205,9 +210,10 @@ class _ForwardCall:
 
     def _enter_block(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self.mask = call_token_mask(block, args, kwargs, self.loss_mask)
+        self.owner._store.enter(block, args, kwargs, self.mask)
 
-    def _leave_block(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        self.owner._store.record(block, args, kwargs, output, self.mask)
+    def _leave_block(self, block: nn.Module, args: Any, output: Any) -> Any:
+        self.owner._store.leave(block, output)
         if block is not self.last_block:
             return output
         self.leaf = output_hidden(output).detach().requires_grad_()

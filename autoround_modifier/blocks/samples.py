@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from autoround_modifier.blocks.argument_objects import put_together
+
 __all__ = [
     "BlockCall",
     "as_samples",
@@ -27,6 +29,7 @@ __all__ = [
     "fingerprint",
     "input_hidden",
     "output_hidden",
+    "sample_part",
     "split_call",
     "stack_masks",
     "stackable",
@@ -48,12 +51,15 @@ class BlockCall:
     :param hidden_name: name under which the hidden states were passed; None if positional
     :param shape: of the hidden states, where the block does not take (batch, tokens, hidden);
         such a call is one sample, whole, and is never stacked with others
+    :param written: tensors that the block wrote into its arguments, by their place there,
+        `tensors_by_place`, where a later block may read them; this sample's part of each
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden_name: str | None = None
     shape: torch.Size | None = None
+    written: dict[str, Tensor] = field(default_factory=dict)
 
     def signature(self, hidden: Tensor) -> tuple[Any, ...] | None:
         """:return: what two samples must share to be stacked into one batch; None to stay alone"""
@@ -68,19 +74,32 @@ class BlockCall:
             return None
         return (str(structure), *map(_describe, leaves))
 
+    def exchanged(self, instead: Callable[[Tensor], Tensor]) -> BlockCall:
+        """
+        :param instead: gives the tensor to use for one of the arguments; it may be the same
+        :return: the call with these arguments
+        """
+
+        def exchange(value: Any) -> Any:
+            return instead(value) if isinstance(value, Tensor) else value
+
+        args, kwargs = tree_map(exchange, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
     @staticmethod
     def stack(calls: list[BlockCall], hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """
         :param calls: calls of equal `signature`; one where that is None
         :param hidden: (len(calls), tokens, hidden)
-        :return: args and kwargs of one call of the block for all samples
+        :return: args and kwargs of one call of the block for all samples, on the device of
+            ``hidden``; apart from ``hidden``, copies, into which the block may write
         """
         if calls[0].shape is not None:
             hidden = hidden.view(calls[0].shape)
         flat = [tree_leaves((call.args, call.kwargs)) for call in calls]
         leaves = [_stack(list(column), hidden.device) for column in zip(*flat, strict=True)]
         structure = tree_structure((calls[0].args, calls[0].kwargs))
-        args, kwargs = tree_unflatten(leaves, structure)
+        args, kwargs = put_together(tree_unflatten(leaves, structure))
         if calls[0].hidden_name is None:
             return (hidden, *args), kwargs
         return args, {**kwargs, calls[0].hidden_name: hidden}
@@ -110,16 +129,24 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tens
     batch = hidden.shape[0]
 
     def row(index: int, value: Any) -> Any:
-        if not isinstance(value, Tensor) or batch == 1:
-            return value
-        axis = _batch_axis(value, batch)
-        return value if axis is None else value.narrow(axis, index, 1)
+        return sample_part(value, index, batch) if isinstance(value, Tensor) else value
 
     samples = []
     for index in range(batch):
         call_args, call_kwargs = tree_map(partial(row, index), (args, kwargs))
         samples.append((hidden[index : index + 1], BlockCall(call_args, call_kwargs, name)))
     return samples
+
+
+def sample_part(value: Tensor, index: int, batch: int) -> Tensor:
+    """
+    :param value: an argument of a call
+    :param index: of the sample in the batch
+    :param batch: number of samples of the call
+    :return: the part of the argument that belongs to the sample; all where it is of all samples
+    """
+    axis = None if batch == 1 else _batch_axis(value, batch)
+    return value if axis is None else value.narrow(axis, index, 1)
 
 
 def _find_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, str | None]:
@@ -208,8 +235,17 @@ def content_key(hidden: Tensor, mask: Tensor | None) -> bytes:
 
 
 def fingerprint(hidden: Tensor) -> int:
-    """An exact, order-independent checksum: equal tensors have equal fingerprints."""
-    return int(hidden.contiguous().view(torch.uint8).sum(dtype=torch.int64))
+    """
+    The sum of a tensor's bytes, read as 64-bit integers, computed on its device: equal tensors have
+    equal fingerprints, in whatever order the sum is computed.
+    """
+    data = hidden.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()  # integers must start at a multiple of their size
+    rest = data.numel() % 8
+    words, last = data[: data.numel() - rest].view(torch.int64), data[data.numel() - rest :]
+    # the sum wraps around, and so does the sum of parts of it
+    return int(words.sum() + last.sum(dtype=torch.int64))
 
 
 def stackable(
@@ -249,12 +285,17 @@ def _describe(value: Any) -> Any:
 
 
 def _stack(leaves: list[Any], device: torch.device) -> Any:
-    """Join one argument of several samples: tensors of a batch along it, anything else as it is."""
+    """
+    Join one argument of several samples, in new memory: tensors of a batch along it, other tensors
+    from the first sample, anything else as it is.
+    """
     first = leaves[0]
     if not isinstance(first, Tensor):
         return first
     axis = _batch_axis(first, 1)
-    return (first if axis is None else torch.cat(leaves, axis)).to(device)
+    if axis is None:
+        return first.to(device, copy=True)
+    return torch.cat([leaf.to(device) for leaf in leaves], axis)
 
 
 def _batch_axis(value: Tensor, batch: int) -> int | None:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from autoround_modifier.blocks.argument_objects import take_apart, tensors_by_place
+from autoround_modifier.blocks.kept_tensors import KeptTensors, version_of
 from autoround_modifier.blocks.samples import (
     BlockCall,
     as_samples,
     content_key,
+    input_hidden,
     output_hidden,
+    sample_part,
     split_call,
 )
-from autoround_modifier.errors import CalibrationError, NonFiniteError
-from autoround_modifier.parallel import gathered, process_rank
+from autoround_modifier.blocks.selection import SampleSelection
+from autoround_modifier.errors import NonFiniteError
 
 __all__ = ["BlockSamples", "CalibrationStore", "module_list", "split_by_module_list"]
 
@@ -45,25 +47,10 @@ def split_by_module_list(
     return list(lists.values())
 
 
-@dataclass(frozen=True)
-class SampleOrder:
-    """
-    Which samples are used.
-
-    :param indices: of those of this process, as they were recorded
-    :param positions: of each among the samples of all processes, ascending
-    :param digest: of all samples that were recorded, used or not
-    """
-
-    indices: list[int]
-    positions: list[int]
-    digest: bytes
-
-
 @dataclass
 class BlockSamples:
     """
-    All samples of one block, in the pipeline's order.
+    The samples of one block that are used, in the order of their content.
 
     :ivar inputs: full-precision hidden states, (1, tokens, hidden) each
     :ivar outputs: full-precision outputs, same shapes: the targets of tuning
@@ -80,28 +67,62 @@ class BlockSamples:
     positions: list[int] = field(default_factory=list)
     digest: bytes = b""
 
-    def select(self, order: SampleOrder) -> None:
-        """Keep some samples, in that order."""
-        self.positions, self.digest = order.positions, order.digest
-        for name in ("inputs", "outputs", "calls", "masks"):
-            values = getattr(self, name)
-            if values:
-                setattr(self, name, [values[index] for index in order.indices])
+
+@dataclass
+class _Sample:
+    hidden: Tensor
+    call: BlockCall
+    mask: Tensor | None
+    output: Tensor | None = None
+
+
+@dataclass
+class _Recording:
+    """
+    :ivar num_samples: that the block ran on
+    :ivar samples: that are kept, by their index among those
+    """
+
+    num_samples: int = 0
+    samples: dict[int, _Sample] = field(default_factory=dict)
+
+
+@dataclass
+class _OpenCall:
+    """
+    A call of a block that has begun.
+
+    :ivar args: of the call, as the block received them, like ``kwargs``
+    :ivar tensors: in the arguments when the call began, with their versions, by their place
+    :ivar batch: number of samples
+    :ivar token_mask: (batch, tokens), bool, False for tokens that do not count; None if all count
+    :ivar samples: that are kept, by their index among all of the block
+    :ivar keys: of the content of all samples, where they decide which are used
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: dict[str, tuple[Tensor, int | None]]
+    batch: int
+    token_mask: Tensor | None
+    samples: dict[int, _Sample]
+    keys: list[bytes]
 
 
 class CalibrationStore:
     """
-    Forward hooks that record what blocks see, one sample per row of each batch.
+    Records what blocks see, one sample per row of each batch.
 
-    The first block of a module list that is taken out fixes which samples are used and in which
-    order: sorted by content, the first ``num_samples`` of them. So no result depends on the
-    pipeline's order. Each module list has its own samples: the blocks of a vision encoder may see
-    all images of a batch at once.
+    The block of a module list that runs first decides which samples are used and in which order:
+    sorted by content, the first ``num_samples`` of them. So no result depends on the pipeline's
+    order. Of other samples nothing is kept. The n-th sample of one block is the n-th of each other
+    block of its module list. Each module list has its own samples: the blocks of a vision encoder
+    may see all images of a batch at once.
 
     :param names: name of each block that is recorded
     :param num_samples: largest number of samples to keep; None for all
     :param offload_device: where captured tensors are kept
-    :param keep_outputs: false where nobody needs them
+    :param keep_outputs: false where nobody needs them, nor what blocks write into their arguments
     :param sort: false keeps the pipeline's order, and all samples
     """
 
@@ -116,13 +137,92 @@ class CalibrationStore:
         self.names = names
         self.num_samples = num_samples
         self.keep_outputs = keep_outputs
-        self.offload_device = offload_device
         self.sort = sort
+        self._lists = {block: module_list(name) for block, name in names.items()}
+        self._tensors = KeptTensors(offload_device)
+        self._first: dict[str, nn.Module] = {}  # the block that decides, by module list
+        self._selections: dict[str, SampleSelection] = {}
         self._num_recorded: dict[str, int] = {}  # by module list
-        self._orders: dict[str, SampleOrder] = {}
-        self._blocks: dict[nn.Module, BlockSamples] = {}
+        self._open: dict[nn.Module, _OpenCall] = {}
+        self._recordings: dict[nn.Module, _Recording] = {}
 
     @torch.no_grad()
+    def enter(
+        self,
+        block: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        token_mask: Tensor | None = None,
+    ) -> None:
+        """
+        Record what a block is called with, before it runs: it may write into its arguments.
+
+        :param token_mask: (batch, tokens), bool, False for tokens that shall not count
+        """
+        self._tensors.next_call()
+        name = self._lists[block]
+        selection = self._selections.setdefault(name, SampleSelection(self.num_samples))
+        decides = (
+            self.sort and selection.order is None and self._first.setdefault(name, block) is block
+        )
+        start = self._recordings.get(block, _Recording()).num_samples
+        rows = split_call(*take_apart((args, kwargs)))
+        call = _OpenCall(args, kwargs, {}, len(rows), token_mask, {}, [])
+        if self.keep_outputs:
+            tensors = tensors_by_place((args, kwargs))
+            call.tensors = {place: (x, version_of(x)) for place, x in tensors.items()}
+        for row, (hidden, arguments) in enumerate(rows):
+            if self.sort and not selection.may_select(start + row):
+                continue
+            mask = None if token_mask is None else self._keep_equal(token_mask[row : row + 1])
+            sample = _Sample(
+                self._tensors.keep(hidden), arguments.exchanged(self._keep_equal), mask
+            )
+            call.samples[start + row] = sample
+            if decides:
+                call.keys.append(content_key(sample.hidden, mask))
+        self._open[block] = call
+
+    @torch.no_grad()
+    def leave(self, block: nn.Module, output: Any) -> None:
+        """
+        Record what a block gave, after the `enter` of the same call.
+
+        :raises NonFiniteError: if the output holds NaN or infinity
+        """
+        call = self._open.pop(block)
+        recording = self._recordings.setdefault(block, _Recording())
+        start = recording.num_samples
+        outputs = as_samples(output_hidden(output))
+        for row in range(call.batch):
+            real = outputs[row] if call.token_mask is None else outputs[row][call.token_mask[row]]
+            if not torch.isfinite(real).all():
+                raise NonFiniteError(
+                    f"{self.names[block]}: the full-precision output has NaN or infinity in "
+                    f"calibration sample {start + row}. Check the weights of this block "
+                    "and the calibration text, or load the model in bfloat16 or float32."
+                )
+        recording.num_samples += call.batch
+        recording.samples.update(call.samples)
+        for key in call.keys:
+            dropped = self._selections[self._lists[block]].add(key)
+            if dropped is not None:
+                self._drop(self._lists[block], dropped)
+        if not self.keep_outputs:
+            return
+        written = self._written(call)
+        for index, sample in call.samples.items():
+            if index not in recording.samples:
+                continue
+            row = index - start
+            sample.output = self._tensors.keep(outputs[row : row + 1])
+            # A later block finds these tensors among its arguments. What is kept of them then is
+            # the same, because the owner of both is.
+            sample.call.written = {
+                place: self._tensors.keep(sample_part(x, row, call.batch), with_owner=True)
+                for place, x in written.items()
+            }
+
     def record(
         self,
         block: nn.Module,
@@ -131,85 +231,64 @@ class CalibrationStore:
         output: Any,
         token_mask: Tensor | None = None,
     ) -> None:
-        """
-        Record one call of a block.
-
-        :param token_mask: (batch, tokens), bool, False for tokens that shall not count
-        :raises NonFiniteError: if the output holds NaN or infinity
-        """
-        captured = self._blocks.setdefault(block, BlockSamples())
-        offload = self._offload
-        outputs = as_samples(output_hidden(output))
-        for row, (hidden, call) in enumerate(split_call(args, kwargs)):
-            out = outputs[row : row + 1]
-            mask = None if token_mask is None else token_mask[row : row + 1]
-            real = out if mask is None else out[mask]
-            if not torch.isfinite(real).all():
-                raise NonFiniteError(
-                    f"{self.names[block]}: the full-precision output has NaN or infinity in "
-                    f"calibration sample {len(captured.inputs)}. Check the weights of this block "
-                    "and the calibration text, or load the model in bfloat16 or float32."
-                )
-            captured.inputs.append(offload(hidden))
-            if self.keep_outputs:
-                captured.outputs.append(offload(out))
-            captured.calls.append(
-                replace(
-                    call, args=tree_map(offload, call.args), kwargs=tree_map(offload, call.kwargs)
-                )
-            )
-            captured.masks.append(None if mask is None else offload(mask))
+        """`enter` and `leave` of a call in which the block did not write into its arguments."""
+        self.enter(block, args, kwargs, token_mask)
+        self.leave(block, output)
 
     def recorded(self) -> list[nn.Module]:
         """:return: the blocks that ran since they were last taken out, in the order they ended"""
-        return list(self._blocks)
+        return list(self._recordings)
 
     def pop(self, block: nn.Module) -> BlockSamples | None:
         """
         :return: what was recorded for a block, in canonical order; None if it did not run, or not
             once for each sample of its module list
         """
-        captured = self._blocks.pop(block, None)
-        if captured is None:
+        self._tensors.release()
+        recording = self._recordings.pop(block, None)
+        if recording is None:
             return None
-        name = module_list(self.names[block])
-        if len(captured.inputs) != self._num_recorded.setdefault(name, len(captured.inputs)):
-            return None
+        name = self._lists[block]
+        result = BlockSamples()
+        indices: Iterable[int] = recording.samples
         if self.sort:
-            if name not in self._orders:
-                self._orders[name] = self._canonical_order(captured)
-            captured.select(self._orders[name])
-        return captured
+            order = self._selections[name].decide()
+            indices, result.positions, result.digest = order.indices, order.positions, order.digest
+            num_samples = len(self._selections[name])
+        else:
+            num_samples = self._num_recorded.setdefault(name, recording.num_samples)
+        if recording.num_samples != num_samples:
+            return None
+        for sample in (recording.samples[index] for index in indices):
+            result.inputs.append(sample.hidden)
+            result.calls.append(sample.call)
+            result.masks.append(sample.mask)
+            if sample.output is not None:
+                result.outputs.append(sample.output)
+        return result
 
     def clear(self) -> None:
         """Drop what was recorded."""
-        self._blocks.clear()
+        self._open.clear()
+        self._recordings.clear()
+        self._tensors.release()
 
-    def _canonical_order(self, captured: BlockSamples) -> SampleOrder:
-        keys = [
-            content_key(hidden, mask)
-            for hidden, mask in zip(captured.inputs, captured.masks, strict=True)
-        ]
-        shares = gathered(keys)
-        # The input of some module lists is a constant, the same in all samples.
-        varied = len(shares) > 1 and len(set(keys)) > 1
-        if varied and all(sorted(share) == sorted(keys) for share in shares):
-            raise CalibrationError(
-                "all processes were given the same calibration samples; give each its share, as by "
-                "`llmcompressor.datasets.get_rank_partition`, or use `autoround_modifier.oneshot`"
-            )
-        everywhere = [
-            (key, rank, index)
-            for rank, share in enumerate(shares)
-            for index, key in enumerate(share)
-        ]
-        rank, _ = process_rank()
-        chosen = enumerate(sorted(everywhere)[: self.num_samples])
-        mine = [(position, index) for position, (_, owner, index) in chosen if owner == rank]
-        digest = hashlib.blake2b(b"".join(key for key, _, _ in sorted(everywhere)), digest_size=16)
-        return SampleOrder(
-            [index for _, index in mine], [position for position, _ in mine], digest.digest()
-        )
+    def _drop(self, name: str, index: int) -> None:
+        """Forget a sample of all blocks of a module list."""
+        for block, recording in self._recordings.items():
+            if self._lists[block] == name:
+                recording.samples.pop(index, None)
 
-    def _offload(self, value: Any) -> Any:
-        return value.detach().to(self.offload_device) if isinstance(value, Tensor) else value
+    def _keep_equal(self, tensor: Tensor) -> Tensor:
+        return self._tensors.keep(tensor, merge=True)
+
+    def _written(self, call: _OpenCall) -> dict[str, Tensor]:
+        """:return: the tensors in a call's arguments that were not there when it began"""
+        hidden = input_hidden(call.args, call.kwargs)
+
+        def is_new(place: str, tensor: Tensor) -> bool:
+            before, version = call.tensors.get(place, (None, None))
+            return tensor is not before or version_of(tensor) != version
+
+        after = tensors_by_place((call.args, call.kwargs))
+        return {x: y for x, y in after.items() if y is not hidden and is_new(x, y)}

@@ -8,127 +8,133 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from autoround_modifier.errors import CheckpointError
+from autoround_modifier.errors import CheckpointError, listed
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.matching import match_targets
-from autoround_modifier.host.packed import unpack_e2m1, unpack_integers
-from autoround_modifier.host.schemes import QuantizationArgs, QuantizationConfig, weight_spec
+from autoround_modifier.host.quantized_weights import matches_saved_layer, read_saved_layer
+from autoround_modifier.host.schemes import QuantizationArgs, QuantizationConfig
 
-__all__ = ["SavedWeights"]
+__all__ = ["SavedWeights", "dtype_named"]
 
-# E8M0 (OCP Microscaling Formats v1.0, section 5.4.1): an exponent with this bias
-E8M0_BIAS = 127
+INDEX = "model.safetensors.index.json"
+SCALE = ".weight_scale"
 
 
 class SavedWeights(Mapping[str, QuantizedWeight]):
     """
-    Layer names, as in the file, and their quantized weights. A weight is read when it is asked for.
+    Layer names, as in the files, and their quantized weights. A weight is read when it is asked
+    for, with a `CheckpointError` if it cannot be, or if no config group describes it.
 
     :param folder: of the checkpoint
-    :raises CheckpointError: if it has no ``quantization_config`` of compressed-tensors
+    :raises CheckpointError: if it is not a checkpoint in a format of compressed-tensors, or no
+        weight in it is quantized
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        config = _read_config(folder)
+        config = _read_json(folder / "config.json")
         found = config.get("quantization_config") or {}
         if found.get("quant_method") != "compressed-tensors":
             raise CheckpointError(
                 f"{folder}: its config.json has no `quantization_config` of compressed-tensors"
             )
-        name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-        self._dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
-        groups = QuantizationConfig.model_validate(found).config_groups.values()
-        self._args = {
-            target: scheme.weights
+        try:
+            groups = QuantizationConfig.model_validate(found).config_groups.values()
+        except ValueError as error:
+            raise CheckpointError(
+                f"{folder}: the `quantization_config` of its config.json cannot be read: {error}"
+            ) from error
+        self._dtype = dtype_named(config.get("dtype") or config.get("torch_dtype"))
+        self._args: list[tuple[str, QuantizationArgs]] = [
+            (target, scheme.weights)
             for scheme in groups
             if scheme.weights
             for target in scheme.targets
-        }
-        self._files = _tensor_files(folder)
-        self._layers = [
-            name.removesuffix(".weight_scale")
-            for name in self._files
-            if name.endswith(".weight_scale")
         ]
+        self._files = _tensor_files(folder)
+        names = (name.removesuffix(SCALE) for name in self._files if name.endswith(SCALE))
+        self._parts: dict[str, list[str]] = {name: [] for name in names}
+        for name in self._files:
+            layer, _, part = name.rpartition(".")
+            if layer in self._parts and part.startswith("weight"):
+                self._parts[layer].append(part)
+        if not self._parts:
+            raise CheckpointError(f"{folder}: no weight of this checkpoint is quantized")
 
     def __len__(self) -> int:
-        return len(self._layers)
+        return len(self._parts)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
+        return iter(self._parts)
 
     def __getitem__(self, name: str) -> QuantizedWeight:
-        if f"{name}.weight_scale" not in self._files:
-            raise KeyError(name)
-        args = self._weight_args(name)
-        spec = weight_spec(args)
-        if f"{name}.weight_packed" in self._files:
-            values = self._packed_values(name, args)
-        else:
-            values = self._tensor(name, "weight")
-        scale = self._tensor(name, "weight_scale")
-        scale_shape = spec.grouping(tuple(values.shape)).scale_shape
-        zero_point = self._zero_point(name, args, scale_shape)
-        if scale.dtype == torch.uint8:
-            scale = torch.exp2(scale.float() - E8M0_BIAS)
-        parts = {
-            "values": values,
-            "scale": scale.to(self._dtype).view(scale_shape),
-            "zero_point": zero_point,
-        }
-        if f"{name}.weight_global_scale" in self._files:
-            parts["global_scale"] = self._tensor(name, "weight_global_scale")
-        return QuantizedWeight(parts, spec.grid(self._dtype), spec.grouping(tuple(values.shape)))
+        tensors = {part: self._tensor(f"{name}.{part}") for part in self._parts[name]}
+        return read_saved_layer(tensors, self._weight_args(name, tensors), self._dtype)
 
-    def _weight_args(self, name: str) -> QuantizationArgs:
-        """:raises CheckpointError: if no config group targets the layer"""
-        matched = match_targets(name, nn.Linear(1, 1, device="meta"), list(self._args))
-        if not matched:
-            raise CheckpointError(
-                f"{self.folder}: {name} is quantized, and no config group of its config.json "
-                f"targets it ({', '.join(self._args)})"
-            )
-        return self._args[matched[0]]
+    def _weight_args(self, name: str, tensors: dict[str, Tensor]) -> QuantizationArgs:
+        """
+        The files do not say which layers are embeddings, which a target may tell apart by class. So
+        what the config says must also be what the tensors are.
 
-    def _packed_values(self, name: str, args: QuantizationArgs) -> Tensor:
-        packed = self._tensor(name, "weight_packed")
-        if packed.dtype == torch.uint8:
-            return unpack_e2m1(packed).to(torch.float8_e4m3fn)
-        assert args.num_bits is not None
-        shape = self._tensor(name, "weight_shape").tolist()
-        return unpack_integers(packed, args.num_bits, tuple(shape))
+        :raises CheckpointError: if no config group targets the layer and describes its tensors
+        """
+        targets = [target for target, _ in self._args]
+        kinds = (nn.Linear(1, 1, device="meta"), nn.Embedding(1, 1, device="meta"))
+        matched = [target for kind in kinds for target in match_targets(name, kind, targets)]
+        by_target = dict(self._args)
+        for target in matched:
+            if matches_saved_layer(tensors, by_target[target]):
+                return by_target[target]
+        seen = [f"{part} {tuple(x.shape)} {x.dtype}" for part, x in tensors.items()]
+        raise CheckpointError(
+            f"{self.folder}: {name} is quantized, and no config group of its config.json "
+            f"describes it. Its tensors: {', '.join(seen)}; targets that match its name: "
+            f"{listed(matched) or 'none'}"
+        )
 
-    def _zero_point(self, name: str, args: QuantizationArgs, shape: tuple[int, ...]) -> Tensor:
-        if f"{name}.weight_zero_point" not in self._files:
-            return torch.zeros(shape, dtype=torch.int8)
-        zero_point = self._tensor(name, "weight_zero_point")
-        if zero_point.dtype == torch.int32:  # packed along the rows
-            assert args.num_bits is not None
-            zero_point = unpack_integers(zero_point, args.num_bits, shape, dim=0)
-        return zero_point.to(torch.int8).view(shape)
-
-    def _tensor(self, layer: str, part: str) -> Tensor:
-        name = f"{layer}.{part}"
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+    def _tensor(self, name: str) -> Tensor:
+        path = self._files[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return found
+
+
+def dtype_named(name: Any) -> torch.dtype:
+    """
+    :param name: ``dtype`` of a model's config; None for bfloat16
+    :raises CheckpointError: if PyTorch has no such dtype
+    """
+    dtype = getattr(torch, str(name or "bfloat16").removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"config.json: `dtype` is {name}, which is no dtype of PyTorch")
+    return dtype
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """:return: tensor name -> file, of all safetensors files in the folder"""
+    """:return: tensor name -> file: by the index of a sharded checkpoint, or of all safetensors"""
+    if (folder / INDEX).is_file():
+        weight_map = _read_json(folder / INDEX).get("weight_map") or {}
+        return {name: folder / file for name, file in weight_map.items()}
     files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            files.update(dict.fromkeys(file.keys(), path))
+        try:
+            with safe_open(path, framework="pt") as file:
+                files.update(dict.fromkeys(file.keys(), path))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
     return files

@@ -6,12 +6,10 @@ is therefore measured in local steps, ``q = round(x + V * step(x))`` with ``x = 
 unit of V means the same for small and large weights. With integers, whose step is 1 everywhere,
 that is SignRound's formula.
 
-To round a weight to its farther number then changes the loss by up to the square of its step: for
-a large weight of E2M1 by 16 times as much as for a small one, of which the sign of a gradient tells
-nothing. There sign steps fall with the local step to the power of 1.5. For MXFP4 that measured
-better than equal ones, and no different from a power of 1, which V in units of the scale amounts
-to; for NVFP4 better than that, too (README, Every format). On E4M3 they are equal: 8 bits leave
-little to gain.
+Rounding a weight to the farther of its two neighbours changes the loss by up to the square of the
+local step: 16 times more for a large weight of E2M1 than for a small one. The sign of a gradient
+does not show that. So sign steps on E2M1 are divided by the local step to the power of 1.5
+(measured in docs/benchmarks/formats.md). On E4M3 they are equal: 8 bits leave little to gain.
 
 Elements are those of the OCP formats: E4M3 (OCP 8-bit Floating Point Specification, section 5,
 without infinities) and E2M1 (OCP Microscaling Formats v1.0, section 5.3.3).

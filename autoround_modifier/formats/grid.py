@@ -19,6 +19,9 @@ class Grid(ABC):
     """
     How groups are quantized; hashable, so that a compiled function can depend on it.
 
+    Groups that lie side by side in the weight are always handed over together, so that a grid may
+    let some of them share a scale of their scales (super-blocks).
+
     The state of the groups is the same for all formats: weights (..., groups, group_size) in any
     float dtype; the ends of each group's range, ``w_min`` <= 0 and ``w_max`` >= 0, (..., groups),
     float32; the global scale of the weight repeated for each group, (..., groups), or None where
@@ -64,8 +67,9 @@ class Grid(ABC):
         beta: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """
-        :return: what is saved, by name and in the dtypes of `QuantizedWeight`: ``values`` of the
-            shape of ``weight``; every other part has the groups as its first dimension
+        :return: what is saved, by name: ``values`` of the shape of ``weight``; of every other part
+            the first dimension are the groups, or super-blocks of them, in order. `ScaledGrid` has
+            the parts that `QuantizedWeight` describes, another grid its own
         """
 
     @abstractmethod

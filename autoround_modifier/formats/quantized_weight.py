@@ -20,7 +20,8 @@ class QuantizedWeight:
         float8_e4m3fn, of which those of E2M1 are some;
         ``scale``, of the shape that compressed-tensors stores (`Grouping.scale_shape`);
         ``zero_point``, of the same shape, int8; zeros if symmetric;
-        ``global_scale``, (1,), float32, by which all scales are divided; only for NVFP4
+        ``global_scale``, (1,), float32, by which all scales are divided; only for NVFP4.
+        Another format has ``values`` and whatever else it needs
     :param grid: what the values mean
     :param grouping: which weights share a scale
     """

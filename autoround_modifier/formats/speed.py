@@ -5,7 +5,7 @@ The sign of a gradient gives a direction, but no distance. A Newton step is the 
 second derivative. For a weight of a linear layer the latter is proportional to the mean square
 ``h_j`` of its input channel j (the importance of SignRoundV2, https://arxiv.org/abs/2512.04746),
 the former typically to ``sqrt(h_j)``, so that the step falls with ``1 / sqrt(h_j)``. Between that
-and equal steps lies ``h_j^-0.25``, which measured best (docs/ablation.md).
+and equal steps lies ``h_j^-0.25``, which measured best (docs/benchmarks/ablation.md).
 """
 
 from __future__ import annotations

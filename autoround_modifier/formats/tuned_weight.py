@@ -94,19 +94,20 @@ class TunedWeight:
         slices = self._slices(slice_elements(self.weight.device))
         found = [self.grid.quantize_parts(*state) for state in slices]  # seldom: not compiled
         parts = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-        shape = self.grouping.scale_shape
-        parts = {
-            name: self.grouping.join(part) if name == "values" else self._per_group(part, shape)
-            for name, part in parts.items()
-        }
+        parts = {name: self._shaped(name, part) for name, part in parts.items()}
         if self.global_scale is not None:
             parts["global_scale"] = self.global_scale
         return QuantizedWeight(parts, self.grid, self.grouping)
 
-    @staticmethod
-    def _per_group(part: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """One number of each group gets the shape of the scale; anything else stays as it is."""
-        return part.view(shape) if part[0].numel() == 1 else part
+    def _shaped(self, name: str, part: Tensor) -> Tensor:
+        """
+        :return: ``values`` in the shape of the weight, one number of each group in that of the
+            scale, and anything else as the grid made it, such as numbers of super-blocks
+        """
+        if name == "values":
+            return self.grouping.join(part)
+        one_each = len(part) == part.numel() == len(self.weight)
+        return part.view(self.grouping.scale_shape) if one_each else part
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
@@ -139,7 +140,8 @@ class TunedWeight:
 
     def _slices(self, size: int | None, *more: Tensor) -> Iterator[tuple[Any, ...]]:
         """
-        Yield ``more`` and the state, cut along the groups, between rows of tiles.
+        Yield ``more`` and the state, cut along the groups, between rows of tiles: groups that lie
+        side by side are in one slice.
 
         :param size: largest number of elements of a slice, unless a row of tiles has more; None
             does not cut

@@ -22,7 +22,7 @@ def sdpa_computes_the_same(model: nn.Module) -> bool:
         return False
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         return False
-    return not any(hasattr(module, "sinks") for module in model.modules())
+    return all(getattr(module, "sinks", None) is None for module in model.modules())
 
 
 @contextlib.contextmanager

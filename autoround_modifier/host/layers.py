@@ -66,18 +66,21 @@ def weight_folders(model: nn.Module) -> set[Path]:
 def parameters_frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
     No gradients for the parameters of these modules. Of offloaded ones, copies that are brought to
-    the device from now on take ``requires_grad`` from what is kept; those that are there already
-    (`disable_offloading`) are frozen too.
+    the device from now on take ``requires_grad`` from what is kept; copies that stay on the device
+    (`disable_offloading`), from before or from now on, are frozen too, and trainable afterwards.
     """
     with disable_onloading():
-        stored = [p for module in modules for p in module.parameters()]
-    on_device = (OffloadCache.keep_onloaded_values.get(p) for p in stored)
-    copies = [p for p in on_device if p is not None]
-    trainable = [p for p in (*stored, *copies) if p.requires_grad]
+        stored = [p for module in modules for p in module.parameters() if p.requires_grad]
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        _set_trainable(stored, False)
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        _set_trainable(stored, True)
+
+
+def _set_trainable(stored: list[nn.Parameter], trainable: bool) -> None:
+    for parameter in stored:
+        parameter.requires_grad_(trainable)
+        copy = OffloadCache.keep_onloaded_values.get(parameter)
+        if copy is not None:
+            copy.requires_grad_(trainable)

@@ -9,9 +9,7 @@ class is *named* ``AutoRoundModifier``; AutoRound needs full-precision inputs an
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
+import os
 from typing import Any
 
 from compressed_tensors.quantization import disable_quantization
@@ -29,6 +27,7 @@ from llmcompressor.utils.helpers import DisableQuantization, eval_context
 from llmcompressor.utils.pytorch import infer_sequential_targets
 
 __all__ = [
+    "AUTOROUND_CLASS_NAME",
     "DisableQuantization",
     "Event",
     "HooksMixin",
@@ -38,26 +37,22 @@ __all__ = [
     "Recipe",
     "State",
     "apply_calibration_status",
+    "as_recipe",
     "disable_quantization",
-    "error_propagation_is_off",
     "eval_context",
     "host_oneshot",
     "infer_sequential_targets",
     "is_module_quantized",
     "known_modifiers",
     "patch_attr",
-    "recipe_classes",
     "recipe_modifiers",
     "register_modifier",
     "targets_embeddings",
     "untie_word_embeddings",
-    "without_error_propagation",
 ]
 
 # The name by which the sequential pipeline recognises AutoRound.
 AUTOROUND_CLASS_NAME = "AutoRoundModifier"
-
-_propagation_off: ContextVar[bool] = ContextVar("propagation_off", default=False)
 
 
 class PlainDataModifier(Modifier):
@@ -85,37 +80,16 @@ def known_modifiers() -> list[str]:
     return sorted(names - {Modifier.__name__})  # the base class
 
 
-def recipe_classes(recipe: Any) -> list[type[Modifier]]:
+def as_recipe(recipe: Any, stage: str | None = None) -> Recipe:
     """
     :param recipe: path, YAML text, `Recipe`, modifier, or a list of modifiers
-    :return: the classes of its modifiers
+    :param stage: the one that runs; None for all
+    :return: the recipe with its modifiers made; `host_oneshot` runs these objects
     """
-    if isinstance(recipe, (Modifier, Recipe)):
-        modifiers = [recipe] if isinstance(recipe, Modifier) else recipe.modifiers
-        return [type(modifier) for modifier in modifiers]
-    if isinstance(recipe, (list, tuple)):
-        return [kind for part in recipe for kind in recipe_classes(part)]
-    return recipe_classes(Recipe.create_instance(str(recipe)))
+    source = str(recipe) if isinstance(recipe, os.PathLike) else recipe
+    return Recipe.create_instance(source, target_stage=stage)
 
 
 def recipe_modifiers() -> list[Modifier]:
     """:return: the modifiers of the running recipe; in a pass of its own, that modifier alone"""
     return list(active_session().lifecycle.recipe.modifiers)
-
-
-@contextlib.contextmanager
-def without_error_propagation() -> Iterator[None]:
-    """State that the run inside was started with ``propagate_error=False``."""
-    token = _propagation_off.set(True)
-    try:
-        yield
-    finally:
-        _propagation_off.reset(token)
-
-
-def error_propagation_is_off(modifier: Modifier) -> bool:
-    """
-    :return: whether the sequential pipeline is known to give this modifier the inputs of the
-        full-precision model
-    """
-    return type(modifier).__name__ == AUTOROUND_CLASS_NAME or _propagation_off.get()

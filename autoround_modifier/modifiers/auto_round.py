@@ -25,6 +25,7 @@ from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_att
 from autoround_modifier.host.experts import routed_experts_only
 from autoround_modifier.host.layers import stored_weight
 from autoround_modifier.host.lifecycle import (
+    AUTOROUND_CLASS_NAME,
     Event,
     HooksMixin,
     PlainDataModifier,
@@ -32,7 +33,6 @@ from autoround_modifier.host.lifecycle import (
     State,
     apply_calibration_status,
     disable_quantization,
-    error_propagation_is_off,
     recipe_modifiers,
     targets_embeddings,
     untie_word_embeddings,
@@ -109,6 +109,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
 
     requires_calibration_data: bool = True
 
+    _without_error_propagation: bool = PrivateAttr(default=False)
     _compute: Compute = PrivateAttr(default_factory=Compute)
     _quantizer: LayerQuantizer = PrivateAttr(
         default_factory=lambda: LayerQuantizer(InitialWeights({}, {}, Importance()), {})
@@ -136,6 +137,13 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         super().assign_schemes(config_groups, ignore)
         self._find_whether_data_is_needed()
 
+    def run_without_error_propagation(self) -> None:
+        """
+        Called by `oneshot`, which starts the run with ``propagate_error=False``: this class is not
+        the one whose name makes LLM-Compressor do so.
+        """
+        self._without_error_propagation = True
+
     @property
     def block_reports(self) -> list[BlockReport]:
         """What was done to each group of blocks, in order."""
@@ -154,7 +162,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         :raises CheckpointError: if ``checkpoint_dir`` holds another run
         :raises OSError: if ``checkpoint_dir`` cannot be written to
         """
-        if not error_propagation_is_off(self):
+        known_by_name = type(self).__name__ == AUTOROUND_CLASS_NAME
+        if not (known_by_name or self._without_error_propagation):
             raise RecipeError(
                 f"{type(self).__name__} is an AutoRoundModifier under another name. LLM-Compressor "
                 "would feed its blocks quantized inputs, because it goes by the name of the class. "

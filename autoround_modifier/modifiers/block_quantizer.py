@@ -77,14 +77,16 @@ class BlockQuantizer:
                 logger.warning(f"{name}: not run once for each sample, so not tuned")
             return
         activations = [one for one in self.activations if one.module in in_group]
-        group = BlockGroup(blocks, [one.calls for one in samples], activations)
         targets, masks = samples[-1].outputs, samples[-1].masks
         saved: SavedBlocks | None = None
         if self.checkpoint is not None:
             one = samples[0]
             data = describe_data(one.digest, one.positions, one.inputs, targets, masks)
             saved = SavedBlocks(self.checkpoint, self._index, name, data)
-        inputs = self._chained(name, samples[0].inputs)
+        chained = self._chained(name, samples[0].inputs)
+        inputs = samples[0].inputs if chained is None else chained
+        written = None if chained is None else self._chain.written
+        group = BlockGroup(blocks, [one.calls for one in samples], activations, written)
         for one in samples:
             one.inputs = []  # only the inputs of the quantized chain are needed from here on
 
@@ -104,33 +106,38 @@ class BlockQuantizer:
             self.layers.write_back(layer, weight)
 
         if self.quantized_inputs and blocks[-1] is not next(reversed(self.names)):
-            kept = None if saved is None or found is None else saved.chain()
+            # What blocks write into their arguments is not in a checkpoint: they run again.
+            restorable = saved is not None and found is not None and not group.writes
+            kept = saved.chain() if saved is not None and restorable else None
             if kept is None:
                 forwards = quantized_forwards(weights, self.layers.initial.experts)
-                group.advance(inputs, self.config.batch_size, forwards)
-            self._chain.advance(inputs if kept is None else kept, targets)
+                own_writes = group.advance(inputs, self.config.batch_size, forwards)
+                self._chain.advance(inputs, targets, own_writes)
+            else:
+                self._chain.advance(kept, targets)
         if saved is not None and found is None:
-            saved.save(weights, self.layers, activations, report, self._chain.outputs)
+            chain = [] if group.writes else self._chain.outputs
+            saved.save(weights, self.layers, activations, report, chain)
         self._index += 1
 
-    def _chained(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
-        """What the blocks will see after quantization; their own inputs where the chain ends."""
+    def _chained(self, name: str, inputs: list[Tensor]) -> list[Tensor] | None:
+        """:return: what the blocks will see after quantization; None where the chain ends"""
         if not self._chain.active:
-            return inputs
+            return None
         chained = self._chain.take(inputs)
         if chained is None:
             logger.info(
                 f"{name}: its input is not the output of the block before it; it is tuned on "
                 "full-precision inputs"
             )
-            return inputs
+            return None
         finite = all(bool(torch.isfinite(hidden).all()) for hidden in chained)
         if not all(gathered(finite)):
             self._report_failure(
                 f"{name}: the output of the quantized blocks before it",
                 "this block sees full-precision inputs",
             )
-            return inputs
+            return None
         return chained
 
     def _learn(

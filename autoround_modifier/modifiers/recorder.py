@@ -61,7 +61,7 @@ class CalibrationRecorder:
         for block in self.blocks:
             register(block, self._enter_block, "forward_pre", with_kwargs=True)
             if self.store is not None:
-                register(block, self._leave_block, "forward", with_kwargs=True)
+                register(block, self._leave_block, "forward")
         for one in activations:
             register(one.module, one.hook(self._recorder(one)), one.hook_type)
         for mixture in self.routing.mixtures:
@@ -71,10 +71,12 @@ class CalibrationRecorder:
 
     def _enter_block(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self._token_mask = call_token_mask(block, args, kwargs, self.loss_mask(block))
+        if self.store is not None:
+            self.store.enter(block, args, kwargs, self._token_mask)
 
-    def _leave_block(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave_block(self, block: nn.Module, args: Any, output: Any) -> None:
         assert self.store is not None
-        self.store.record(block, args, kwargs, output, self._token_mask)
+        self.store.leave(block, output)
 
     def _enter_mixture(self, mixture: Any, args: Any) -> None:
         self.routing.enter(mixture, args, self._token_mask)

@@ -63,6 +63,7 @@ class SignSGD:
                 clipping_lr if minmax_lr is None else minmax_lr,
             )
         self.iteration = 0
+        self._schedules: dict[tuple[float, float, torch.device], Tensor] = {}
 
     def descend(self, layer: nn.Linear, gradient: Tensor) -> None:
         """
@@ -70,10 +71,20 @@ class SignSGD:
 
         :param gradient: of the loss by the dequantized weight, (out_features, in_features)
         """
-        decay = 1.0 - self.iteration / self.iters
-        lrs = torch.tensor(self.step_sizes[layer]) * decay
-        rounding_lr, clipping_lr = lrs.to(gradient.device)
+        rounding_lr, clipping_lr = self._schedule(layer, gradient.device)[self.iteration]
         self.formats[layer].descend(gradient, rounding_lr, clipping_lr)
+
+    def _schedule(self, layer: nn.Linear, device: torch.device) -> Tensor:
+        """
+        :return: (iters, 2), float32, the step sizes of V and of alpha and beta at each step; copied
+            to the device once, so that no step waits for a copy
+        """
+        key = (*self.step_sizes[layer], device)
+        if key not in self._schedules:
+            sizes = torch.tensor(self.step_sizes[layer])
+            steps = [sizes * (1.0 - step / self.iters) for step in range(self.iters)]
+            self._schedules[key] = torch.stack(steps).to(device)
+        return self._schedules[key]
 
     def end_step(self) -> None:
         """The next call of `descend` belongs to the next step."""

@@ -31,7 +31,8 @@ class Step:
     :param experts: layers that see few of the tokens
     :param one_pass: whether there will be one backward pass
     :ivar forwards: what the layers compute meanwhile
-    :ivar finite: scalar bool, whether no gradient had NaN or infinity so far
+    :ivar finite: scalar bool on the device, whether no gradient had NaN or infinity so far; None
+        before the first one
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Step:
     ):
         self.formats = formats
         self.optimizer = optimizer
-        self.finite: Tensor = torch.ones((), dtype=torch.bool)
+        self.finite: Tensor | None = None
         self.forwards: dict[nn.Module, Forward] = {}
         self._leaves: dict[nn.Linear, Tensor] = {}
         self._gradients: dict[nn.Linear, Tensor] = {}
@@ -78,5 +79,5 @@ class Step:
     def _descend(self, layer: nn.Linear, gradient: Tensor) -> None:
         # The sum is finite if all terms are, at a fraction of the time that looking at each takes.
         finite = gradient.sum(dtype=torch.float32).isfinite()
-        self.finite = self.finite.to(finite.device) & finite
+        self.finite = finite if self.finite is None else self.finite & finite
         self.optimizer.descend(layer, gradient)

@@ -156,7 +156,8 @@ class Tuner:
                 loss = self._loss(samples, LOSS_SCALE / self._share.tokens_of(batch))
                 self._finite &= loss.isfinite()
         step.end()
-        self._finite &= step.finite.to(self._finite.device)
+        if step.finite is not None:
+            self._finite &= step.finite.to(self._finite.device)
 
     def _loss(self, samples: list[int], backward_scale: float | None = None) -> Tensor:
         """

@@ -1,0 +1,304 @@
+"""
+Makes the pages of the reference when the site is built, so that they cannot differ from the code.
+
+MkDocs calls `on_files` (see ``hooks`` in mkdocs.yml). Three pages are added, none is written to
+disk:
+
+- ``reference/fields.md``: the fields of the three modifiers and the presets, from pydantic
+- ``reference/recipes.md``: the shipped recipes, from the comments and fields of their files
+- ``reference/api.md``: every name in ``autoround_modifier.__all__``, for mkdocstrings
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+import autoround_modifier
+
+# A warning ends `mkdocs build --strict`.
+logger = logging.getLogger("mkdocs.hooks.generate_reference")
+
+# Fields that the modifiers inherit from LLM-Compressor, in words that fit a table. They are used
+# where the class itself has no description.
+INHERITED = {
+    "config_groups": "named groups of layers: for each, `targets` and a scheme (`weights`, "
+    "`input_activations`)",
+    "scheme": "instead of `config_groups`: a preset of compressed-tensors such as `NVFP4`, or "
+    "several, each with its targets",
+    "targets": "layers that `scheme` applies to: class names, module names, or expressions after "
+    "`re:`",
+    "ignore": "layers left alone although they are targets",
+    "kv_cache_scheme": "quantization of the key-value cache",
+    "input_observer": "how static scales of activations are found: `static_minmax` unless given",
+}
+
+BOUNDS: dict[type, tuple[str, str]] = {
+    Ge: ("ge", "at least"),
+    Gt: ("gt", "more than"),
+    Le: ("le", "at most"),
+    Lt: ("lt", "less than"),
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    pages = {"fields": fields_page, "recipes": recipes_page, "api": api_page}
+    for name, make in pages.items():
+        files.append(File.generated(config, f"reference/{name}.md", content=make()))
+    return files
+
+
+# ---------------------------------------------------------------------- fields
+
+
+def modifiers() -> list[type[BaseModel]]:
+    """:return: the exported modifiers, `AutoRoundModifier` first"""
+    classes = [
+        value
+        for value in map(exported, autoround_modifier.__all__)
+        if inspect.isclass(value) and issubclass(value, BaseModel)
+    ]
+    return sorted(classes, key=lambda x: (x.__name__ != "AutoRoundModifier", x.__name__))
+
+
+def exported(name: str) -> Any:
+    return getattr(autoround_modifier, name)
+
+
+def fields_page() -> str:
+    lines = ["# Fields of the modifiers", "", "Made from the classes when this site is built.", ""]
+    for modifier in modifiers():
+        name = modifier.__name__
+        described = descriptions(modifier)
+        own = [x for x in modifier.model_fields if belongs_to_package(modifier, x)]
+        inherited = [x for x in INHERITED if x in modifier.model_fields and x not in own]
+        shown = [x for x in own if described.get(x)]
+        # `requires_calibration_data` is set by the modifiers themselves.
+        for missing in set(own) - set(shown) - {"requires_calibration_data"}:
+            logger.warning("%s.%s has no description", name, missing)
+        lines += [f"## {name}", "", summary(modifier), ""]
+        lines += fields_table(modifier, shown, described)
+        if inherited:
+            lines += ["", "Inherited from LLM-Compressor:", ""]
+            lines += fields_table(modifier, inherited, INHERITED | described)
+        lines.append("")
+    return "\n".join([*lines, *presets_section()])
+
+
+def belongs_to_package(modifier: type[BaseModel], field: str) -> bool:
+    """:return: whether a class of this package declares the field"""
+    owners = [x for x in modifier.__mro__ if field in inspect.get_annotations(x)]
+    return bool(owners) and owners[0].__module__.partition(".")[0] == "autoround_modifier"
+
+
+def descriptions(modifier: type[BaseModel]) -> dict[str, str]:
+    """:return: field -> its description, else the ``:param`` of a docstring of the package"""
+    found: dict[str, str] = {}
+    for base in reversed(modifier.__mro__):
+        if base.__module__.partition(".")[0] == "autoround_modifier":
+            found |= parameters(base.__doc__ or "")
+    described = {k: v.description for k, v in modifier.model_fields.items() if v.description}
+    return found | described
+
+
+def parameters(docstring: str) -> dict[str, str]:
+    """:return: name -> text of each ``:param name: text``"""
+    pattern = r"^\s*:(?:param|ivar) (\w+): (.*?)(?=^\s*:|^\s*$|\Z)"
+    return dict(re.findall(pattern, docstring, re.MULTILINE | re.DOTALL))
+
+
+def summary(modifier: type[BaseModel]) -> str:
+    """:return: the first paragraph of the class's docstring"""
+    text = inspect.getdoc(modifier) or ""
+    return text.split("\n\n")[0].strip().rstrip(":.") + "."
+
+
+def fields_table(
+    modifier: type[BaseModel], names: Iterable[str], described: dict[str, str]
+) -> list[str]:
+    rows = [
+        (
+            f"`{name}`",
+            allowed(field),
+            default(field, name in preset_fields() and "preset" in modifier.model_fields),
+            described[name],
+        )
+        for name in names
+        for field in [modifier.model_fields[name]]
+    ]
+    return table(("field", "type", "default", "meaning"), rows)
+
+
+def allowed(field: FieldInfo) -> str:
+    """:return: the type as a recipe's author writes it, with its bounds"""
+    bounds = [
+        f"{words} {getattr(item, attribute)}"
+        for item in field.metadata
+        for kind, (attribute, words) in BOUNDS.items()
+        if isinstance(item, kind)
+    ]
+    return ", ".join([written(field.annotation), *bounds])
+
+
+def written(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [written(x) for x in arguments if x is not type(None)]
+        return " or ".join(dict.fromkeys(kinds))
+    if origin is typing.Literal:
+        return " or ".join(f"`{x}`" for x in arguments)
+    if origin in (list, tuple):
+        return f"list of {written(arguments[0])}" if arguments else "list"
+    if origin is dict or annotation is dict:
+        return "mapping"
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return "mapping"
+    words = {bool: "true or false", int: "integer", float: "number", str: "text"}
+    return words.get(annotation, str(getattr(annotation, "__name__", annotation)))
+
+
+def default(field: FieldInfo, from_preset: bool) -> str:
+    """:param from_preset: whether None stands for the value of the preset"""
+    value = field.default
+    if field.default_factory is not None:
+        value = typing.cast(Callable[[], Any], field.default_factory)()
+    if value is PydanticUndefined:
+        return "required"
+    if value is None:
+        return "from the preset" if from_preset else "not set"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value}`" if value != [] else "empty"
+
+
+def preset_fields() -> list[str]:
+    preset = next(iter(autoround_modifier.PRESETS.values()))
+    return [field.name for field in dataclasses.fields(preset)]
+
+
+def presets_section() -> list[str]:
+    names = preset_fields()
+    rows = [
+        (f"`{name}`", *(preset_value(getattr(preset, field)) for field in names))
+        for name, preset in autoround_modifier.PRESETS.items()
+    ]
+    header = ("preset", *(f"`{name}`" for name in names))
+    text = "`preset` stands for these values. A field that is given replaces the preset's value."
+    return ["## Presets", "", text, "", *table(header, rows), ""]
+
+
+def preset_value(value: Any) -> str:
+    return "default" if value is None else str(value).lower()
+
+
+# ---------------------------------------------------------------------- recipes
+
+
+def recipes_page() -> str:
+    lines = [
+        "# Shipped recipes",
+        "",
+        'Each can be used by name: `oneshot(..., recipe="w4a16_autoround")`. '
+        '`load_recipe(name, preset="light")` replaces fields of its `AutoRoundModifier`.',
+        "",
+    ]
+    contents = {name: path.read_text() for name, path in autoround_modifier.list_recipes().items()}
+    rows = [(f"[`{name}`](#{name})", first_sentence(text)) for name, text in contents.items()]
+    lines += table(("recipe", "what it makes"), rows)
+    for name, text in contents.items():
+        comment, body = split_recipe(text)
+        lines += ["", f"## `{name}` {{ #{name} }}", "", comment, "", "```yaml", body, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def split_recipe(text: str) -> tuple[str, str]:
+    """:return: the comment at the top without its example of a call, and the YAML below it"""
+    lines = text.splitlines()
+    end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    comment = "\n".join(line.lstrip("#").removeprefix(" ") for line in lines[:end])
+    paragraphs = [x for x in comment.split("\n\n") if not x.lstrip().startswith("oneshot(")]
+    body = "\n".join(lines[end:])
+    if not isinstance(yaml.safe_load(body), dict):
+        logger.warning("recipe is not a mapping: %s", body[:60])
+    return "\n\n".join(x.strip() for x in paragraphs if x.strip()), body
+
+
+def first_sentence(text: str) -> str:
+    comment = " ".join(split_recipe(text)[0].split("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z0-9])", comment)[0]
+
+
+# ---------------------------------------------------------------------- API
+
+
+def api_page() -> str:
+    lines = [
+        "# Python API",
+        "",
+        "What `autoround_modifier` exports. Everything else is private.",
+        "",
+    ]
+    sections: dict[str, list[str]] = {"Functions": [], "Modifiers": [], "Errors": [], "Others": []}
+    for name in autoround_modifier.__all__:
+        value = exported(name)
+        if inspect.isclass(value) and issubclass(value, BaseModel):
+            sections["Modifiers"].append(modifier_entry(name))
+        elif inspect.isclass(value) and issubclass(value, Exception):
+            sections["Errors"].append(directive(name))
+        elif callable(value) and not inspect.isclass(value):
+            sections["Functions"].append(directive(name))
+        else:
+            sections["Others"].append(directive(name))
+    for title, entries in sections.items():
+        if entries:
+            lines += [f"## {title}", "", *entries]
+    return "\n".join(lines)
+
+
+def directive(name: str) -> str:
+    return f"::: autoround_modifier.{name}\n"
+
+
+def modifier_entry(name: str) -> str:
+    """Its fields stand on a page of their own; its properties, read after a run, are here."""
+    properties = {
+        key: " ".join(inspect.getdoc(value).split())
+        for base in exported(name).__mro__
+        if base.__module__.partition(".")[0] == "autoround_modifier"
+        for key, value in vars(base).items()
+        if isinstance(value, property) and not key.startswith("_") and inspect.getdoc(value)
+    }
+    lines = [f"### `{name}` {{ #autoround_modifier.{name} }}", "", summary(exported(name)), ""]
+    lines += [f"Its fields: [{name}](fields.md#{name.lower()}).", ""]
+    if properties:
+        rows = [(f"`{key}`", text) for key, text in properties.items()]
+        lines += [*table(("property", "value"), rows), ""]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------- Markdown
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(cell(x) for x in line)} |" for line in lines]
+
+
+def cell(text: str) -> str:
+    """:return: one line; docstrings write code with two backticks"""
+    return " ".join(text.replace("``", "`").replace("|", "\\|").split())
