@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, IterableDataset
 
 from autoround_modifier import AutoRoundModifier, CheckpointError
-from autoround_modifier.runs import digests, files, lock, sources
+from autoround_modifier.runs import checkpoint, digests, files, lock, sources
 from autoround_modifier.runs.block_data import describe_data
 from autoround_modifier.runs.block_report import BlockReport
 from autoround_modifier.runs.calibration_data import NOT_READ, calibration_digest
@@ -333,9 +333,9 @@ def test_the_lock_ends_with_the_run(tmp_path, monkeypatch):
 
 
 def test_the_lock_ends_with_the_checkpoint_object(tmp_path):
-    checkpoint = RunCheckpoint(tmp_path, {"model": "m"})
+    run = RunCheckpoint(tmp_path, {"model": "m"})
     assert not can_lock(tmp_path)
-    del checkpoint
+    del run
     assert can_lock(tmp_path)
 
 
@@ -352,6 +352,16 @@ def test_systems_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "fcntl", None)
     RunCheckpoint(tmp_path, {"model": "m"}).close()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_all_processes_of_a_job_stop_where_the_first_is_refused(tmp_path, monkeypatch):
+    """Only the first process opens the folder; the others would wait for it for ever."""
+    refused = CheckpointError("in use")
+    monkeypatch.setattr(checkpoint, "is_source_process", lambda: False)
+    monkeypatch.setattr(checkpoint, "gathered", lambda problem: [refused, problem])
+    with pytest.raises(CheckpointError, match="in use"):
+        RunCheckpoint(tmp_path, {"model": "m"})
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------- files that do not fit
@@ -497,10 +507,13 @@ def test_the_umask_is_never_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "umask", None)
     try:
         files.write_atomically(tmp_path / "a", "text")
+        with files.atomic_file(tmp_path / "b") as temporary:
+            save_file({"x": torch.ones(1)}, temporary)
     finally:
         monkeypatch.undo()
         os.umask(previous)
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+    for name in ("a", "b"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640
 
 
 def test_the_folder_is_synchronized_after_the_rename(tmp_path, monkeypatch):

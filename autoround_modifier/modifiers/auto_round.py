@@ -159,7 +159,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         :raises CalibrationError: if data is needed and there is none
         :raises NonFiniteError: if a targeted weight has NaN or infinity
         :raises RuntimeError: if several processes share a model on disk
-        :raises CheckpointError: if ``checkpoint_dir`` holds another run
+        :raises CheckpointError: if ``checkpoint_dir`` holds another run, or another process uses it
         :raises OSError: if ``checkpoint_dir`` cannot be written to
         """
         known_by_name = type(self).__name__ == AUTOROUND_CLASS_NAME

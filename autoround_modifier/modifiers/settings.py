@@ -111,8 +111,9 @@ class TuningSettings(BaseModel):
         default=None,
         exclude=True,
         description="folder that keeps each finished block. The same run, started again after an "
-        "interruption, continues after the last of them with the same result. The folder is left "
-        "as it is at the end: delete it once the model is saved",
+        "interruption, continues after the last of them with the same result, on another machine "
+        "with slightly other integers. One process at a time uses the folder. It is left as it is "
+        "at the end: delete it once the model is saved",
     )
     strict: bool = Field(
         default=False,

@@ -26,9 +26,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
     # The system applies the umask, as it does for `open`. O_EXCL refuses links as well.
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
     try:
         yield temporary
+        temporary.chmod(mode)  # safetensors puts a file of its own in this place, with mode 0600
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
