@@ -28,13 +28,13 @@ def test_a_loss_mask_of_the_text_leaves_images_alone(tmp_path):
         lambda row: {"loss_mask": [[0] * (len(row["input_ids"][0]) - 3) + [1] * 3]}
     )
     counted = {}
-    original = CalibrationStore.record
+    original = CalibrationStore.enter
 
-    def record(self, block, args, kwargs, output, token_mask=None):
+    def enter(self, block, args, kwargs, token_mask=None):
         counted[self.names[block]] = None if token_mask is None else int(token_mask.sum())
-        original(self, block, args, kwargs, output, token_mask)
+        original(self, block, args, kwargs, token_mask)
 
-    with mock.patch.object(CalibrationStore, "record", record):
+    with mock.patch.object(CalibrationStore, "enter", enter):
         oneshot(
             model=model,
             recipe=AutoRoundModifier(
