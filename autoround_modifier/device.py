@@ -7,16 +7,29 @@ from typing import Any, TypeVar
 
 import torch
 from loguru import logger
+from torch.torch_version import TorchVersion
 
-__all__ = ["Compute", "compilation_pays", "compile_options", "slice_elements"]
+__all__ = [
+    "Compute",
+    "compilation_pays",
+    "compile_options",
+    "compiled_rounds_as_plain",
+    "slice_elements",
+]
 
 # Numbers to compute with at once without a compiler. On a CPU, intermediate results then fit its
 # cache; on an accelerator they only have to fit its memory, and each kernel launch costs time.
 CPU_SLICE_ELEMENTS = 2**17
 ACCELERATOR_SLICE_ELEMENTS = 2**26
-# Variants of one compiled function: a few for each numeric format of a recipe. PyTorch compiles no
-# more than this number.
-RECOMPILE_LIMIT = 64
+DYNAMO_CONFIG: dict[str, Any] = {
+    # Variants of one compiled function: a few for each numeric format of a recipe. PyTorch compiles
+    # no more than this number.
+    "recompile_limit": 64,
+    # Constants of formats stay constants. A division by a constant is a multiplication by its
+    # inverse on GPUs, in plain code too; by a variable it is not, and its last bit may differ.
+    "specialize_int": True,
+    "specialize_float": True,
+}
 
 # Compiling takes some ten seconds, once: about as long as computing with this many weights takes
 # without a compiler.
@@ -31,7 +44,8 @@ class Compute:
     """
     Runs elementwise functions, through `torch.compile` or in slices. The values are the same.
 
-    :param compiled: use `torch.compile`; set to false, with one warning, if compiling fails
+    :param compiled: use `torch.compile`; set to false, with one warning, if compiling fails or
+        compiled code would give other values
     """
 
     def __init__(self, compiled: bool = False):
@@ -54,6 +68,12 @@ class Compute:
             updated until then stays updated
         """
         failure = None
+        if self.compiled and not compiled_rounds_as_plain(device):
+            self.compiled = False
+            logger.warning(
+                f"torch.compile of PyTorch {torch.__version__} rounds otherwise than plain code on "
+                "CPUs, so tuning goes on without it and takes longer; PyTorch 2.13 mends it"
+            )
         if self.compiled:
             (everything,) = arguments(None)
             try:
@@ -77,9 +97,9 @@ class Compute:
             self._functions[function] = torch.compile(
                 function, fullgraph=True, options=compile_options()
             )
-        with torch.compiler.config.patch(  # type: ignore[attr-defined]
-            recompile_limit=RECOMPILE_LIMIT
-        ):
+        import torch._dynamo.config as dynamo
+
+        with dynamo.patch(**DYNAMO_CONFIG):
             return self._functions[function](*arguments)
 
 
@@ -101,17 +121,29 @@ def slice_elements(device: torch.device) -> int:
 def compile_options() -> dict[str, Any]:
     """
     :return: options of `torch.compile` by which compiled code rounds as eager code does: results
-        between two operations are rounded to their dtype, and divisions are rounded to nearest
-        (Triton's default division is off by up to one unit in the last place)
+        between two operations are rounded to their dtype, products and sums are not contracted,
+        and divisions are rounded to nearest (Triton's default division is off by up to one unit in
+        the last place). The pattern matcher is off: in PyTorch 2.11 and before it removes a
+        conversion to bfloat16 and back, and with it the rounding of the scales
+        (https://github.com/pytorch/pytorch/pull/180575)
     """
+    options: dict[str, Any] = {"emulate_precision_casts": True, "pattern_matcher": False}
     import torch._inductor.config as inductor
 
-    options: dict[str, Any] = {"emulate_precision_casts": True}
     if hasattr(getattr(inductor, "eager_numerics", None), "division_rounding"):
-        options["eager_numerics.division_rounding"] = True
-    elif hasattr(inductor, "emulate_divison_rounding"):  # its name in PyTorch 2.10
+        options["eager_numerics.division_rounding"] = True  # from PyTorch 2.11 on
+    elif hasattr(inductor, "emulate_divison_rounding"):  # its name in 2.10, misspelt
         options["emulate_divison_rounding"] = True
     return options
+
+
+def compiled_rounds_as_plain(device: torch.device) -> bool:
+    """
+    :return: whether compiled code can give the same values. On CPUs, Inductor drops conversions to
+        a narrower dtype and back, too (https://github.com/pytorch/pytorch/pull/185847); of the
+        versions tried, 2.13 is the first that does not
+    """
+    return device.type != "cpu" or TorchVersion(torch.__version__) >= TorchVersion("2.13")
 
 
 def _compiler_failure(error: Exception) -> str | None:

@@ -51,8 +51,14 @@ class FloatElement:
 
     def step(self, x: Tensor) -> Tensor:
         """:return: distance between neighbouring numbers at ``x``, float32, without gradient"""
-        exponent = exponent_of(x.detach()).clamp(min=self.min_exponent)
-        return power_of_two(exponent - self.mantissa_bits)
+        return power_of_two(self._step_exponent(x))
+
+    def inverse_step(self, x: Tensor) -> Tensor:
+        """:return: 1 / `step`, exact"""
+        return power_of_two(-self._step_exponent(x))
+
+    def _step_exponent(self, x: Tensor) -> Tensor:
+        return exponent_of(x.detach()).clamp(min=self.min_exponent) - self.mantissa_bits
 
     def round(self, x: Tensor, rounding: Tensor | None = None) -> Tensor:
         """
@@ -118,8 +124,9 @@ class FloatGrid(ScaledGrid):
     def rounding_speed(self, weight: Tensor, scale: Tensor) -> Tensor | float:
         if self.element.speed is None:
             return 1.0
-        step = self.element.step(weight.float() / scale)
-        return self.element.speed / (step * step.sqrt())
+        # Without a division of a number by a tensor, which Inductor does not round to nearest.
+        density = self.element.inverse_step(weight.float() / scale)
+        return self.element.speed * (density * density.sqrt())
 
     def scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:
         """:return: the saved scale of groups whose largest magnitude is ``amax``, float32"""
