@@ -16,7 +16,7 @@ export AUTO_ROUND_PYTHON = $(abspath $(AUTO_ROUND_VENV))/bin/python
 
 .PHONY: install auto-round quickstart test lint typecheck test-slow test-vllm bench-accuracy \
 	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
-	table-architectures docs build clean
+	gpu-wheels gpu-check table-architectures docs build clean
 
 install: $(VENV)/.installed
 
@@ -96,6 +96,22 @@ bench-speed: install
 # Peak memory over the number of blocks, with the model in memory and on the disk.
 bench-memory: install
 	$(RUN) benchmarks/memory.py --output $(OUTPUT)/memory.json --plot docs/memory.png $(ARGS)
+
+# What an ordinary PyTorch image of Python 3.12 on x86-64 Linux lacks, as wheels. Not PyTorch itself.
+GPU_WHEELS ?= output/gpu-wheels
+GPU_SITE ?= output/gpu-site
+GPU_PLATFORMS = manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
+
+gpu-wheels: install
+	rm -rf $(GPU_WHEELS)
+	$(VENV)/bin/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
+		--implementation cp $(addprefix --platform ,$(GPU_PLATFORMS)) \
+		--dest $(GPU_WHEELS) -r requirements/gpu-wheels.txt
+
+# On the machine with the accelerator; needs no network. With GPU_TESTS_DEVICE=cpu, a trial on a CPU.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --wheels $(GPU_WHEELS) --site $(GPU_SITE) \
+		--output $(OUTPUT)/gpu $(ARGS)
 
 # Which architectures work, from the checks of tests/architectures.
 table-architectures: install
