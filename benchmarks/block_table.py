@@ -38,8 +38,8 @@ class Row:
 def markdown(facts: dict[str, Any], rows: Iterable[Row]) -> str:
     lines = [
         f"{facts['device']}, PyTorch {facts['torch']}. A block of hidden size {facts['hidden']}, "
-        f"{facts['samples']} samples of {facts['length']} tokens kept on the host, batches of "
-        f"{facts['batch']}, mean of {facts['steps']} steps.",
+        f"{facts['samples']} samples of {facts['length']} tokens kept on the {facts['store']}, "
+        f"batches of {facts['batch']}, mean of {facts['steps']} steps.",
         "",
         "| weights | ms per step | floor | of the floor | floor with mask | kernels ms | launches "
         "| copies to the device | MB in them | copies back | waits | peak GiB | search s "

@@ -73,7 +73,8 @@ def record(
     model: LlamaForCausalLM, block: nn.Module, shape: argparse.Namespace
 ) -> tuple[BlockSamples, Importance]:
     """:return: what the block sees and gives, as a run records it; importance of input channels"""
-    store = CalibrationStore({block: "model.layers.0"}, shape.samples)
+    kept_on = model.device if shape.store == "device" else "cpu"
+    store = CalibrationStore({block: "model.layers.0"}, shape.samples, kept_on)
     importance = Importance()
     recorder = CalibrationRecorder(
         [block], lambda block: None, ExpertRouting(model), importance, store
@@ -230,6 +231,12 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5, help="steps before the measured ones")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
+    parser.add_argument(
+        "--store",
+        default="host",
+        choices=["host", "device"],
+        help="where recorded samples are kept; AutoRoundModifier keeps them on the host",
+    )
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--device", help="default: the accelerator, or else the CPU")
     parser.add_argument("--output", type=Path, default=Path("output/gpu/gpu_block.json"))
@@ -245,6 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     facts = {
         "device": device.description(),
         "torch": torch.__version__,
+        "store": shape.store,
         **{key: value for key, value in vars(shape).items() if isinstance(value, (int, bool))},
     }
     samples, importance = record(model, model.model.layers[0], shape)
