@@ -30,8 +30,9 @@ from autoround_modifier.host.lifecycle import eval_context
 from autoround_modifier.host.matching import find_blocks
 from autoround_modifier.host.quantized_weights import quantized_layers, read_layer
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
-from autoround_modifier.modifiers.validation import layers_to_choose_for
+from autoround_modifier.modifiers.validation import check_one_process, layers_to_choose_for
 from autoround_modifier.schemes import Choice, check_budget, choose_for_layers, resolve_options
+from autoround_modifier.schemes.scores import SCORES
 from autoround_modifier.schemes.sensitivity import SensitivityConfig
 
 __all__ = ["choose_schemes", "distill", "evaluate", "quantize", "quantized_weights"]
@@ -60,7 +61,9 @@ def quantize(
         ``num_calibration_samples`` and ``max_seq_length``
     :param fields: fields of `AutoRoundModifier`, such as ``preset`` or ``iters``
     :return: the quantized model
-    :raises RecipeError: as `oneshot`; all other errors as well
+    :raises pydantic.ValidationError: if a field does not exist or has a wrong value
+    :raises RecipeError, SchemeError, CalibrationError, NonFiniteError, CheckpointError,
+        OutputExistsError, OSError: see `oneshot`
     """
     schemes: dict[str, Any]
     if isinstance(scheme, str):
@@ -98,6 +101,7 @@ def choose_schemes(
 ) -> Choice:
     """
     Choose a scheme for each layer, so that the model fits a budget of bits with the least loss.
+    Parameters not listed below are the fields of `AutoSchemeModifier`.
 
     :param model: the original; it is not changed
     :param options: schemes to choose from, as in `AutoSchemeModifier`
@@ -105,13 +109,16 @@ def choose_schemes(
     :param dataset: samples with ``input_ids``, one list or tensor of token ids each, and perhaps
         ``attention_mask`` and ``loss_mask``; or batches of them, (batch, length)
     :param cache_dir: where scores are kept and found again; None for nowhere
-    :return: the choice; `quantize` takes it as ``scheme``. The other parameters are the fields of
-        `AutoSchemeModifier`
+    :return: the choice; `quantize` takes it as ``scheme``
+    :raises RuntimeError: if several processes were started together
     :raises SchemeError: if an option does not fit a layer, or no choice fits the budget
-    :raises RecipeError: if no module is targeted
+    :raises RecipeError: if no module is targeted, or `score` is unknown
     :raises CalibrationError: if there is no data, or it does not reach a layer
     :raises NonFiniteError: if a weight or an output has NaN or infinity
     """
+    check_one_process("choose_schemes")
+    if score not in SCORES:
+        raise RecipeError(f"unknown score `{score}`; use one of {', '.join(SCORES)}")
     schemes = resolve_options(list(options))
     layers = layers_to_choose_for(model, schemes, list(targets), list(ignore))
     check_budget(model, layers, schemes, avg_bits, whole_model, shared_layers)
@@ -145,19 +152,21 @@ def distill(
 ) -> DistillationResult:
     """
     Train the weight scales of a quantized model, with the gains of its norms and its biases, so
-    that its next-token distribution comes closer to the original's.
+    that its next-token distribution comes closer to the original's. Parameters not listed below are
+    the fields of `ScaleDistillationModifier`.
 
     :param model: quantized in memory, by `quantize` or `oneshot`; changed in place, or left as it
         was if training did not help
     :param original: the same model in full precision
     :param dataset: as in `choose_schemes`
-    :return: what training changed. The other parameters are the fields of
-        `ScaleDistillationModifier`
+    :return: what training changed
+    :raises RuntimeError: if several processes were started together
     :raises RecipeError: if no linear layer is quantized
     :raises SchemeError: if a scale cannot be trained
     :raises CalibrationError: if there is no data
     :raises NonFiniteError: if one of the models gives NaN or infinity
     """
+    check_one_process("distill")
     trainable_layers(model)  # refuses before anything runs
     batches = _batches(dataset)
     with disable_offloading(), eval_context(original):
@@ -190,8 +199,9 @@ def evaluate(
 
     :param original: the original model
     :param quantized: the quantized model
-    :param samples: (samples, tokens), token ids of text that calibration never saw
-    :return: KL divergence, top-1 agreement and perplexity
+    :param samples: (samples, tokens), int64, at least two tokens each, all of one length: token ids
+        of text that calibration never saw
+    :return: KL divergence in nats, top-1 agreement and perplexity, means over predicted tokens
     """
     return compare(original, quantized, torch.as_tensor(samples))
 

@@ -71,8 +71,9 @@ class Compute:
         if self.compiled and not compiled_rounds_as_plain(device):
             self.compiled = False
             logger.warning(
-                f"torch.compile of PyTorch {torch.__version__} rounds otherwise than plain code on "
-                "CPUs, so tuning goes on without it and takes longer; PyTorch 2.13 mends it"
+                f"compiled code of PyTorch {torch.__version__} rounds differently from plain code "
+                "on CPUs, so torch.compile is not used and tuning takes longer; PyTorch 2.13 and "
+                "later do not have this problem"
             )
         if self.compiled:
             (everything,) = arguments(None)
@@ -88,7 +89,7 @@ class Compute:
         if failure is not None:
             self.compiled = False
             logger.warning(
-                f"torch.compile failed, so tuning goes on without it and takes longer: {failure}"
+                f"torch.compile failed, so tuning continues without it and takes longer: {failure}"
             )
         return results
 

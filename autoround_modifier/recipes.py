@@ -177,7 +177,9 @@ def _check_keys(source: str, root: yaml.Node | None) -> None:
         for key, value in _items(node):
             place = f"{source}:{_line(key)}"
             if not isinstance(key, yaml.ScalarNode):
-                raise RecipeError(f"{place}: a list or mapping is used as a key; keys are words")
+                raise RecipeError(
+                    f"{place}: a list or mapping is used as a key; keys must be strings"
+                )
             if key.value in keys:
                 raise RecipeError(
                     f"{place}: a second `{key.value}` would replace the first"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
-from helpers import search_range, tuned_weight
+from helpers import record_call, search_range, tuned_weight
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -77,7 +77,7 @@ def main(case: str) -> None:
             mask = torch.ones(2, 1, 8, 8, dtype=torch.bool, device=DEVICE)
             real = torch.ones(2, 8, dtype=torch.bool, device=DEVICE)
             with torch.no_grad():
-                store.record(block, (x,), {"attention_mask": mask}, block(x, mask), real)
+                record_call(store, block, (x,), {"attention_mask": mask}, block(x, mask), real)
         captured = store.pop(block)
         assert captured is not None
         if case == "mixed":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
@@ -10,6 +11,7 @@ from compressed_tensors.quantization.lifecycle.forward import quantize
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from autoround_modifier.blocks.store import CalibrationStore
 from autoround_modifier.device import Compute
 from autoround_modifier.formats import TunedWeight
 from autoround_modifier.host.schemes import QuantizationArgs, weight_spec
@@ -94,3 +96,16 @@ def search_range(
     return clipping_range.search_range(
         weight, weight_spec(args), importance, global_scale, Compute(compiled)
     )
+
+
+def record_call(
+    store: CalibrationStore,
+    block: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    token_mask: Tensor | None = None,
+) -> None:
+    """Record a call of a block that does not write into its arguments."""
+    store.enter(block, args, kwargs, token_mask)
+    store.leave(block, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import record_call
 
 from autoround_modifier.blocks.importance import Importance
 from autoround_modifier.blocks.samples import (
@@ -203,10 +204,10 @@ def test_each_tower_has_its_own_samples():
     capture = CalibrationStore(blocks, num_samples=3)
     texts = torch.randn(4, 1, 5, 8)
     patches = torch.randn(7, 8)
-    capture.record(vision, (patches,), {}, patches)
+    record_call(capture, vision, (patches,), {}, patches)
     for text in texts:
-        capture.record(first, (text,), {}, text)
-        capture.record(second, (text,), {}, (text,))
+        record_call(capture, first, (text,), {}, text)
+        record_call(capture, second, (text,), {}, (text,))
     assert capture.recorded() == [vision, first, second]
     assert [one.shape for one in capture.pop(vision).inputs] == [(1, 7, 8)]
     one, two = capture.pop(first), capture.pop(second)

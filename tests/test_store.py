@@ -7,6 +7,7 @@ from collections import UserDict
 
 import pytest
 import torch
+from helpers import record_call
 from torch import Tensor, nn
 
 from autoround_modifier.blocks.argument_objects import (
@@ -50,11 +51,11 @@ def test_samples_that_are_not_used_are_not_stored(batch):
     hidden = torch.randn(32, 6, 8)
     inputs = [x.clone() for x in hidden.split(batch)]
     for x in inputs:
-        store.record(first, (x,), {}, x + 1)
+        record_call(store, first, (x,), {}, x + 1)
     assert store._recordings[first].num_samples == 32
     one = store.pop(first)
     for x in inputs:
-        store.record(second, (x + 1,), {"mask": torch.zeros(1, 6, 6)}, x + 2)
+        record_call(store, second, (x + 1,), {"mask": torch.zeros(1, 6, 6)}, x + 2)
     assert len(kept_hidden(store, second)) == 2 * 4
     assert held_bytes(kept_hidden(store, second)) == 2 * 4 * hidden[0].nbytes
     two = store.pop(second)
@@ -78,7 +79,7 @@ def test_blocks_that_ran_before_the_order_is_known_keep_no_more():
     hidden = torch.randn(32, 1, 6, 8)
     for x in hidden:
         for position, block in enumerate(blocks):
-            store.record(block, (x + position,), {}, x + position + 1)
+            record_call(store, block, (x + position,), {}, x + position + 1)
         assert all(len(one.samples) <= 4 for one in store._recordings.values())
     expected = sorted(hidden, key=lambda x: content_key(x, None))[:4]
     for position, block in enumerate(blocks):
@@ -94,7 +95,7 @@ def test_the_digest_is_of_all_samples_and_not_of_their_order():
         (block,) = blocks
         store = CalibrationStore(blocks, num_samples=2)
         for x in samples:
-            store.record(block, (x,), {}, x)
+            record_call(store, block, (x,), {}, x)
         return store.pop(block).digest
 
     assert digest(hidden) == digest(hidden.flip(0))
@@ -109,12 +110,12 @@ def test_a_block_that_ran_another_number_of_times_has_no_samples():
     first, twice, seldom, same = blocks
     store = CalibrationStore(blocks, num_samples=2)
     for index, x in enumerate(torch.randn(4, 1, 3, 8)):
-        store.record(first, (x,), {}, x)
-        store.record(twice, (x,), {}, x)
-        store.record(twice, (x,), {}, x)
+        record_call(store, first, (x,), {}, x)
+        record_call(store, twice, (x,), {}, x)
+        record_call(store, twice, (x,), {}, x)
         if index:
-            store.record(seldom, (x,), {}, x)
-        store.record(same, (x,), {}, x)
+            record_call(store, seldom, (x,), {}, x)
+        record_call(store, same, (x,), {}, x)
     assert store.recorded() == [first, twice, same, seldom]
     assert len(store.pop(first).inputs) == 2
     assert store.pop(twice) is None
@@ -129,10 +130,10 @@ def test_all_samples_are_kept_where_that_is_asked_for(num_samples, sort):
     store = CalibrationStore(blocks, num_samples, sort=sort)
     hidden = torch.randn(5, 1, 3, 8)
     for x in hidden:
-        store.record(first, (x,), {}, x)
+        record_call(store, first, (x,), {}, x)
     one = store.pop(first)
     for x in hidden:
-        store.record(second, (x,), {}, x)
+        record_call(store, second, (x,), {}, x)
     two = store.pop(second)
     expected = sorted(hidden, key=lambda x: content_key(x, None)) if sort else list(hidden)
     for found in (one, two):
@@ -149,7 +150,7 @@ def keep_of_calls(make_kwargs) -> list[Tensor]:
     for x in torch.randn(16, 1, 6, 8):
         kwargs = make_kwargs()
         for block in blocks:
-            store.record(block, (x,), kwargs, x)
+            record_call(store, block, (x,), kwargs, x)
     calls = [call for block in blocks for call in store.pop(block).calls]
     return [x for call in calls for x in tensors_by_place(call.kwargs).values()]
 
@@ -207,7 +208,7 @@ def test_rows_of_a_batch_do_not_keep_the_batch():
     (block,) = blocks
     store = CalibrationStore(blocks, num_samples=1)
     hidden, mask = torch.randn(8, 6, 16), torch.randn(8, 1, 6, 6)
-    store.record(block, (hidden,), {"attention_mask": mask}, hidden + 1)
+    record_call(store, block, (hidden,), {"attention_mask": mask}, hidden + 1)
     found = store.pop(block)
     assert held_bytes([*found.inputs, *found.outputs]) == 2 * hidden[0].nbytes
     assert held_bytes([found.calls[0].kwargs["attention_mask"]]) == mask[0].nbytes
@@ -314,8 +315,8 @@ def test_hidden_states_that_nobody_writes_to_are_shared_with_their_owner():
     first, second = blocks
     store = CalibrationStore(blocks, num_samples=None)
     x, y, z = (torch.randn(1, 64, 64) for _ in range(3))
-    store.record(first, (x,), {}, y)
-    store.record(second, (y,), {}, z)
+    record_call(store, first, (x,), {}, y)
+    record_call(store, second, (y,), {}, z)
     one, two = store.pop(first), store.pop(second)
     assert storages([*one.inputs, *one.outputs, *two.inputs, *two.outputs]) == storages([x, y, z])
     assert not store._tensors._backups

@@ -25,7 +25,7 @@ from autoround_modifier.host.activations import HOOK_REGISTRARS, HOOK_TYPES, has
 from autoround_modifier.host.layers import write_parameter
 from autoround_modifier.host.schemes import QuantizationArgs
 
-__all__ = ["ActivationQuantizer", "activation_quantizers", "calibrate_remaining"]
+__all__ = ["QPARAMS", "ActivationQuantizer", "activation_quantizers", "calibrate_remaining"]
 
 QPARAMS = ("scale", "zero_point", "global_scale")
 

@@ -1,8 +1,8 @@
 """
 Which tokens each expert of a mixture is for.
 
-While it calibrates, LLM-Compressor shows every token to every expert, unless told otherwise. Of
-what an expert sees then, only the tokens that the router gave it say anything about its use.
+By default LLM-Compressor shows every token to every expert during calibration. Of those, only the
+tokens that the router sent to an expert describe its use.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Importance:
     @torch.no_grad()
     def record(self, layer: nn.Module, x: Tensor, token_mask: Tensor | None = None) -> None:
         """
-        Add one batch of inputs, (..., in_features).
+        Add one batch of inputs, (..., in_features), floating-point; token ids are ignored.
 
         :param token_mask: (batch, tokens), bool, False for tokens that shall not count; without
             effect on layers that see tokens in another arrangement, such as routed experts

@@ -1,8 +1,8 @@
 """
 Tensors that stay as they were recorded, in as little memory as possible.
 
-What is on the right device already is shared with its owner, who keeps it for a while anyway. So
-that nothing is lost if a block writes into it (`x += ...`), a copy is made before the block runs,
+A tensor that is already on the right device is not copied but shared with its owner, which keeps it
+in memory anyway. In case a block writes into it (`x += ...`), a copy is made before the block runs,
 and used if the version counter of the tensor has changed afterwards.
 """
 
@@ -39,8 +39,8 @@ class KeptTensors:
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
-        # All keys and values are weak, so nothing lives longer than it has to, and the address of
-        # a tensor that is gone is never taken for it.
+        # All keys and values are weak references, so nothing is kept alive longer than needed, and
+        # a new tensor at a freed address is not mistaken for the old one.
         self._kept: Any = WeakTensorKeyDictionary()  # tensor -> {part and version: kept}
         self._equal: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
         self._shared: Any = WeakTensorKeyDictionary()  # kept -> version
@@ -50,8 +50,8 @@ class KeptTensors:
 
     def next_call(self) -> None:
         """
-        Call it before each call of a block is recorded, and before kept tensors are used. What was
-        kept for the call before is put right, if it was written into since then.
+        Call it before each call of a block is recorded, and before kept tensors are used. Tensors
+        kept for the previous call are restored if they were written to since.
         """
         for kept, backup in self._backups.values():
             if kept in self._shared and kept._version != self._shared[kept]:

@@ -107,7 +107,7 @@ class ReversePass:
         """
         last_block = next(reversed(self.blocks))
         for index, batch in enumerate(self.batches):
-            call = _ForwardCall(self, batch, last_block, observers)
+            call = _ForwardCall(list(self.blocks), self._store, batch, observers)
             with hooks_registered(*call.hooks()):
                 logits = model_logits(self.model, forward_arguments(batch))
                 gradient = logit_gradient(logits, batch, index)
@@ -184,21 +184,21 @@ class _ForwardCall:
 
     def __init__(
         self,
-        owner: ReversePass,
+        blocks: list[nn.Module],
+        store: CalibrationStore,
         batch: dict[str, Any],
-        last_block: nn.Module,
         observers: Mapping[nn.Module, LayerObserver],
     ):
-        self.owner = owner
+        self.blocks = blocks
+        self.store = store
         self.loss_mask = batch.get("loss_mask")
-        self.last_block = last_block
         self.observers = observers
         self.mask: Tensor | None = None
         self.leaf: Tensor | None = None
 
     def hooks(self) -> list[Callable[[], Any]]:
         registrations: list[Callable[[], Any]] = []
-        for block in self.owner.blocks:
+        for block in self.blocks:
             registrations += [
                 partial(block.register_forward_pre_hook, self._enter_block, with_kwargs=True),
                 partial(block.register_forward_hook, self._leave_block),
@@ -210,11 +210,11 @@ class _ForwardCall:
 
     def _enter_block(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self.mask = call_token_mask(block, args, kwargs, self.loss_mask)
-        self.owner._store.enter(block, args, kwargs, self.mask)
+        self.store.enter(block, args, kwargs, self.mask)
 
     def _leave_block(self, block: nn.Module, args: Any, output: Any) -> Any:
-        self.owner._store.leave(block, output)
-        if block is not self.last_block:
+        self.store.leave(block, output)
+        if block is not self.blocks[-1]:
             return output
         self.leaf = output_hidden(output).detach().requires_grad_()
         return (self.leaf, *output[1:]) if isinstance(output, (tuple, list)) else self.leaf

@@ -223,18 +223,6 @@ class CalibrationStore:
                 for place, x in written.items()
             }
 
-    def record(
-        self,
-        block: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-        token_mask: Tensor | None = None,
-    ) -> None:
-        """`enter` and `leave` of a call in which the block did not write into its arguments."""
-        self.enter(block, args, kwargs, token_mask)
-        self.leave(block, output)
-
     def recorded(self) -> list[nn.Module]:
         """:return: the blocks that ran since they were last taken out, in the order they ended"""
         return list(self._recordings)

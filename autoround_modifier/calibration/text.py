@@ -66,7 +66,9 @@ def text_dataset(
             "`max_seq_length` or longer documents."
         )
     rounds = max(map(len, documents))
-    samples = [pieces[turn] for turn in range(rounds) for pieces in documents if turn < len(pieces)]
+    samples = [
+        pieces[index] for index in range(rounds) for pieces in documents if index < len(pieces)
+    ]
     return token_dataset(samples[:num_samples])
 
 

@@ -43,14 +43,14 @@ def trainable_layers(model: nn.Module) -> dict[nn.Linear, QuantizationArgs]:
         layers[module] = args
     if unsupported:
         raise SchemeError(
-            "ScaleDistillationModifier trains scales of integer weights by group, channel or "
+            "Scale distillation trains scales of integer weights by group, channel or "
             "tensor, without quantized activations or cache. These layers have another scheme: "
             f"{listed(unsupported)}"
         )
     if not layers:
         raise RecipeError(
-            "ScaleDistillationModifier found no linear layer with a quantization scheme; put it "
-            "behind a modifier that quantizes weights, in the same recipe"
+            "scale distillation found no linear layer with a quantization scheme; quantize the "
+            "model first (in a recipe: put ScaleDistillationModifier after the modifier that does)"
         )
     return layers
 

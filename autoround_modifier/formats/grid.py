@@ -30,7 +30,7 @@ class Grid(ABC):
 
     :param dtype: of the weight, and of the dequantized weight
     :param scale_dtype: in which scales are saved
-    :cvar tune_clipping: whether alpha and beta are learned unless told otherwise
+    :cvar tune_clipping: whether alpha and beta are learned by default
     """
 
     dtype: torch.dtype

@@ -20,8 +20,8 @@ Strategy = Literal["tensor", "channel", "group", "block"]
 
 class FormatSpec(Protocol):
     """
-    A weight format. `WeightSpec` describes those of compressed-tensors; a format of its own, such
-    as one with scales that are quantized themselves, brings its own grid.
+    A weight format. `WeightSpec` describes those of compressed-tensors; other formats, such as one
+    whose scales are quantized themselves, define their own `Grid`.
 
     :ivar num_bits: bits of one value, without scales
     :ivar is_integer: whether its values are evenly spaced

@@ -1,7 +1,7 @@
 """
 Layers whose parameters may be offloaded to the CPU or to the disk.
 
-Reading ``layer.weight`` of an offloaded layer brings a new copy to the execution device each time;
+Reading ``layer.weight`` of an offloaded layer copies it to the execution device each time;
 what is asked of shapes and identities must not do that.
 """
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from compressed_tensors.quantization import disable_quantization
 from compressed_tensors.quantization.utils import is_module_quantized
-from compressed_tensors.utils import patch_attr
 from llmcompressor import oneshot as host_oneshot
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier, ModifierFactory
@@ -44,7 +43,6 @@ __all__ = [
     "infer_sequential_targets",
     "is_module_quantized",
     "known_modifiers",
-    "patch_attr",
     "recipe_modifiers",
     "register_modifier",
     "targets_embeddings",

@@ -18,13 +18,13 @@ def choose_saved_format(
     scheme: QuantizationScheme, module_type: type[nn.Module] = nn.Linear
 ) -> None:
     """
-    compressed-tensors 0.19 takes classes derived from Linear (Falcon's) for no linear layers, and
-    would save them uncompressed: give them the format of Linear.
+    compressed-tensors 0.19 does not treat subclasses of Linear (Falcon's) as linear layers and
+    would save them uncompressed; they get the format of Linear.
 
-    Pack integer weights that have quantized activations where vLLM's scheme for them reads packed
-    integers only, unless ``scheme.format`` says otherwise. compressed-tensors 0.19 would save each
-    in a byte of its own, which vLLM reads of W8A8 and W4A8 with symmetric weights, 8 bits by
-    channel, and of static activations.
+    Integer weights with quantized activations are packed where vLLM's scheme reads only packed
+    integers, unless ``scheme.format`` is set. compressed-tensors 0.19 would store one integer per
+    byte, which vLLM accepts only for W8A8 (8 bits by channel) and W4A8 with symmetric weights, and
+    for static activations.
 
     :param scheme: of a layer; updated
     :param module_type: its class

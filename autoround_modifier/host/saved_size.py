@@ -1,4 +1,4 @@
-"""Bits of a layer as they are saved: packed values, scales, zero points, all that goes along."""
+"""Bits of a layer as saved: packed values, scales, zero points, and all other tensors of it."""
 
 from __future__ import annotations
 

@@ -166,8 +166,9 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         if not (known_by_name or self._without_error_propagation):
             raise RecipeError(
                 f"{type(self).__name__} is an AutoRoundModifier under another name. LLM-Compressor "
-                "would feed its blocks quantized inputs, because it goes by the name of the class. "
-                "Run it by `autoround_modifier.oneshot`, or name the class AutoRoundModifier."
+                "would feed its blocks quantized inputs, because it recognises AutoRound by the "
+                "class name. Run it by `autoround_modifier.oneshot`, or name the class "
+                "AutoRoundModifier."
             )
         if not self.has_schemes:
             raise RecipeError(

@@ -26,9 +26,9 @@ from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.explicit_recipe import explicit_recipe
 from autoround_modifier.modifiers.validation import (
     check_calibration_data,
+    check_one_process,
     layers_to_choose_for,
 )
-from autoround_modifier.parallel import is_distributed
 from autoround_modifier.runs.files import write_atomically
 from autoround_modifier.schemes.cache import default_cache_folder
 from autoround_modifier.schemes.choose import check_budget, choose_for_layers
@@ -48,7 +48,7 @@ class AutoSchemeModifier(PlainDataModifier):
     """
     Measures how much each layer loses under each of several schemes, and gives every layer one of
     them, so that the model fits a budget of bits with the least loss (AutoScheme of SignRoundV2,
-    https://arxiv.org/abs/2512.04746, section 3.1). The `AutoRoundModifier` behind it takes over
+    https://arxiv.org/abs/2512.04746, section 3.1). The `AutoRoundModifier` after it takes over
     the choice:
 
     ```yaml
@@ -164,11 +164,7 @@ class AutoSchemeModifier(PlainDataModifier):
                 "`scheme` and `config_groups` from AutoRoundModifier to choose again."
             )
             return True
-        if is_distributed():
-            raise RuntimeError(
-                "AutoSchemeModifier does not run in several processes. Choose in one, and tune "
-                f"with the {RECIPE_FILE} that it writes to `output_dir`."
-            )
+        check_one_process(f"AutoSchemeModifier (but the {RECIPE_FILE} in its `output_dir`)")
         self._check_output()
         check_calibration_data(state.data.calib, "AutoSchemeModifier")
         model, schemes = state.model, resolve_options(self.options)
@@ -179,7 +175,7 @@ class AutoSchemeModifier(PlainDataModifier):
         check_budget(model, layers, schemes, self.avg_bits, self.whole_model, self.shared_layers)
         blocks = find_blocks(model, kwargs.get("sequential_targets"))
         batches = cast(Iterable[dict[str, Any]], state.data.calib)
-        # Once: a loader that shuffles would bring others the next time.
+        # Read once: a loader that shuffles would give other samples the next time.
         samples = list(_first_samples(batches, self.num_calibration_samples))
         with tqdm(total=len(blocks), desc="Sensitivity", unit="block") as progress:
 

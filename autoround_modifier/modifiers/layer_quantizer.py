@@ -16,7 +16,7 @@ from autoround_modifier.host.write_back import write_back
 from autoround_modifier.parallel import wait_for_all
 from autoround_modifier.search.initial_weights import InitialWeights
 
-__all__ = ["LayerQuantizer"]
+__all__ = ["LayerQuantizer", "check_parts"]
 
 
 class LayerQuantizer:

@@ -31,8 +31,7 @@ from autoround_modifier.host.lifecycle import (
 )
 from autoround_modifier.host.matching import find_blocks
 from autoround_modifier.host.schemes import QuantizationStatus
-from autoround_modifier.modifiers.validation import check_calibration_data
-from autoround_modifier.parallel import is_distributed
+from autoround_modifier.modifiers.validation import check_calibration_data, check_one_process
 
 __all__ = ["ScaleDistillationModifier"]
 
@@ -120,10 +119,7 @@ class ScaleDistillationModifier(PlainDataModifier):
         :raises NonFiniteError: if the original gives NaN or infinity
         :raises RuntimeError: if several processes share the work
         """
-        if is_distributed():
-            raise RuntimeError(
-                "ScaleDistillationModifier does not run in several processes. Start one process."
-            )
+        check_one_process("ScaleDistillationModifier")
         model = state.model
         check_calibration_data(state.data.calib, "ScaleDistillationModifier")
         done = [

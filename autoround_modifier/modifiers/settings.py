@@ -1,4 +1,4 @@
-"""The fields of `AutoRoundModifier`: pydantic models that know no session and no model."""
+"""The fields of `AutoRoundModifier`: pydantic models, independent of any session and model."""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ __all__ = [
     "check_finite",
     "check_fit",
     "check_kv_cache",
+    "check_one_process",
     "check_processes",
     "check_same_blocks",
     "check_schemes_unchanged",
@@ -284,6 +285,15 @@ def warn_of_blocks_without_mask(blocks: Iterable[nn.Module]) -> None:
 
 def _weight_args(layer: nn.Module) -> QuantizationArgs | None:
     return getattr(getattr(layer, "quantization_scheme", None), "weights", None)
+
+
+def check_one_process(what: str) -> None:
+    """
+    :param what: runs in one process only, for the message
+    :raises RuntimeError: if several processes were started together
+    """
+    if is_distributed():
+        raise RuntimeError(f"{what} does not run in several processes; start one process")
 
 
 def check_processes(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from autoround_modifier.blocks.samples import content_key
 from autoround_modifier.parallel import gathered
 from autoround_modifier.runs.digests import text_digest
 
-__all__ = ["POOLED_TOLERANCE", "SAMPLE_TOLERANCE", "BlockData", "describe_data"]
+__all__ = ["COLUMNS", "POOLED_TOLERANCE", "SAMPLE_TOLERANCE", "BlockData", "describe_data"]
 
 # Largest relative difference that is taken for rounding. Blocks of other data differ by more in
 # some sample, and a hidden state in bfloat16 has a relative precision of 2^-8.

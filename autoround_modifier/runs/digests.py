@@ -72,7 +72,7 @@ def model_digest(model: nn.Module) -> str:
         for name in module._parameters:
             if name.endswith(QPARAM_SUFFIXES) and hasattr(module, "quantization_scheme"):
                 continue  # another modifier's, not filled in yet
-            tensor = getattr(module, name)  # brings one that is offloaded
+            tensor = getattr(module, name)  # onloads an offloaded one
             if tensor is None:
                 continue
             flat = tensor.detach().reshape(-1)

@@ -125,7 +125,7 @@ class ScoreCache:
 
     def _path(self, scheme: QuantizationScheme) -> Path:
         content = scheme.model_dump_json(exclude={"targets"})
-        name = hashlib.blake2b(content.encode(), key=self._key[:64], digest_size=16).hexdigest()
+        name = hashlib.blake2b(content.encode(), key=self._key, digest_size=16).hexdigest()
         return self.folder / f"{name}.json"
 
 

@@ -1,4 +1,4 @@
-"""The gradient of the cross entropy by the logits, for labels drawn or read."""
+"""Gradient of the cross entropy by the logits; labels are sampled or read from the text."""
 
 from __future__ import annotations
 

@@ -103,6 +103,11 @@ class Measurement:
         return (weights + self.other_weights, self.other_bits) if whole_model else (weights, 0)
 
     def save(self, path: Path) -> None:
+        """
+        Write everything to a JSON file, which `load` reads.
+
+        :raises OSError: if the file cannot be written
+        """
         content = asdict(self)
         content["schemes"] = {
             name: scheme.model_dump(mode="json", exclude_none=True)
@@ -171,6 +176,7 @@ class Choice:
 
     @property
     def score(self) -> float:
+        """Sum of the scores of all units under their schemes; lower is better."""
         return sum(unit.scores[name] for unit, name in self.pairs)
 
     def avg_bits(self, whole_model: bool = False) -> float:

@@ -71,7 +71,7 @@ def measure_sensitivity(
         in_blocks = {module for block in reverse.blocks for module in block.modules()}
         linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
 
-        # Layers behind the last block are scored on the way forward. What they see is not known
+        # Layers after the last block are scored on the way forward. What they see is not known
         # before, so the search weighs their input channels alike.
         gradient = CrossEntropyGradient(SCORES[config.score].sampled_labels, config.seed)
         with scorer.scoring([layer for layer in linear if layer not in in_blocks]) as scores:

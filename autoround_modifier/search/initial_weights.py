@@ -77,6 +77,7 @@ class InitialWeights:
         """
         :param search: start from the range with the least weighted error, not from the observed
             one, and let sign steps differ by channel
+        :return: the weight of the layer at its initial range, not trainable yet
         :raises NonFiniteError: if the layer's inputs had NaN or infinity
         """
         spec, global_scale = self.specs[layer], self._global_scales.get(layer)

@@ -2,7 +2,7 @@
 One scale for several layers that engines multiply by as one: q, k and v, or gate and up.
 
 NVFP4 has one scale of the whole tensor above those of its groups, and FP8 by tensor has no other.
-Where fused layers bring different ones, vLLM takes one of them for all: FP8 weights are rounded a
+Where fused layers have different ones, vLLM takes one of them for all: FP8 weights are rounded a
 second time, and NVFP4's scales of groups are multiplied by a wrong one.
 """
 

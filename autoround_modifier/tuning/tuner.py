@@ -34,7 +34,7 @@ LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """Settings of `tune`; the fields of the same names of `AutoRoundModifier` explain them."""
+    """Settings of `Tuner`; the fields of the same names of `AutoRoundModifier` explain them."""
 
     iters: int = 200
     lr: float | None = None

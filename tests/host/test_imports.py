@@ -1,4 +1,4 @@
-"""Who may import whom: one room knows the host, and imports between rooms go one way."""
+"""Which modules may import which: `host/` alone LLM-Compressor, and no imports form a cycle."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def test_mathematics_needs_no_host(module):
     assert not [name for name in reached if room(name) == "host"]
 
 
-def test_rooms_know_one_host():
-    """`host` has a test of each of its files here, and of nothing else."""
+def test_each_host_file_has_a_contract_test():
+    """Each file of `host/` has a test file here, and there are no others."""
     tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
     files = {path.stem for path in (FOLDER / "host").glob("*.py")} - {"__init__"}
     assert tests == files | {"imports"}

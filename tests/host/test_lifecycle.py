@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.utils import patch_attr
 from conftest import tiny_llama, tiny_tokenizer, token_samples, weight_scheme
 from llmcompressor.modifiers import ModifierFactory
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -271,7 +272,7 @@ def test_evaluation_mode_for_a_while():
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attributes_can_be_patched(implementation):
     config = tiny_llama().config
-    with lifecycle.patch_attr(config, "_attn_implementation", implementation):
+    with patch_attr(config, "_attn_implementation", implementation):
         assert config._attn_implementation == implementation
     assert config._attn_implementation == "sdpa"
 
