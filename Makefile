@@ -11,7 +11,7 @@ OUTPUT ?= output
 TORCH ?= torch==2.13.0
 RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 
-# The benchmarks' peer is the one in its own environment.
+# auto-round, which the benchmarks compare with, is run from its own environment.
 export AUTO_ROUND_PYTHON = $(abspath $(AUTO_ROUND_VENV))/bin/python
 
 .PHONY: install auto-round quickstart test lint typecheck test-slow test-vllm bench-accuracy \
@@ -58,7 +58,8 @@ test-vllm: install $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -c tests/vllm/pytest.ini --confcutdir tests/vllm tests/vllm \
 		--checkpoints="$(abspath $(OUTPUT))/vllm"
 
-# The peer, apart: its newest release needs another Transformers than LLM-Compressor allows.
+# auto-round in its own environment: its newest release needs another Transformers than
+# LLM-Compressor allows.
 auto-round: $(AUTO_ROUND_VENV)/.installed
 
 $(AUTO_ROUND_VENV)/.installed:

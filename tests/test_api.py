@@ -120,6 +120,15 @@ def test_distill_refuses_an_unquantized_model():
         distill(tiny_llama(), tiny_llama(), samples())
 
 
+def test_distill_refuses_a_model_that_was_saved(tmp_path):
+    model = quantize(
+        tiny_llama(), {"group_0": weight_scheme(2)}, preset="rtn", oneshot_arguments=TOKENIZER
+    )
+    model.save_pretrained(tmp_path, save_compressed=True)
+    with pytest.raises(RecipeError, match=r"compressed the weights.*model\.layers\.0.*q_proj"):
+        distill(model, tiny_llama(), samples())
+
+
 def test_evaluate():
     ids = token_samples(4)["input_ids"]
     same = evaluate(tiny_llama(), tiny_llama(), ids)

@@ -19,6 +19,9 @@ __all__ = ["ExpertRouting"]
 
 class ExpertRouting:
     """
+    `enter` must be called at each call of a mixture, before `select` is called for the layers of
+    its experts.
+
     :param model: its experts have been split into linear layers (`linearize_moe`)
     :ivar mixtures: the modules that hold the experts of one block
     :ivar layers: the linear layers of all experts

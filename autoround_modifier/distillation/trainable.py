@@ -6,7 +6,12 @@ from torch import nn
 
 from autoround_modifier.errors import RecipeError, SchemeError, listed
 from autoround_modifier.host.activations import has_quantized_cache
-from autoround_modifier.host.schemes import QuantizationArgs, QuantizationStrategy, QuantizationType
+from autoround_modifier.host.schemes import (
+    QuantizationArgs,
+    QuantizationStatus,
+    QuantizationStrategy,
+    QuantizationType,
+)
 
 __all__ = ["trainable_layers", "trainable_norms"]
 
@@ -20,18 +25,20 @@ STRATEGIES = (
 def trainable_layers(model: nn.Module) -> dict[nn.Linear, QuantizationArgs]:
     """
     :return: quantized linear layers, without the embeddings, and how their weights are quantized
-    :raises RecipeError: if there is none
+    :raises RecipeError: if there is none, or saving has compressed the model
     :raises SchemeError: naming the layers whose scales have a fixed grid, or whose activations are
         quantized
     """
     layers: dict[nn.Linear, QuantizationArgs] = {}
-    unsupported = []
+    unsupported, compressed = [], []
     for name, module in model.named_modules():
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is not None and has_quantized_cache(module):
             unsupported.append(f"{name} (its key-value cache)")
         if scheme is None or scheme.weights is None or not isinstance(module, nn.Linear):
             continue
+        if getattr(module, "quantization_status", None) == QuantizationStatus.COMPRESSED:
+            compressed.append(name)
         args = scheme.weights
         if (
             args.type != QuantizationType.INT
@@ -41,6 +48,11 @@ def trainable_layers(model: nn.Module) -> dict[nn.Linear, QuantizationArgs]:
         ):
             unsupported.append(name)
         layers[module] = args
+    if compressed:
+        raise RecipeError(
+            "saving has compressed the weights of these layers, so their scales cannot be trained: "
+            f"{listed(compressed)}. Distil before saving, or load the checkpoint again."
+        )
     if unsupported:
         raise SchemeError(
             "Scale distillation trains scales of integer weights by group, channel or "
