@@ -24,7 +24,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP
 
 from autoround_modifier import AutoRoundModifier, load_recipe
 from autoround_modifier.host.saved_size import saved_bits
-from autoround_modifier.modifiers.validation import resolve_schemes, untargeted_routers
+from autoround_modifier.modifiers.routers import untargeted_routers
+from autoround_modifier.modifiers.validation import resolve_schemes
 
 # config.json of deepseek-ai/DeepSeek-R1 and DeepSeek-V3
 DEEPSEEK_R1 = {

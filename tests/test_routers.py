@@ -10,7 +10,8 @@ from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from autoround_modifier import AutoRoundModifier
-from autoround_modifier.modifiers.validation import layers_to_choose_for, untargeted_routers
+from autoround_modifier.modifiers.routers import untargeted_routers
+from autoround_modifier.modifiers.validation import layers_to_choose_for
 from autoround_modifier.schemes import resolve_options
 
 NAMES = ["mlp.gate", "mlp.shared_expert_gate", "router.proj", "dense.gate"]

@@ -12,15 +12,11 @@ from pydantic import PrivateAttr, model_validator
 from torch import nn
 
 from autoround_modifier.activations import (
-    ActivationQuantizer,
-    activation_quantizers,
     calibrate_remaining,
 )
-from autoround_modifier.blocks.experts import ExpertRouting
-from autoround_modifier.blocks.importance import Importance
-from autoround_modifier.blocks.store import CalibrationStore, split_by_module_list
+from autoround_modifier.blocks.store import CalibrationStore
 from autoround_modifier.device import Compute, compilation_pays
-from autoround_modifier.errors import RecipeError, listed
+from autoround_modifier.errors import RecipeError
 from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_attention
 from autoround_modifier.host.experts import routed_experts_only
 from autoround_modifier.host.layers import stored_weight
@@ -38,16 +34,15 @@ from autoround_modifier.host.lifecycle import (
     untie_word_embeddings,
 )
 from autoround_modifier.host.matching import find_blocks
-from autoround_modifier.host.saved_format import choose_saved_format
-from autoround_modifier.host.schemes import weight_spec
-from autoround_modifier.modifiers.block_quantizer import BlockQuantizer
-from autoround_modifier.modifiers.layer_quantizer import LayerQuantizer
+from autoround_modifier.modifiers.block_quantizer import BlockQuantizer, groups_to_tune
+from autoround_modifier.modifiers.preparation import PreparedModel, prepare_model
 from autoround_modifier.modifiers.progress import TuningProgress
 from autoround_modifier.modifiers.recorder import (
     CalibrationRecorder,
     layers_to_record,
     loss_mask_of,
 )
+from autoround_modifier.modifiers.routers import log_untargeted_routers
 from autoround_modifier.modifiers.settings import (
     SchemeSettings,
     TuningSettings,
@@ -59,17 +54,14 @@ from autoround_modifier.modifiers.validation import (
     check_fit,
     check_kv_cache,
     check_processes,
-    check_same_blocks,
     check_schemes_unchanged,
     log_uncovered_layers,
     resolve_schemes,
-    untargeted_routers,
     warn_of_blocks_without_mask,
 )
 from autoround_modifier.runs.block_report import BlockReport
 from autoround_modifier.runs.checkpoint import RunCheckpoint
 from autoround_modifier.runs.digests import run_digests
-from autoround_modifier.search.initial_weights import InitialWeights
 
 __all__ = ["AutoRoundModifier"]
 
@@ -102,7 +94,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     - on_calibration_end: quantize targets that never ran, remove hooks, freeze
 
     Targets, schemes and ``ignore`` are those of `QuantizationMixin`. Routers of experts are ignored
-    unless a target names them (`validation.untargeted_routers`). Its observers have no part in
+    unless a target names them (`modifiers/routers.py`). Its observers have no part in
     weights, and are refused; those of static activations default to ``static_minmax``. All other
     fields are those of `TuningSettings`.
     """
@@ -110,14 +102,9 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     requires_calibration_data: bool = True
 
     _without_error_propagation: bool = PrivateAttr(default=False)
-    _compute: Compute = PrivateAttr(default_factory=Compute)
-    _quantizer: LayerQuantizer = PrivateAttr(
-        default_factory=lambda: LayerQuantizer(InitialWeights({}, {}, Importance()), {})
-    )
+    _prepared: PreparedModel = PrivateAttr(default_factory=PreparedModel)
     _block_quantizer: BlockQuantizer | None = PrivateAttr(default=None)
-    _routing: ExpertRouting = PrivateAttr(default_factory=lambda: ExpertRouting(nn.Module()))
     _checkpoint: RunCheckpoint | None = PrivateAttr(default=None)
-    _activations: list[ActivationQuantizer] = PrivateAttr(default_factory=list)
     _blocks: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _store: CalibrationStore | None = PrivateAttr(default=None)
     _tune_in_sdpa: bool = PrivateAttr(default=False)
@@ -177,13 +164,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             )
         model = state.model
         check_processes(model)
-        routers = untargeted_routers(model, self.resolved_config)
-        if routers:
-            logger.info(
-                f"{len(routers)} routers of experts stay as they are, unless a target names them: "
-                f"{listed(routers)}"
-            )
-            self.add_ignored(routers)
+        self.add_ignored(log_untargeted_routers(model, self.resolved_config))
         schemes = resolve_schemes(model, self.resolved_config)
         check_fit(schemes)
         check_finite({name: layer for name, (layer, _) in schemes.items()})
@@ -196,29 +177,16 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             digests = run_digests(model, self, recipe_modifiers(), batches)
             self._checkpoint = RunCheckpoint(Path(self.checkpoint_dir), digests)
         QuantizationMixin.initialize_quantization(self, model)
-        names = {module: name for name, (module, _) in schemes.items()}
-        args = {module: scheme.weights for module, scheme in schemes.values()}
-        for layer in names:
-            choose_saved_format(layer.quantization_scheme, type(layer))
-        self._compute = Compute(
-            compilation_pays(
-                sum(stored_weight(layer).numel() for layer in names), self.iters, self.scale_search
-            )
-            if self.enable_torch_compile is None
-            else self.enable_torch_compile
-        )
-        self._routing = ExpertRouting(model)
-        initial = InitialWeights(
-            names,
-            {layer: weight_spec(layer_args) for layer, layer_args in args.items()},
-            Importance(),
-            self._compute,
-            self._routing.layers,
+        num_weights = sum(stored_weight(layer).numel() for layer, _ in schemes.values())
+        compiled = self.enable_torch_compile
+        if compiled is None:
+            compiled = compilation_pays(num_weights, self.iters, self.scale_search)
+        self._prepared = prepare_model(
+            model,
+            schemes,
+            Compute(compiled),
+            self.kv_cache_scheme is not None,
             self.min_expert_tokens,
-        )
-        self._quantizer = LayerQuantizer(initial, args)
-        self._activations = activation_quantizers(
-            model.named_modules(), names, self.kv_cache_scheme is not None, self._compute
         )
         self._blocks = find_blocks(model, kwargs.get("sequential_targets"))
         log_uncovered_layers(model, self._blocks, self.ignore)
@@ -228,17 +196,18 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        check_schemes_unchanged(self._quantizer.names, self._quantizer.args)
-        named_layers = ((name, layer) for layer, name in self._quantizer.names.items())
+        prepared, names = self._prepared, self._prepared.quantizer.names
+        check_schemes_unchanged(names, prepared.quantizer.args)
+        named_layers = ((name, layer) for layer, name in names.items())
         if targets_embeddings(state.model, named_layers):
             untie_word_embeddings(state.model)
-        for module in (*self._quantizer.names, *(one.module for one in self._activations)):
+        for module in (*names, *(one.module for one in prepared.activations)):
             apply_calibration_status(module)
         if not self.requires_calibration_data:
             return
 
         in_blocks = {module for block in self._blocks for module in block.modules()}
-        to_record = [one for one in self._activations if not one.calibrated]
+        to_record = [one for one in prepared.activations if not one.calibrated]
         if self.iters or any(one.module in in_blocks for one in to_record):
             # static scales alone use all samples that the pipeline runs
             limit = self.num_calibration_samples if self.iters else None
@@ -246,8 +215,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             self._progress = TuningProgress(len(self._blocks) * (self.iters or 0))
             self._block_quantizer = BlockQuantizer(
                 self._blocks,
-                self._quantizer,
-                self._activations,
+                prepared.quantizer,
+                prepared.activations,
                 self._store,
                 self.tuning_config(),
                 bool(self.scale_search),
@@ -259,12 +228,12 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         recorder = CalibrationRecorder(
             self._blocks,
             loss_mask_of(state),
-            self._routing,
-            self._quantizer.initial.importance,
+            prepared.routing,
+            prepared.quantizer.initial.importance,
             self._store,
         )
         layers = layers_to_record(
-            self._quantizer.names, in_blocks, self._routing.layers, bool(self.scale_search)
+            names, in_blocks, prepared.routing.layers, bool(self.scale_search)
         )
         recorder.install(self._register_cleaning_up, layers, to_record)
 
@@ -273,7 +242,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     ) -> None:
         state.model.apply(disable_quantization)  # the basic pipeline leaves it enabled
         with self._clean_up_on_failure():
-            groups, modules = self._groups_to_tune(state.model, modules)
+            groups, modules = groups_to_tune(state.model, modules, self._blocks, self._store)
             self._find_shared_scales(state.model, modules)
             if self._block_quantizer is not None:
                 with (
@@ -285,14 +254,14 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                         self._block_quantizer.quantize(group)
             self._quantize_rest(modules)
             ran = set(modules)
-            calibrate_remaining([one for one in self._activations if one.module in ran])
+            calibrate_remaining([one for one in self._prepared.activations if one.module in ran])
 
     def on_calibration_end(self, state: State, event: Event | None, **kwargs: Any) -> None:
         with self._clean_up_on_failure():
-            never_ran = list(self._quantizer.unquantized)
+            never_ran = list(self._prepared.quantizer.unquantized)
             self._find_shared_scales(state.model, never_ran)
             self._quantize_rest(never_ran)
-            calibrate_remaining(self._activations)
+            calibrate_remaining(self._prepared.activations)
         self._release()
         QuantizationMixin.end_calibration(self, state.model)
 
@@ -303,36 +272,14 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
 
     # ------------------------------------------------------------------ steps of the lifecycle
 
-    def _groups_to_tune(
-        self, model: nn.Module, modules: list[nn.Module]
-    ) -> tuple[list[list[nn.Module]], list[nn.Module]]:
-        """
-        :param modules: that the pipeline has just run
-        :return: the blocks among them, those together that are tuned together; and all modules,
-            with those of blocks that ran although the pipeline does not know them
-        """
-        blocks = [module for module in modules if module in self._blocks]
-        # The sequential pipeline delivers the blocks of one subgraph, to be tuned together if
-        # they follow each other; the basic pipeline delivers the whole model at once.
-        together = split_by_module_list(blocks, self._blocks)
-        groups = [[block] for block in blocks] if model in modules else together
-        if self._store is None:
-            return groups, modules
-        # Blocks that ran inside of code that LLM-Compressor does not trace, like vision encoders,
-        # are in no subgraph. They come first, one by one.
-        recorded = self._store.recorded()
-        check_same_blocks([self._blocks[block] for block in recorded])
-        untraced = [block for block in recorded if block not in blocks]
-        inside = (part for block in untraced for part in block.modules())
-        return [[block] for block in untraced] + groups, [*modules, *inside]
-
     def _find_shared_scales(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
-        layers = self._quantizer.waiting(modules)
-        self._quantizer.initial.find_shared_scales(model, layers, bool(self.scale_search))
+        layers = self._prepared.quantizer.waiting(modules)
+        self._prepared.quantizer.initial.find_shared_scales(model, layers, bool(self.scale_search))
 
     def _quantize_rest(self, modules: Iterable[nn.Module]) -> None:
         """Quantize what was not tuned: by the scale search, or to nearest if only that is asked."""
-        done = self._quantizer.quantize(modules, search=bool(self.iters or self.scale_search))
+        search = bool(self.iters or self.scale_search)
+        done = self._prepared.quantizer.quantize(modules, search)
         if self.iters and done:
             logger.info(
                 f"outside of the tuned blocks, quantized by the scale search: {', '.join(done)}"
@@ -357,14 +304,14 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             yield
         except Exception:
             self._release()
-            total = len(self._quantizer.names)
+            total = len(self._prepared.quantizer.names)
             kept = (
                 "Nothing was saved."
                 if self._checkpoint is None
                 else f"Finished blocks are kept in {self.checkpoint_dir}."
             )
             logger.error(
-                f"AutoRound stopped with {total - len(self._quantizer.unquantized)} of "
+                f"AutoRound stopped with {total - len(self._prepared.quantizer.unquantized)} of "
                 f"{total} layers quantized. The model in memory is partly quantized: "
                 f"load it again before the next attempt. {kept}"
             )

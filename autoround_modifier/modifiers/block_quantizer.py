@@ -13,18 +13,23 @@ from autoround_modifier.activations import ActivationQuantizer
 from autoround_modifier.blocks.chain import QuantizedChain
 from autoround_modifier.blocks.forwards import quantized_forwards
 from autoround_modifier.blocks.group import BlockGroup
-from autoround_modifier.blocks.store import BlockSamples, CalibrationStore
+from autoround_modifier.blocks.store import (
+    BlockSamples,
+    CalibrationStore,
+    split_by_module_list,
+)
 from autoround_modifier.errors import NonFiniteError, listed
 from autoround_modifier.formats import QuantizedWeight, TunedWeight
 from autoround_modifier.modifiers.layer_quantizer import LayerQuantizer
 from autoround_modifier.modifiers.saved_blocks import SavedBlocks
+from autoround_modifier.modifiers.validation import check_same_blocks
 from autoround_modifier.parallel import gathered, wait_for_all
 from autoround_modifier.runs.block_data import describe_data
 from autoround_modifier.runs.block_report import BlockReport
 from autoround_modifier.runs.checkpoint import RunCheckpoint
 from autoround_modifier.tuning import SampleShare, Tuner, TuningConfig, num_tokens
 
-__all__ = ["BlockQuantizer"]
+__all__ = ["BlockQuantizer", "groups_to_tune"]
 
 
 @dataclass
@@ -210,3 +215,32 @@ class BlockQuantizer:
         """Drop everything captured."""
         self.store.clear()
         self._chain = QuantizedChain()
+
+
+def groups_to_tune(
+    model: nn.Module,
+    modules: list[nn.Module],
+    names: dict[nn.Module, str],
+    store: CalibrationStore | None,
+) -> tuple[list[list[nn.Module]], list[nn.Module]]:
+    """
+    :param modules: that the pipeline has just run
+    :param names: of all blocks
+    :param store: what was recorded; None if nothing was
+    :return: the blocks among them, those together that are tuned together; and all modules,
+        with those of blocks that ran although the pipeline does not know them
+    """
+    blocks = [module for module in modules if module in names]
+    # The sequential pipeline delivers the blocks of one subgraph, to be tuned together if
+    # they follow each other; the basic pipeline delivers the whole model at once.
+    together = split_by_module_list(blocks, names)
+    groups = [[block] for block in blocks] if model in modules else together
+    if store is None:
+        return groups, modules
+    # Blocks that ran inside of code that LLM-Compressor does not trace, like vision encoders,
+    # are in no subgraph. They come first, one by one.
+    recorded = store.recorded()
+    check_same_blocks([names[block] for block in recorded])
+    untraced = [block for block in recorded if block not in blocks]
+    inside = (part for block in untraced for part in block.modules())
+    return [[block] for block in untraced] + groups, [*modules, *inside]

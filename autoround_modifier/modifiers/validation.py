@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -31,9 +30,11 @@ from autoround_modifier.host.schemes import (
     is_microscaling,
     unsupported_weights,
 )
+from autoround_modifier.modifiers.routers import untargeted_routers
 from autoround_modifier.parallel import gathered, is_distributed
 
 __all__ = [
+    "Schemes",
     "check_calibration_data",
     "check_finite",
     "check_fit",
@@ -45,15 +46,10 @@ __all__ = [
     "layers_to_choose_for",
     "log_uncovered_layers",
     "resolve_schemes",
-    "untargeted_routers",
     "warn_of_blocks_without_mask",
 ]
 
 Schemes = dict[str, tuple[Layer, QuantizationScheme]]
-
-# What the linear layers that choose or weigh experts are called in Transformers' models, or the
-# modules that hold them (`router.proj`, `gate.wg`). A `gate` is one only beside `experts`.
-_ROUTERS = frozenset({"router", "gate", "shared_expert_gate"})
 
 
 def resolve_schemes(model: nn.Module, config: QuantizationConfig) -> Schemes:
@@ -87,42 +83,6 @@ def resolve_schemes(model: nn.Module, config: QuantizationConfig) -> Schemes:
         name: (module, by_target[match_targets(name, module, by_target)[0]])
         for name, module in matched.items()
     }
-
-
-def untargeted_routers(model: nn.Module, config: QuantizationConfig) -> list[str]:
-    """
-    Linear layers that choose experts, or weigh a shared one, and are targeted only because they
-    are linear. They are small, and a rounded one sends tokens to other experts, so they keep their
-    precision unless a target is their name, or a regular expression with the word ``router``,
-    ``gate`` or ``shared_expert_gate`` in it, whichever it is.
-
-    :return: their names
-    """
-    targets = [target for scheme in config.config_groups.values() for target in scheme.targets]
-    routers = []
-    for name, module in match_named_modules(model, targets, config.ignore):
-        word = _router_word(model, name) if isinstance(module, nn.Linear) else None
-        if word is None:
-            continue
-        target = match_targets(name, module, targets)[0]
-        if target != name and not _names(target, word):
-            routers.append(name)
-    return routers
-
-
-def _router_word(model: nn.Module, name: str) -> str | None:
-    """:return: the part of a module's name by which it is a router, or None"""
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if part in _ROUTERS:
-            beside = dict(model.get_submodule(".".join(parts[:index])).named_children())
-            if part != "gate" or "experts" in beside:
-                return part
-    return None
-
-
-def _names(target: str, word: str) -> bool:
-    return target.startswith("re:") and re.search(rf"\b{word}\b", target) is not None
 
 
 def check_finite(layers: dict[str, Layer]) -> None:
