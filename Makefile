@@ -120,7 +120,6 @@ table-architectures: install
 
 # The site, in $(OUTPUT)/site. Its reference is made from the installed package.
 docs: install
-	$(VENV)/bin/pip install --quiet --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(VENV)/bin/mkdocs build --strict --site-dir "$(abspath $(OUTPUT))/site"
 
 lint: install
