@@ -62,8 +62,7 @@ def quantize(
     :param fields: fields of `AutoRoundModifier`, such as ``preset`` or ``iters``
     :return: the quantized model
     :raises pydantic.ValidationError: if a field does not exist or has a wrong value
-    :raises RecipeError, SchemeError, CalibrationError, NonFiniteError, CheckpointError,
-        OutputExistsError, OSError: see `oneshot`
+    :raises RecipeError: and the other errors of `oneshot`
     """
     schemes: dict[str, Any]
     if isinstance(scheme, str):
