@@ -17,6 +17,7 @@ from autoround_modifier.activations import (
 from autoround_modifier.blocks.store import CalibrationStore
 from autoround_modifier.device import Compute, compilation_pays
 from autoround_modifier.errors import RecipeError
+from autoround_modifier.export.finishing import finish_checkpoint
 from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_attention
 from autoround_modifier.host.experts import routed_experts_only
 from autoround_modifier.host.layers import stored_weight
@@ -34,6 +35,7 @@ from autoround_modifier.host.lifecycle import (
     untie_word_embeddings,
 )
 from autoround_modifier.host.matching import find_blocks
+from autoround_modifier.host.saving import finish_when_saved
 from autoround_modifier.modifiers.block_quantizer import BlockQuantizer, groups_to_tune
 from autoround_modifier.modifiers.preparation import PreparedModel, prepare_model
 from autoround_modifier.modifiers.progress import TuningProgress
@@ -177,6 +179,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             digests = run_digests(model, self, recipe_modifiers(), batches)
             self._checkpoint = RunCheckpoint(Path(self.checkpoint_dir), digests)
         QuantizationMixin.initialize_quantization(self, model)
+        finish_when_saved(model, finish_checkpoint)
         num_weights = sum(stored_weight(layer).numel() for layer, _ in schemes.values())
         compiled = self.enable_torch_compile
         if compiled is None:
