@@ -44,7 +44,11 @@ def fused_parts(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
         parent, _, leaf = name.rpartition(".")
         by_parent.setdefault(parent, set()).add(leaf)
     for parent, leaves in by_parent.items():
+        found: dict[str, list[str]] = {}
         for fused, parts in FUSED_NAMES.items():
-            present = [f"{parent}.{part}" if parent else part for part in parts if part in leaves]
-            if len(present) > 1:
-                yield (f"{parent}.{fused}" if parent else fused), present
+            present = [part for part in parts if part in leaves]
+            if len(present) > 1 and present not in found.values():
+                found[fused] = present
+        for fused, present in found.items():
+            prefix = f"{parent}." if parent else ""
+            yield f"{prefix}{fused}", [f"{prefix}{part}" for part in present]

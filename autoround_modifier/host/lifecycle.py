@@ -10,9 +10,10 @@ class is *named* ``AutoRoundModifier``; AutoRound needs full-precision inputs an
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
-from compressed_tensors.quantization import disable_quantization
+from compressed_tensors.quantization import QuantizationConfig, disable_quantization
 from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor import oneshot as host_oneshot
 from llmcompressor.core import Event, State, active_session
@@ -43,6 +44,7 @@ __all__ = [
     "infer_sequential_targets",
     "is_module_quantized",
     "known_modifiers",
+    "quantization_configs",
     "recipe_modifiers",
     "register_modifier",
     "targets_embeddings",
@@ -91,3 +93,16 @@ def as_recipe(recipe: Any, stage: str | None = None) -> Recipe:
 def recipe_modifiers() -> list[Modifier]:
     """:return: the modifiers of the running recipe; in a pass of its own, that modifier alone"""
     return list(active_session().lifecycle.recipe.modifiers)
+
+
+def quantization_configs(modifiers: Iterable[Modifier]) -> list[QuantizationConfig]:
+    """
+    :param modifiers: of a recipe
+    :return: how those that quantize will do so, in their order
+    """
+    return [
+        modifier.resolved_config
+        for modifier in modifiers
+        if isinstance(modifier, QuantizationMixin)
+        and (modifier.scheme is not None or modifier.config_groups is not None)
+    ]

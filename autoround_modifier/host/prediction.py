@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -40,8 +42,9 @@ def predict_layout(
     """
     copied = skeleton(model)
     assert isinstance(copied, PreTrainedModel)
-    for config in configs:
-        apply_quantization_config(copied, config, show_progress=False)
+    with _without_log("compressed_tensors.utils.match"):  # of targets, which the run says itself
+        for config in configs:
+            apply_quantization_config(copied, config, show_progress=False)
     quantized = [module for module in copied.modules() if is_module_quantized(module)]
     for module in quantized:
         choose_saved_format(module.quantization_scheme, type(module))
@@ -64,6 +67,16 @@ def predict_layout(
         content,
         {name: TensorLayout(tuple(x.shape), x.dtype) for name, x in tensors.items()},
     )
+
+
+@contextlib.contextmanager
+def _without_log(name: str) -> Iterator[None]:
+    log = logging.getLogger(name)
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
 
 
 def _pack_zero_point(module: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from autoround_modifier.activations import (
 from autoround_modifier.blocks.store import CalibrationStore
 from autoround_modifier.device import Compute, compilation_pays
 from autoround_modifier.errors import RecipeError
+from autoround_modifier.export.check import check_before_saving
 from autoround_modifier.export.finishing import finish_checkpoint
 from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_attention
 from autoround_modifier.host.experts import routed_experts_only
@@ -30,6 +32,7 @@ from autoround_modifier.host.lifecycle import (
     State,
     apply_calibration_status,
     disable_quantization,
+    quantization_configs,
     recipe_modifiers,
     targets_embeddings,
     untie_word_embeddings,
@@ -50,6 +53,7 @@ from autoround_modifier.modifiers.settings import (
     TuningSettings,
     reason_for_calibration,
 )
+from autoround_modifier.modifiers.targets import warn_of_targets
 from autoround_modifier.modifiers.validation import (
     check_calibration_data,
     check_finite,
@@ -142,8 +146,9 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
-        :raises RecipeError: if there is no scheme, no module is targeted, or the class is renamed
-            and LLM-Compressor would feed it quantized inputs
+        :raises RecipeError: if there is no scheme, no module is targeted, ``engine`` would not load
+            the checkpoint, or the class is renamed and LLM-Compressor would feed it quantized
+            inputs
         :raises SchemeError: if a scheme is not supported or does not fit its layer
         :raises CalibrationError: if data is needed and there is none
         :raises NonFiniteError: if a targeted weight has NaN or infinity
@@ -167,19 +172,21 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         model = state.model
         check_processes(model)
         self.add_ignored(log_untargeted_routers(model, self.resolved_config))
+        warn_of_targets(model, self.resolved_config)
         schemes = resolve_schemes(model, self.resolved_config)
         check_fit(schemes)
         check_finite({name: layer for name, (layer, _) in schemes.items()})
         check_kv_cache(model, self.kv_cache_scheme)
         if self.requires_calibration_data:
             check_calibration_data(state.data.calib, reason_for_calibration(self, self))
+        self._check_what_will_be_saved(model)
 
         if self.checkpoint_dir is not None:
             batches = state.data.calib if self.requires_calibration_data else None
             digests = run_digests(model, self, recipe_modifiers(), batches)
             self._checkpoint = RunCheckpoint(Path(self.checkpoint_dir), digests)
         QuantizationMixin.initialize_quantization(self, model)
-        finish_when_saved(model, finish_checkpoint)
+        finish_when_saved(model, partial(finish_checkpoint, engine=self.engine))
         num_weights = sum(stored_weight(layer).numel() for layer, _ in schemes.values())
         compiled = self.enable_torch_compile
         if compiled is None:
@@ -274,6 +281,13 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         return True
 
     # ------------------------------------------------------------------ steps of the lifecycle
+
+    def _check_what_will_be_saved(self, model: nn.Module) -> None:
+        """By all modifiers of the recipe; the last one of this class knows the schemes of all."""
+        modifiers = recipe_modifiers()
+        tuners = [x for x in modifiers if isinstance(x, AutoRoundModifier)]
+        if not tuners or tuners[-1] is self:
+            check_before_saving(model, quantization_configs(modifiers), self.engine)
 
     def _find_shared_scales(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         layers = self._prepared.quantizer.waiting(modules)

@@ -150,6 +150,13 @@ class TuningSettings(BaseModel):
 class SchemeSettings(QuantizationMixin):
     """What layers are quantized to: the fields of LLM-Compressor's `QuantizationMixin`."""
 
+    engine: Literal["any", "vllm", "transformers"] = Field(
+        default="any",
+        description="which engine must load the checkpoint: `vllm`, `transformers`, or `any` of "
+        "them. A recipe whose checkpoint it would not load, or would load as another model, is "
+        "refused before the run; problems of an engine that is not named are logged",
+    )
+
     @field_validator("scheme", mode="before")
     @classmethod
     def _known_scheme(cls, value: Any) -> Any:
