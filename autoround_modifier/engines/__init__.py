@@ -5,7 +5,12 @@ Nothing here knows LLM-Compressor or a session: what a recipe will save is check
 the same functions as a folder afterwards.
 """
 
-from autoround_modifier.engines.check import ENGINES, find_problems
+from autoround_modifier.engines.check import (
+    ENGINES,
+    find_problems,
+    required_engines,
+    unreadable_experts,
+)
 from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout, read_layout
 from autoround_modifier.engines.problem import Problem
 
@@ -16,4 +21,6 @@ __all__ = [
     "TensorLayout",
     "find_problems",
     "read_layout",
+    "required_engines",
+    "unreadable_experts",
 ]

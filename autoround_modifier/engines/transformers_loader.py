@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,7 @@ from autoround_modifier.engines.layout import CheckpointLayout
 from autoround_modifier.engines.matching import compressed_tensors_group, groups_of, is_named
 from autoround_modifier.engines.problem import Problem
 
-__all__ = ["NAME", "experts_reason", "fuses_experts", "transformers_problems"]
+__all__ = ["NAME", "fuses_experts", "transformers_experts", "transformers_problems"]
 
 NAME = f"Transformers {transformers.__version__}"
 OR_ELSE = "Or set `engine: vllm`, if the checkpoint is for vLLM only."
@@ -63,29 +64,31 @@ def fuses_experts(model_class: type[PreTrainedModel], config: PretrainedConfig) 
     )
 
 
-def experts_reason(group: Mapping[str, Any]) -> tuple[str, str, bool] | None:
+def transformers_experts(group: Mapping[str, Any]) -> Problem | None:
     """
     Experts are decompressed as they are loaded, and fused, by
     `transformers.integrations.compressed_tensors.DecompressExperts`.
 
     :param group: config group of experts
-    :return: what Transformers cannot do with it, what would do, and whether it is fatal; None if it
-        reads them exactly
+    :return: what Transformers cannot do with it; None if it reads them exactly
     """
     weights = group["weights"]
+    what = remedy = None
     if weights["type"] == "int" and not weights["symmetric"]:
-        return "does not read experts with zero points", "Use symmetric weights for them.", True
-    if weights["type"] == "int" and group.get("format") not in (None, "pack-quantized"):
-        return "reads packed experts only, not W8A8 or W4A8", "Use W8A16 or W4A16 for them.", True
-    if weights["strategy"] == "tensor_group":
-        return "drops the global scales of NVFP4 experts", "Use MXFP4 or W4A16 for them.", True
-    if weights["num_bits"] == 8 and weights["type"] == "float":
+        what, remedy = "does not read experts with zero points", "Use symmetric weights for them."
+    elif weights["type"] == "int" and group.get("format") not in (None, "pack-quantized"):
+        what, remedy = "reads packed experts only, not W8A8 or W4A8", "Use W8A16 or W4A16 for them."
+    elif weights["strategy"] == "tensor_group":
+        what, remedy = "drops the global scales of NVFP4 experts", "Use MXFP4 or W4A16 for them."
+    elif weights["num_bits"] == 8 and weights["type"] == "float":
         if str(weights.get("scale_dtype")).endswith("uint8"):
-            return "does not read MXFP8 experts", "Use FP8 by channel or W8A16 for them.", True
-        if weights["strategy"] not in ("tensor", "channel"):
-            return "does not read FP8 experts by block or group", "Use FP8 by channel.", True
+            what, remedy = "does not read MXFP8 experts", "Use FP8 by channel or W8A16 for them."
+        elif weights["strategy"] not in ("tensor", "channel"):
+            what, remedy = "does not read FP8 experts by block or group", "Use FP8 by channel."
+    if what is not None:
+        return Problem(NAME, what, (), f"{remedy} {OR_ELSE}")
     if group.get("input_activations") is not None:
-        return "computes experts without quantizing their activations", "", False
+        return Problem(NAME, "computes experts without quantizing their activations", fatal=False)
     return None
 
 
@@ -123,11 +126,9 @@ def _expert_problems(
         )
         return
     for group, names in by_group.items():
-        reason = None if group is None else experts_reason(settings[group])
-        if reason is not None:
-            what, remedy, fatal = reason
-            remedy = f"{remedy} {OR_ELSE}" if fatal else remedy
-            yield Problem(NAME, what, tuple(sorted(names)), remedy, fatal)
+        problem = None if group is None else transformers_experts(settings[group])
+        if problem is not None:
+            yield replace(problem, names=tuple(sorted(names)))
     plain = experts - quantized
     if plain and (quantized or not _reads_plain_experts(settings)):
         yield Problem(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from autoround_modifier.engines.config_names import EXPERT
@@ -22,7 +23,7 @@ from autoround_modifier.engines.matching import (
 )
 from autoround_modifier.engines.problem import Problem
 
-__all__ = ["vllm_experts_reason", "vllm_problems"]
+__all__ = ["vllm_experts", "vllm_problems"]
 
 NAME = "vLLM"
 OR_ELSE = "Or set `engine: transformers`, if the checkpoint is not for vLLM."
@@ -51,35 +52,25 @@ def vllm_problems(layout: CheckpointLayout) -> list[Problem]:
     ]
 
 
-def vllm_experts_reason(group: Mapping[str, Any]) -> tuple[str, str] | None:
+def vllm_experts(group: Mapping[str, Any]) -> Problem | None:
     """
     :param group: config group of experts
-    :return: what vLLM cannot do with it, and what would do; None if it has kernels for it
+    :return: what vLLM cannot do with it; None if it has kernels for it
     """
     weights, inputs = group["weights"], group.get("input_activations")
-    is_float = weights["type"] == "float"
-    if inputs is None:
-        if is_float and weights["num_bits"] == 8 and not _is_power_of_two(weights):
-            return (
-                "has no FP8 experts with 16-bit activations",
-                "Quantize their activations as well (FP8_DYNAMIC), or use W8A16.",
-            )
-        return None
-    if is_float:
-        return None
-    if (
-        weights["num_bits"] < 8
-        and inputs["type"] == "int"
-        and group.get("format")
-        not in (
-            None,
-            "int-quantized",
-        )
-    ):
-        return "has no packed experts with 8-bit activations", "Use W4A16 or W8A8 for them."
-    if weights["num_bits"] == 8 and not inputs.get("dynamic"):
-        return "has no W8A8 experts with static scales of activations", "Use dynamic ones."
-    return None
+    what = remedy = None
+    if weights["type"] == "float":
+        if inputs is None and weights["num_bits"] == 8 and not _is_power_of_two(weights):
+            what = "has no FP8 experts with 16-bit activations"
+            remedy = "Quantize their activations as well (FP8_DYNAMIC), or use W8A16 for them."
+    elif inputs is not None and inputs["type"] == "int":
+        if weights["num_bits"] < 8 and group.get("format") not in (None, "int-quantized"):
+            what = "has no packed experts with 8-bit activations"
+            remedy = "Use W4A16 or W8A8 for them."
+        elif weights["num_bits"] == 8 and not inputs.get("dynamic"):
+            what = "has no W8A8 experts with static scales of activations"
+            remedy = "Use dynamic ones."
+    return None if what is None else Problem(NAME, what, (), f"{remedy} {OR_ELSE}")
 
 
 def _is_power_of_two(weights: Mapping[str, Any]) -> bool:
@@ -175,10 +166,9 @@ def _expert_problems(
         if group is not None
     }
     for group in sorted(used):
-        reason = vllm_experts_reason(layout.quantization["config_groups"][group])
-        if reason is not None:
-            what, remedy = reason
-            yield Problem(NAME, what, tuple(by_block), f"{remedy} {OR_ELSE}")
+        problem = vllm_experts(layout.quantization["config_groups"][group])
+        if problem is not None:
+            yield replace(problem, names=tuple(by_block))
     if used and layout.config.get("model_type") in _FUSED_EXPERTS_ONLY:
         yield Problem(
             NAME,

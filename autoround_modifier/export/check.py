@@ -11,13 +11,18 @@ from loguru import logger
 from torch import nn
 from transformers import PreTrainedModel
 
-from autoround_modifier.engines import ENGINES, Problem, find_problems, read_layout
+from autoround_modifier.engines import (
+    Problem,
+    find_problems,
+    read_layout,
+    required_engines,
+)
 from autoround_modifier.errors import CheckpointError, RecipeError
 from autoround_modifier.host.prediction import predict_layout
 from autoround_modifier.host.saved_names import name_experts_as_released
 from autoround_modifier.host.schemes import QuantizationConfig
 
-__all__ = ["check_before_saving", "check_checkpoint", "check_saved", "required_engines"]
+__all__ = ["check_before_saving", "check_checkpoint", "check_saved"]
 
 
 def check_checkpoint(folder: str | os.PathLike[str], engine: str = "any") -> list[Problem]:
@@ -34,17 +39,6 @@ def check_checkpoint(folder: str | os.PathLike[str], engine: str = "any") -> lis
     """
     problems = find_problems(read_layout(Path(folder)))
     return [problem for name in required_engines(engine) for problem in problems[name]]
-
-
-def required_engines(engine: str) -> tuple[str, ...]:
-    """
-    :param engine: the field of a modifier
-    :return: the engines that must load what is saved
-    :raises ValueError: if there is no such engine
-    """
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine `{engine}`; use one of {', '.join(ENGINES)}")
-    return tuple(name for name in ENGINES if name != "any") if engine == "any" else (engine,)
 
 
 def check_before_saving(

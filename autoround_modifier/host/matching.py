@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 from compressed_tensors.utils import is_match, match_named_modules
 from compressed_tensors.utils.match import match_targets
-from llmcompressor.observers.helpers import FUSED_LAYER_NAMES
+from llmcompressor.observers import helpers
 from torch import nn
 
+from autoround_modifier.engines.fused import FUSED_NAMES
 from autoround_modifier.host.lifecycle import infer_sequential_targets
 
 __all__ = [
@@ -19,6 +20,14 @@ __all__ = [
     "match_named_modules",
     "match_targets",
 ]
+
+# Layers of one module that engines fuse: what LLM-Compressor lists, and vLLM. The longest first,
+# of which others are a part.
+FUSED_LAYER_NAMES = sorted(
+    dict.fromkeys(map(tuple, (*helpers.FUSED_LAYER_NAMES, *FUSED_NAMES.values()))),
+    key=len,
+    reverse=True,
+)
 
 
 def find_blocks(model: nn.Module, sequential_targets: list[str] | None) -> dict[nn.Module, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
@@ -93,6 +93,12 @@ class AutoSchemeModifier(PlainDataModifier):
         default_factory=list,
         description="further groups of layers that get one scheme, each a list of targets",
     )
+    engine: Literal["any", "vllm", "transformers"] | None = Field(
+        default=None,
+        description="which engine must load the checkpoint, as in `AutoRoundModifier`, whose field "
+        "is the default. vLLM allows a scheme for the experts of each block, Transformers one for "
+        "all experts of the model; either reads experts under some of the schemes only",
+    )
     whole_model: bool = Field(
         default=False,
         description="let `avg_bits` be a mean over all parameters of the model, embeddings and "
@@ -172,7 +178,10 @@ class AutoSchemeModifier(PlainDataModifier):
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         layers = layers_to_choose_for(model, schemes, targets, ignore)
         # All but the scores is known: the budget is checked before anything runs.
-        check_budget(model, layers, schemes, self.avg_bits, self.whole_model, self.shared_layers)
+        engine = tuner.engine if self.engine is None else self.engine
+        check_budget(
+            model, layers, schemes, self.avg_bits, self.whole_model, self.shared_layers, engine
+        )
         blocks = find_blocks(model, kwargs.get("sequential_targets"))
         batches = cast(Iterable[dict[str, Any]], state.data.calib)
         # Read once: a loader that shuffles would give other samples the next time.
@@ -194,6 +203,7 @@ class AutoSchemeModifier(PlainDataModifier):
                 self.shared_layers,
                 self._cache_folder(),
                 advance,
+                engine,
             )
         logger.info(f"Chosen schemes:\n{choice.table()}")
         logger.info(
@@ -202,6 +212,7 @@ class AutoSchemeModifier(PlainDataModifier):
             f"{choice.model_bytes / 1e6:.1f} MB in all"
         )
         tuner.assign_schemes(choice.config_groups(), ignore)
+        tuner.engine = engine
         self._write_results(choice, tuner, [other for other in modifiers if other is not self])
         return True
 
