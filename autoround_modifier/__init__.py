@@ -11,6 +11,7 @@ What is listed in ``__all__`` is public. Everything else may change without noti
 from autoround_modifier.api import choose_schemes, distill, evaluate, quantize, quantized_weights
 from autoround_modifier.calibration import self_generated, text_dataset
 from autoround_modifier.distillation import DistillationResult
+from autoround_modifier.engines import Problem
 from autoround_modifier.entrypoint import oneshot
 from autoround_modifier.errors import (
     CalibrationError,
@@ -21,6 +22,7 @@ from autoround_modifier.errors import (
     SchemeError,
 )
 from autoround_modifier.evaluation import Divergence
+from autoround_modifier.export.check import check_checkpoint
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.lifecycle import register_modifier
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
@@ -46,11 +48,13 @@ __all__ = [
     "NonFiniteError",
     "OutputExistsError",
     "Preset",
+    "Problem",
     "QuantizedWeight",
     "RecipeError",
     "ScaleDistillationModifier",
     "SchemeError",
     "__version__",
+    "check_checkpoint",
     "choose_schemes",
     "distill",
     "evaluate",
