@@ -15,6 +15,7 @@ from autoround_modifier.entrypoint import oneshot
 from autoround_modifier.errors import (
     CalibrationError,
     CheckpointError,
+    CompressedSourceError,
     NonFiniteError,
     OutputExistsError,
     RecipeError,
@@ -23,6 +24,7 @@ from autoround_modifier.errors import (
 from autoround_modifier.evaluation import Divergence
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.lifecycle import register_modifier
+from autoround_modifier.host.loading import load_model
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
 from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
@@ -40,6 +42,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Choice",
+    "CompressedSourceError",
     "DistillationResult",
     "Divergence",
     "Measurement",
@@ -56,6 +59,7 @@ __all__ = [
     "evaluate",
     "find_recipe",
     "list_recipes",
+    "load_model",
     "load_recipe",
     "oneshot",
     "quantize",

@@ -3,6 +3,7 @@
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "CompressedSourceError",
     "NonFiniteError",
     "OutputExistsError",
     "RecipeError",
@@ -21,6 +22,10 @@ class SchemeError(ValueError):
 
 class CalibrationError(ValueError):
     """Calibration data that is missing, empty or cannot be used."""
+
+
+class CompressedSourceError(ValueError):
+    """A model whose weights are compressed already."""
 
 
 class NonFiniteError(ValueError):

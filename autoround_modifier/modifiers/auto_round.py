@@ -34,6 +34,7 @@ from autoround_modifier.host.lifecycle import (
     targets_embeddings,
     untie_word_embeddings,
 )
+from autoround_modifier.host.loading import check_not_compressed, save_without_requantizing
 from autoround_modifier.host.matching import find_blocks
 from autoround_modifier.host.saving import finish_when_saved
 from autoround_modifier.modifiers.block_quantizer import BlockQuantizer, groups_to_tune
@@ -142,6 +143,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
+        :raises CompressedSourceError: if the model is compressed already
         :raises RecipeError: if there is no scheme, no module is targeted, or the class is renamed
             and LLM-Compressor would feed it quantized inputs
         :raises SchemeError: if a scheme is not supported or does not fit its layer
@@ -165,6 +167,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                 "put an AutoSchemeModifier before it, which chooses"
             )
         model = state.model
+        check_not_compressed(model)
         check_processes(model)
         self.add_ignored(log_untargeted_routers(model, self.resolved_config))
         schemes = resolve_schemes(model, self.resolved_config)
@@ -179,6 +182,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             digests = run_digests(model, self, recipe_modifiers(), batches)
             self._checkpoint = RunCheckpoint(Path(self.checkpoint_dir), digests)
         QuantizationMixin.initialize_quantization(self, model)
+        save_without_requantizing(model)
         finish_when_saved(model, finish_checkpoint)
         num_weights = sum(stored_weight(layer).numel() for layer, _ in schemes.values())
         compiled = self.enable_torch_compile
