@@ -19,6 +19,7 @@ from autoround_modifier.errors import (
     NonFiniteError,
     OutputExistsError,
     RecipeError,
+    SavingError,
     SchemeError,
 )
 from autoround_modifier.evaluation import Divergence
@@ -51,6 +52,7 @@ __all__ = [
     "Preset",
     "QuantizedWeight",
     "RecipeError",
+    "SavingError",
     "ScaleDistillationModifier",
     "SchemeError",
     "__version__",

@@ -38,6 +38,7 @@ def oneshot(
     overwrite_output_dir: bool = False,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    check_generation: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """
@@ -58,6 +59,8 @@ def oneshot(
         that the model comes from
     :param token: for the Hugging Face Hub, where a tokenizer or processor is loaded by name
     :param local_files_only: load tokenizer and processor from this machine only
+    :param check_generation: let the model continue the beginning of a calibration sample before
+        and after the run, and warn if only the quantized one repeats a single token
     :param kwargs: further arguments of `llmcompressor.oneshot`, such as ``model_revision`` and
         ``trust_remote_code_model``, which apply to tokenizer and processor as well
     :return: the quantized model
@@ -100,6 +103,9 @@ def oneshot(
             dtype=kwargs.get("precision", "auto"),
             trust_remote_code=kwargs.get("trust_remote_code_model", False),
         )
+    last = recipe.modifiers[-1] if recipe.modifiers else None
+    if check_generation and isinstance(last, AutoRoundModifier):
+        last.check_generation()
     return host_oneshot(
         model=model,
         recipe=recipe,
@@ -147,11 +153,18 @@ def _own_share(dataset: Dataset, num_samples: int | None) -> Dataset:
 
 def _source_folders(model: str | PreTrainedModel) -> set[Path]:
     """:return: folders on this machine from which the model was, or still is, read"""
-    if isinstance(model, (str, Path)):
-        return {Path(model)} if Path(model).is_dir() else set()
-    name = model.config._name_or_path
-    named = {Path(name)} if name and Path(name).is_dir() else set()
-    return named | weight_folders(model)
+    name = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
+    named = {Path(name)} if name and Path(name).is_dir() else _snapshot(name)
+    return named if isinstance(model, (str, Path)) else named | weight_folders(model)
+
+
+def _snapshot(name: str) -> set[Path]:
+    """:return: the folder in the Hub's cache that holds a model of that name, if there is one"""
+    try:
+        config = try_to_load_from_cache(name, "config.json") if name else None
+    except ValueError:  # it cannot be the name of a model
+        return set()
+    return {Path(config).parent} if isinstance(config, str) else set()
 
 
 def _load_processor(

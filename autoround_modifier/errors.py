@@ -7,6 +7,7 @@ __all__ = [
     "NonFiniteError",
     "OutputExistsError",
     "RecipeError",
+    "SavingError",
     "SchemeError",
     "listed",
 ]
@@ -34,6 +35,10 @@ class NonFiniteError(ValueError):
 
 class OutputExistsError(FileExistsError):
     """An output folder that already holds files."""
+
+
+class SavingError(ValueError):
+    """A model that could not be saved after the run."""
 
 
 class CheckpointError(ValueError):

@@ -47,6 +47,7 @@ __all__ = [
     "is_module_quantized",
     "known_modifiers",
     "recipe_modifiers",
+    "recipe_stage",
     "register_modifier",
     "targets_embeddings",
     "untie_word_embeddings",
@@ -104,3 +105,8 @@ def as_recipe(recipe: Any, stage: str | None = None) -> Recipe:
 def recipe_modifiers() -> list[Modifier]:
     """:return: the modifiers of the running recipe; in a pass of its own, that modifier alone"""
     return list(active_session().lifecycle.recipe.modifiers)
+
+
+def recipe_stage() -> str:
+    """:return: the stage of the running recipe"""
+    return active_session().lifecycle.recipe.stage

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +42,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from autoround_modifier.errors import CompressedSourceError, listed
 from autoround_modifier.formats.fp8_blocks import dequantize_fp8_blocks, has_blocks
+from autoround_modifier.host.layers import disable_onloading, stored_weight
 
 __all__ = [
     "DEQUANTIZED_FORMATS",
@@ -139,9 +140,16 @@ def _misread_weights(model: nn.Module) -> list[str]:
                     and isinstance(layer, nn.Linear)
                     and layer is not model.get_output_embeddings()  # type: ignore[operator]
                     and not any(part in name for part in skipped)
-                    and any(n > b and n % b for n, b in zip(layer.weight.shape, block, strict=True))
+                    and any(
+                        n > b and n % b
+                        for n, b in zip(stored_weight(layer).shape, block, strict=True)
+                    )
                 ]
     return []
+
+
+def _is_divided_unevenly(shape: Sequence[int], block: Sequence[int]) -> bool:
+    return any(n > size and n % size for n, size in zip(shape, block, strict=True))
 
 
 def _format_in_memory(model: nn.Module) -> str | None:
@@ -149,11 +157,12 @@ def _format_in_memory(model: nn.Module) -> str | None:
     if quantizer is not None:
         method = quantizer.quantization_config.quant_method
         return str(getattr(method, "value", method)).lower()
-    stored = [
-        name
-        for name, parameter in model.named_parameters()
-        if name.endswith(".weight") and parameter.dtype in (torch.float8_e4m3fn, torch.uint8)
-    ]
+    with disable_onloading():
+        stored = [
+            name
+            for name, parameter in model.named_parameters()
+            if name.endswith(".weight") and parameter.dtype in (torch.float8_e4m3fn, torch.uint8)
+        ]
     return f"weights in 8 bits: {listed(stored, 3)}" if stored else None
 
 

@@ -1,0 +1,128 @@
+"""What is put right in a checkpoint once LLM-Compressor has saved it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from autoround_modifier.export.saved_config import changed_fields, with_changes
+from autoround_modifier.export.saved_files import CONFIG, read_json, write_json
+from autoround_modifier.export.source import cached_config
+from autoround_modifier.host.lifecycle import Modifier, recipe_modifiers, recipe_stage
+from autoround_modifier.host.loading import save_without_requantizing
+from autoround_modifier.host.saving import (
+    RECIPE,
+    check_generation_config,
+    finish_when_saved,
+    recipe_text,
+)
+from autoround_modifier.modifiers.mtp import MtpLayers, find_mtp_layers, save_mtp_layers
+
+__all__ = ["FINISHING_STEPS", "SavePlan", "SavedModel", "finish_checkpoint", "prepare_saving"]
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """
+    What is known before the run.
+
+    :ivar origin: folder or name that the model was loaded from; may be empty
+    :ivar source_config: its ``config.json``; None if that is not on this machine
+    :ivar mtp: layers that Transformers does not load
+    :ivar modifiers: all of the recipe
+    :ivar stage: their stage in it
+    """
+
+    origin: str
+    source_config: dict[str, Any] | None
+    mtp: MtpLayers
+    modifiers: Sequence[Modifier]
+    stage: str
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """
+    :ivar model: as it is after saving: compressed
+    :ivar folder: with all that LLM-Compressor wrote; not yet where the user wants it
+    :ivar plan: of what is put right
+    """
+
+    model: PreTrainedModel
+    folder: Path
+    plan: SavePlan
+
+
+def write_own_config(saved: SavedModel) -> None:
+    """
+    LLM-Compressor writes the source's ``config.json``. Where the model differs from the source,
+    such as in its vocabulary or number of layers, what the model has is written.
+    """
+    source, own = saved.plan.source_config, saved.model.config
+    if source is None or source.get("model_type") != own.model_type:
+        return
+    before = type(own).from_dict(dict(source)).to_dict()
+    changes = changed_fields(before, own.to_dict())
+    config = with_changes(read_json(saved.folder / CONFIG), changes, own.attribute_map)
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method != "compressed-tensors":  # of a source that was dequantized
+        config.pop("quantization_config", None)
+    write_json(saved.folder / CONFIG, config)
+
+
+def write_mtp_layers(saved: SavedModel) -> None:
+    """Layers for multi-token prediction are kept, and the config says whether there are any."""
+    save_mtp_layers(saved.model, saved.folder, saved.plan.mtp)
+
+
+def write_recipe(saved: SavedModel) -> None:
+    """``recipe.yaml`` holds every modifier, several of one class as well."""
+    text = recipe_text(saved.plan.modifiers, saved.plan.stage, saved.plan.origin)
+    (saved.folder / RECIPE).write_text(text, encoding="utf-8")
+
+
+# In this order
+FINISHING_STEPS: tuple[Callable[[SavedModel], None], ...] = (
+    write_own_config,
+    write_mtp_layers,
+    write_recipe,
+)
+
+
+def finish_checkpoint(model: PreTrainedModel, folder: Path, plan: SavePlan) -> None:
+    """
+    :param model: that was saved
+    :param folder: with all that LLM-Compressor wrote; files are changed and added
+    :param plan: `prepare_saving`
+    """
+    saved = SavedModel(model, folder, plan)
+    for step in FINISHING_STEPS:
+        step(saved)
+
+
+def prepare_saving(model: PreTrainedModel) -> None:
+    """
+    Called by modifiers before the run: let the model be finished whenever it is saved, now by
+    LLM-Compressor or later by the user.
+
+    :param model: with the recipe of the active session
+    :raises SavingError: if it could not be saved
+    :raises SchemeError: if layers for multi-token prediction cannot have their scheme
+    """
+    check_generation_config(model)
+    save_without_requantizing(model)
+    modifiers, origin = recipe_modifiers(), model.config._name_or_path
+    revision = getattr(model.config, "_commit_hash", None)
+    plan = SavePlan(
+        origin,
+        cached_config(origin, revision),
+        find_mtp_layers(model, modifiers),
+        modifiers,
+        recipe_stage(),
+    )
+    finish_when_saved(model, partial(finish_checkpoint, plan=plan))
