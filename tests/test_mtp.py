@@ -24,6 +24,8 @@ from transformers import (
 
 from autoround_modifier import AutoRoundModifier, SchemeError, load_model, load_recipe
 from autoround_modifier.export.mtp import mtp_expressions, mtp_names, renumbered
+from autoround_modifier.export.saved_files import tensor_files
+from autoround_modifier.modifiers import mtp
 
 LINEAR = nn.Linear(1, 1, device="meta")
 DEEPSEEK_MTP = {
@@ -230,6 +232,30 @@ def test_a_source_that_is_gone_is_said(log, tmp_path):
     model.name_or_path = "nobody/nowhere"
     quantize(model, modifier())
     assert any("WARNING" in line and "nobody/nowhere" in line for line in log)
+
+
+def test_a_source_that_goes_during_the_run_is_said(log, tmp_path):
+    deepseek(tmp_path / "original")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    quantize(model, modifier())
+    (tmp_path / "original" / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "quantized")
+    tensors, config = saved(tmp_path / "quantized")
+    assert config["num_nextn_predict_layers"] == 0
+    assert not mtp_names(tensors, 2, True)
+    assert any("ERROR" in line and "multi-token" in line for line in log)
+
+
+def test_large_layers_are_in_several_files(tmp_path, monkeypatch):
+    extra = deepseek(tmp_path / "original")
+    monkeypatch.setattr(mtp, "MAX_FILE_BYTES", 40_000)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    quantize(model, modifier(), output_dir=tmp_path / "quantized")
+    assert len(list((tmp_path / "quantized").glob("model_mtp*.safetensors"))) > 2
+    tensors, _ = saved(tmp_path / "quantized")
+    assert set(tensor_files(tmp_path / "quantized")) == set(tensors) >= set(extra)
+    model.save_pretrained(tmp_path / "quantized", max_shard_size="20KB")
+    assert set(saved(tmp_path / "quantized")[0]) == set(tensors)  # none of an earlier save is left
 
 
 def test_layers_follow_the_last_one_of_a_shorter_model(tmp_path):

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from loguru import logger
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from autoround_modifier.export.saved_config import changed_fields, with_changes
 from autoround_modifier.export.saved_files import CONFIG, read_json, write_json
@@ -32,7 +33,8 @@ class SavePlan:
     What is known before the run.
 
     :ivar origin: folder or name that the model was loaded from; may be empty
-    :ivar source_config: its ``config.json``; None if that is not on this machine
+    :ivar source_config: what its ``config.json`` means to the class of the model's config; None if
+        it is not on this machine, or belongs to another class
     :ivar mtp: layers that Transformers does not load
     :ivar modifiers: all of the recipe
     :ivar stage: their stage in it
@@ -64,10 +66,9 @@ def write_own_config(saved: SavedModel) -> None:
     such as in its vocabulary or number of layers, what the model has is written.
     """
     source, own = saved.plan.source_config, saved.model.config
-    if source is None or source.get("model_type") != own.model_type:
+    if source is None:
         return
-    before = type(own).from_dict(dict(source)).to_dict()
-    changes = changed_fields(before, own.to_dict())
+    changes = changed_fields(source, own.to_dict())
     config = with_changes(read_json(saved.folder / CONFIG), changes, own.attribute_map)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method != "compressed-tensors":  # of a source that was dequantized
@@ -105,6 +106,19 @@ def finish_checkpoint(model: PreTrainedModel, folder: Path, plan: SavePlan) -> N
         step(saved)
 
 
+def _source_config(own: PreTrainedConfig, stored: dict[str, Any] | None) -> dict[str, Any] | None:
+    if stored is None or stored.get("model_type") != own.model_type:
+        return None
+    try:
+        return type(own).from_dict(stored).to_dict()
+    except Exception as error:
+        logger.warning(
+            f"the config.json of {own._name_or_path} cannot be compared with the model, and will "
+            f"be saved as it is: {error}"
+        )
+        return None
+
+
 def prepare_saving(model: PreTrainedModel) -> None:
     """
     Called by modifiers before the run: let the model be finished whenever it is saved, now by
@@ -120,7 +134,7 @@ def prepare_saving(model: PreTrainedModel) -> None:
     revision = getattr(model.config, "_commit_hash", None)
     plan = SavePlan(
         origin,
-        cached_config(origin, revision),
+        _source_config(model.config, cached_config(origin, revision)),
         find_mtp_layers(model, modifiers),
         modifiers,
         recipe_stage(),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from autoround_modifier.activations import needs_calibration
 from autoround_modifier.blocks.importance import Importance
-from autoround_modifier.errors import SchemeError
+from autoround_modifier.errors import CheckpointError, SchemeError
 from autoround_modifier.export.mtp import (
     MTP_FIELDS,
     mtp_expressions,
@@ -184,13 +184,18 @@ def save_mtp_layers(model: PreTrainedModel, folder: Path, layers: MtpLayers) -> 
     :param model: that was saved
     :param folder: with its files
     :param layers: `find_mtp_layers`
-    :raises CheckpointError: if a file cannot be read
+    :raises CheckpointError: if a file of the model cannot be read. Where one of the source can no
+        longer be read, the layers are missing, with an error in the log
     """
     config = read_json(folder / CONFIG)
+    try:
+        _write(folder, layers, model.dtype)
+    except CheckpointError as error:
+        logger.error(f"layers for multi-token prediction are missing in what was saved: {error}")
+        layers = MtpLayers()
     if layers.source is None:
         write_json(folder / CONFIG, _promising_none(config, model.config.to_dict()))
         return
-    _write(folder, _saved_tensors(layers, model.dtype))
     quantization = config.get("quantization_config")
     if quantization:
         _describe(quantization, layers)
@@ -206,30 +211,42 @@ def _promising_none(config: dict[str, Any], own: Mapping[str, Any]) -> dict[str,
     return result
 
 
-def _write(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write tensors to files of limited size, as they come."""
-    files, waiting = 0, dict[str, Tensor]()
+def _write(folder: Path, layers: MtpLayers, dtype: torch.dtype) -> None:
+    """
+    Write the tensors to files of limited size, as they come.
+
+    :raises CheckpointError: if the source cannot be read; nothing is written then
+    """
+    files, waiting = dict[str, list[str]](), dict[str, Tensor]()
 
     def flush() -> None:
-        nonlocal files
-        files += 1
-        path = folder / (FILE if files == 1 else f"{Path(FILE).stem}_{files}.safetensors")
-        save_file(waiting, path, metadata={"format": "pt"})
-        add_to_index(folder, path.name, waiting)
+        number = len(files) + 1
+        name = FILE if number == 1 else f"{Path(FILE).stem}_{number}.safetensors"
+        files[name] = list(waiting)
+        save_file(waiting, folder / name, metadata={"format": "pt"})
         waiting.clear()
 
-    for name, tensor in tensors:
-        waiting[name] = tensor.contiguous()
-        if sum(one.nbytes for one in waiting.values()) >= MAX_FILE_BYTES:
-            flush()
+    if layers.source is None:
+        return
+    try:
+        for name, tensor in _saved_tensors(layers.source, layers, dtype):
+            waiting[name] = tensor.contiguous()
+            if sum(one.nbytes for one in waiting.values()) >= MAX_FILE_BYTES:
+                flush()
+    except CheckpointError:
+        for file in files:
+            (folder / file).unlink()
+        raise
     if waiting:
         flush()
+    for file, names in files.items():
+        add_to_index(folder, file, names)
 
 
-def _saved_tensors(layers: MtpLayers, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _saved_tensors(
+    source: SourceCheckpoint, layers: MtpLayers, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors under their saved names; those of quantized layers are compressed."""
-    source = layers.source
-    assert source is not None
     together: dict[str, dict[str, str]] = {}  # by parent, because engines fuse some of them
     for name, saved in layers.names.items():
         layer = saved.removesuffix(".weight")
