@@ -16,15 +16,18 @@ from autoround_modifier.entrypoint import oneshot
 from autoround_modifier.errors import (
     CalibrationError,
     CheckpointError,
+    CompressedSourceError,
     NonFiniteError,
     OutputExistsError,
     RecipeError,
+    SavingError,
     SchemeError,
 )
 from autoround_modifier.evaluation import Divergence
 from autoround_modifier.export.check import check_checkpoint
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.lifecycle import register_modifier
+from autoround_modifier.host.loading import load_model
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
 from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
@@ -42,6 +45,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Choice",
+    "CompressedSourceError",
     "DistillationResult",
     "Divergence",
     "Measurement",
@@ -51,6 +55,7 @@ __all__ = [
     "Problem",
     "QuantizedWeight",
     "RecipeError",
+    "SavingError",
     "ScaleDistillationModifier",
     "SchemeError",
     "__version__",
@@ -60,6 +65,7 @@ __all__ = [
     "evaluate",
     "find_recipe",
     "list_recipes",
+    "load_model",
     "load_recipe",
     "oneshot",
     "quantize",

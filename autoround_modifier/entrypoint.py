@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sized
 from pathlib import Path
@@ -15,6 +16,12 @@ from autoround_modifier.calibration import text_dataset
 from autoround_modifier.errors import CalibrationError, RecipeError
 from autoround_modifier.host.layers import weight_folders
 from autoround_modifier.host.lifecycle import AUTOROUND_CLASS_NAME, as_recipe, host_oneshot
+from autoround_modifier.host.loading import (
+    check_not_compressed,
+    load_model,
+    source_config,
+    stored_format,
+)
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.parallel import gathered, is_distributed, process_rank
 from autoround_modifier.recipes import check_recipe, find_recipe
@@ -31,6 +38,7 @@ def oneshot(
     overwrite_output_dir: bool = False,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    check_generation: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """
@@ -38,7 +46,8 @@ def oneshot(
     name of a shipped recipe, ``dataset`` may be a text or JSON-lines file, mistakes are refused
     before anything runs, and the calibration samples are not shuffled unless asked for
     (LLM-Compressor shuffles them by an unseeded generator, so that another run may take others).
-    Several processes (``torchrun``) that are given the same dataset each take a share of it.
+    Several processes (``torchrun``) that are given the same dataset each take a share of it. A
+    model that is released in FP8 or MXFP4 is dequantized as it is loaded.
 
     :param model: model, or name or path of one
     :param recipe: path, name of a shipped recipe (``"w2a16_autoround"``), YAML text, `Recipe`,
@@ -50,6 +59,8 @@ def oneshot(
         that the model comes from
     :param token: for the Hugging Face Hub, where a tokenizer or processor is loaded by name
     :param local_files_only: load tokenizer and processor from this machine only
+    :param check_generation: let the model continue the beginning of a calibration sample before
+        and after the run, and warn if only the quantized one repeats a single token
     :param kwargs: further arguments of `llmcompressor.oneshot`, such as ``model_revision`` and
         ``trust_remote_code_model``, which apply to tokenizer and processor as well
     :return: the quantized model
@@ -59,7 +70,11 @@ def oneshot(
         the Hub, which LLM-Compressor loads without them
     :raises RecipeError: if the recipe is not found, is empty, or has fields that do not exist
     :raises CalibrationError: if the dataset is empty
+    :raises CompressedSourceError: if the model is compressed already
     """
+    revision = kwargs.get("model_revision")
+    stored = _stored_format(model, revision)
+    check_not_compressed(model, stored)
     if output_dir is not None:
         check_output_folder(Path(output_dir), overwrite_output_dir, _source_folders(model))
     recipe = _checked(recipe)
@@ -81,6 +96,16 @@ def oneshot(
             # For the class of that name LLM-Compressor does this itself.
             kwargs["propagate_error"] = False
             modifier.run_without_error_propagation()
+    if stored is not None:
+        model = load_model(
+            str(model),
+            revision=revision,
+            dtype=kwargs.get("precision", "auto"),
+            trust_remote_code=kwargs.get("trust_remote_code_model", False),
+        )
+    last = recipe.modifiers[-1] if recipe.modifiers else None
+    if check_generation and isinstance(last, AutoRoundModifier):
+        last.check_generation()
     return host_oneshot(
         model=model,
         recipe=recipe,
@@ -88,6 +113,14 @@ def oneshot(
         output_dir=None if output_dir is None else str(output_dir),
         **kwargs,
     )
+
+
+def _stored_format(model: str | Path | PreTrainedModel, revision: str | None) -> str | None:
+    """:return: of a name: how the weights are stored, None for plain weights"""
+    if isinstance(model, (str, Path)):
+        with contextlib.suppress(OSError):  # LLM-Compressor says that there is no such model
+            return stored_format(source_config(model, revision), model, revision)
+    return None
 
 
 def _checked(recipe: Any) -> Any:
@@ -120,11 +153,18 @@ def _own_share(dataset: Dataset, num_samples: int | None) -> Dataset:
 
 def _source_folders(model: str | PreTrainedModel) -> set[Path]:
     """:return: folders on this machine from which the model was, or still is, read"""
-    if isinstance(model, (str, Path)):
-        return {Path(model)} if Path(model).is_dir() else set()
-    name = model.config._name_or_path
-    named = {Path(name)} if name and Path(name).is_dir() else set()
-    return named | weight_folders(model)
+    name = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
+    named = {Path(name)} if name and Path(name).is_dir() else _snapshot(name)
+    return named if isinstance(model, (str, Path)) else named | weight_folders(model)
+
+
+def _snapshot(name: str) -> set[Path]:
+    """:return: the folder in the Hub's cache that holds a model of that name, if there is one"""
+    try:
+        config = try_to_load_from_cache(name, "config.json") if name else None
+    except ValueError:  # it cannot be the name of a model
+        return set()
+    return {Path(config).parent} if isinstance(config, str) else set()
 
 
 def _load_processor(

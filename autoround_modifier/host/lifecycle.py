@@ -15,8 +15,10 @@ from typing import Any
 
 from compressed_tensors.quantization import QuantizationConfig, disable_quantization
 from compressed_tensors.quantization.utils import is_module_quantized
-from llmcompressor import oneshot as host_oneshot
+from compressed_tensors.utils import patch_attr
+from llmcompressor import oneshot as _oneshot
 from llmcompressor.core import Event, State, active_session
+from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modifiers import Modifier, ModifierFactory
 from llmcompressor.modifiers.quantization.calibration import apply_calibration_status
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
@@ -25,6 +27,7 @@ from llmcompressor.recipe import Recipe
 from llmcompressor.utils import targets_embeddings, untie_word_embeddings
 from llmcompressor.utils.helpers import DisableQuantization, eval_context
 from llmcompressor.utils.pytorch import infer_sequential_targets
+from transformers import PreTrainedModel
 
 __all__ = [
     "AUTOROUND_CLASS_NAME",
@@ -46,6 +49,7 @@ __all__ = [
     "known_modifiers",
     "quantization_configs",
     "recipe_modifiers",
+    "recipe_stage",
     "register_modifier",
     "targets_embeddings",
     "untie_word_embeddings",
@@ -53,6 +57,16 @@ __all__ = [
 
 # The name by which the sequential pipeline recognises AutoRound.
 AUTOROUND_CLASS_NAME = "AutoRoundModifier"
+
+
+def host_oneshot(**kwargs: Any) -> PreTrainedModel:
+    """
+    `llmcompressor.oneshot` with a model of which `check_not_compressed` has been asked.
+    LLM-Compressor's own check reads the ``config.json`` that the model is from, and so refuses
+    weights that were dequantized as they were loaded.
+    """
+    with patch_attr(Oneshot, "validate_model", lambda self, model: None):
+        return _oneshot(**kwargs)
 
 
 class PlainDataModifier(Modifier):
@@ -106,3 +120,8 @@ def quantization_configs(modifiers: Iterable[Modifier]) -> list[QuantizationConf
         if isinstance(modifier, QuantizationMixin)
         and (modifier.scheme is not None or modifier.config_groups is not None)
     ]
+
+
+def recipe_stage() -> str:
+    """:return: the stage of the running recipe"""
+    return active_session().lifecycle.recipe.stage

@@ -4,35 +4,65 @@ holds all of a checkpoint or none of it.
 
 LLM-Compressor 0.14 replaces `save_pretrained` on the model by a function that compresses, saves,
 copies the original's ``config.json`` and writes ``quantization_config``. It writes file by file
-into the folder that it is given, so that a failure leaves a part of a checkpoint.
+into the folder that it is given, so that a failure leaves a part of a checkpoint. It copies layers
+for multi-token prediction of some models, as they are stored; `modifiers/finishing.py` does so for
+all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
+from compressed_tensors.compressors import compress_module
 from compressed_tensors.distributed import is_source_process
+from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.lifecycle.initialize import (
+    initialize_module_for_quantization,
+)
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modifiers import Modifier
+from llmcompressor.recipe.utils import append_recipe_dict, get_yaml_serializable_dict
+from llmcompressor.transformers.compression import compressed_tensors_utils
 from llmcompressor.transformers.compression.compressed_tensors_utils import (
     modify_save_pretrained,
     suspend_distributed_timeout,
 )
-from transformers import PreTrainedModel
+from llmcompressor.transformers.utils.helpers import infer_recipe_from_model_path
+from loguru import logger
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
 
-__all__ = ["UNFINISHED_PREFIX", "finish_when_saved"]
+from autoround_modifier.errors import SavingError
+from autoround_modifier.host.saved_format import choose_saved_format
+
+__all__ = [
+    "RECIPE",
+    "UNFINISHED_PREFIX",
+    "check_generation_config",
+    "compressed_tensors_of",
+    "finish_when_saved",
+    "prepare_compression",
+    "recipe_text",
+]
 
 UNFINISHED_PREFIX = ".unfinished-"
+RECIPE = "recipe.yaml"
 CONFIG = "config.json"
 # Weights and their index, as Transformers and LLM-Compressor name them
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5}|_mtp)?\.safetensors|model\.safetensors\.index\.json")
+WEIGHTS = re.compile(
+    r"model(-\d{5}-of-\d{5}|_mtp(_\d+)?)?\.safetensors|model\.safetensors\.index\.json"
+)
 
 
 def finish_when_saved(
@@ -65,13 +95,127 @@ def finish_when_saved(
                 save(str(save_directory), *args, **kwargs)
                 return
             with _written_at_once(Path(save_directory)) as unfinished:
-                save(str(unfinished.path), *args, **kwargs)
+                with _savable_generation_config(model), _no_mtp_layers():
+                    save(str(unfinished.path), *args, **kwargs)
                 unfinished.complete = True
                 cast(Any, save_and_finish)._finish(model, unfinished.path)
 
     cast(Any, save_and_finish)._finish = finish
     cast(Any, save_and_finish)._overridden = True  # so that LLM-Compressor replaces it no more
     model.save_pretrained = save_and_finish  # type: ignore[method-assign]
+
+
+def check_generation_config(model: PreTrainedModel) -> None:
+    """
+    Llama-2-chat and Vicuna are released with ``temperature`` and without ``do_sample``, which
+    Transformers refuses to save: sampling is meant, and is saved.
+
+    :raises SavingError: if its `generation_config` cannot be saved
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None or not model.can_generate():
+        return
+    try:
+        repaired = _repaired(config)
+    except ValueError as error:
+        raise SavingError(
+            f"`model.generation_config` could not be saved with the model. {error}\nCorrect it "
+            "before the run, such as by `model.generation_config.temperature = None`."
+        ) from error
+    if repaired is not config:
+        logger.warning(
+            "the model's generation_config sets how to sample, without `do_sample`: "
+            "generation_config.json will have `do_sample: true`"
+        )
+
+
+def _repaired(config: GenerationConfig) -> GenerationConfig:
+    """
+    :return: what can be saved
+    :raises ValueError: if setting `do_sample` does not suffice
+    """
+    try:
+        config.validate(strict=True)
+        return config
+    except ValueError as error:
+        sampling = copy.deepcopy(config)
+        sampling.do_sample = True
+        try:
+            sampling.validate(strict=True)
+        except ValueError:
+            raise error from None
+        return sampling
+
+
+@contextlib.contextmanager
+def _savable_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """In memory, how the model generates does not change."""
+    config = getattr(model, "generation_config", None)
+    if config is None or not model.can_generate():
+        yield
+        return
+    with contextlib.suppress(ValueError):  # saving raises it
+        model.generation_config = _repaired(config)
+    try:
+        yield
+    finally:
+        model.generation_config = config
+
+
+def _no_mtp_layers() -> contextlib.AbstractContextManager[None]:
+    """Keep LLM-Compressor from copying them."""
+    name = "save_mtp_tensors_to_checkpoint"
+    return patch_attr(compressed_tensors_utils, name, lambda *args, **kwargs: None)
+
+
+def recipe_text(modifiers: Sequence[Modifier], stage: str, source: str) -> str:
+    """
+    The text of a recipe that runs all of the modifiers again. LLM-Compressor writes one group, in
+    which of two modifiers of one class the last one remains.
+
+    :param modifiers: that ran, in their order
+    :param stage: name of their stage
+    :param source: folder or name of the model, whose recipe comes first if it has one
+    :return: YAML
+    """
+    groups: list[list[Modifier]] = []
+    for modifier in modifiers:
+        if not groups or type(modifier) in map(type, groups[-1]):
+            groups.append([])
+        groups[-1].append(modifier)
+    merged: dict[str, Any] = {}
+    for index, group in enumerate(groups):
+        (parts,) = get_yaml_serializable_dict(group, stage).values()
+        for name, fields in parts.items():
+            known = name.removesuffix("_modifiers")
+            key = name if name not in merged else f"{known}_{index}_modifiers"
+            merged[key] = fields
+    recipe = {f"{stage}_stage": merged}
+    earlier = infer_recipe_from_model_path(source)
+    if earlier:
+        recipe = append_recipe_dict(yaml.safe_load(Path(earlier).read_text()), recipe)
+    return yaml.dump(recipe, allow_unicode=True, sort_keys=False, width=88)
+
+
+def prepare_compression(layer: nn.Module, scheme: QuantizationScheme) -> None:
+    """
+    Give a layer that is not part of a model the scale of its scheme.
+
+    :param layer: linear, with its weight
+    :param scheme: updated with the format in which it is saved
+    """
+    choose_saved_format(scheme)
+    layer.quantization_scheme = scheme
+    initialize_module_for_quantization(layer, scheme)
+
+
+def compressed_tensors_of(layer: nn.Module) -> dict[str, Tensor]:
+    """
+    :param layer: with a weight that its scale fits exactly (`write_back`)
+    :return: what compressed-tensors saves of it
+    """
+    compress_module(layer)
+    return {name: tensor.detach() for name, tensor in layer.state_dict().items()}
 
 
 @dataclass

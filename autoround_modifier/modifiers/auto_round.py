@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from autoround_modifier.blocks.store import CalibrationStore
 from autoround_modifier.device import Compute, compilation_pays
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.export.check import check_before_saving
-from autoround_modifier.export.finishing import finish_checkpoint
 from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_attention
 from autoround_modifier.host.experts import routed_experts_only
 from autoround_modifier.host.layers import stored_weight
@@ -37,9 +35,11 @@ from autoround_modifier.host.lifecycle import (
     targets_embeddings,
     untie_word_embeddings,
 )
+from autoround_modifier.host.loading import check_not_compressed
 from autoround_modifier.host.matching import find_blocks
-from autoround_modifier.host.saving import finish_when_saved
 from autoround_modifier.modifiers.block_quantizer import BlockQuantizer, groups_to_tune
+from autoround_modifier.modifiers.finishing import prepare_saving
+from autoround_modifier.modifiers.generation import GenerationCheck
 from autoround_modifier.modifiers.preparation import PreparedModel, prepare_model
 from autoround_modifier.modifiers.progress import TuningProgress
 from autoround_modifier.modifiers.recorder import (
@@ -108,6 +108,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     requires_calibration_data: bool = True
 
     _without_error_propagation: bool = PrivateAttr(default=False)
+    _checks_generation: bool = PrivateAttr(default=False)
+    _generation: GenerationCheck | None = PrivateAttr(default=None)
     _prepared: PreparedModel = PrivateAttr(default_factory=PreparedModel)
     _block_quantizer: BlockQuantizer | None = PrivateAttr(default=None)
     _checkpoint: RunCheckpoint | None = PrivateAttr(default=None)
@@ -137,6 +139,10 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         """
         self._without_error_propagation = True
 
+    def check_generation(self) -> None:
+        """Called by `oneshot`: warn if the quantized model repeats a single token."""
+        self._checks_generation = True
+
     @property
     def block_reports(self) -> list[BlockReport]:
         """What was done to each group of blocks, in order."""
@@ -146,11 +152,13 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
+        :raises CompressedSourceError: if the model is compressed already
         :raises RecipeError: if there is no scheme, no module is targeted, ``engine`` would not load
             the checkpoint, or the class is renamed and LLM-Compressor would feed it quantized
             inputs
         :raises SchemeError: if a scheme is not supported or does not fit its layer
         :raises CalibrationError: if data is needed and there is none
+        :raises SavingError: if the model could not be saved
         :raises NonFiniteError: if a targeted weight has NaN or infinity
         :raises RuntimeError: if several processes share a model on disk
         :raises CheckpointError: if ``checkpoint_dir`` holds another run, or another process uses it
@@ -170,6 +178,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                 "put an AutoSchemeModifier before it, which chooses"
             )
         model = state.model
+        check_not_compressed(model)
         check_processes(model)
         self.add_ignored(log_untargeted_routers(model, self.resolved_config))
         warn_of_targets(model, self.resolved_config)
@@ -177,6 +186,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         check_fit(schemes)
         check_finite({name: layer for name, (layer, _) in schemes.items()})
         check_kv_cache(model, self.kv_cache_scheme)
+        prepare_saving(model, self.engine)
         if self.requires_calibration_data:
             check_calibration_data(state.data.calib, reason_for_calibration(self, self))
         self._check_what_will_be_saved(model)
@@ -186,7 +196,6 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             digests = run_digests(model, self, recipe_modifiers(), batches)
             self._checkpoint = RunCheckpoint(Path(self.checkpoint_dir), digests)
         QuantizationMixin.initialize_quantization(self, model)
-        finish_when_saved(model, partial(finish_checkpoint, engine=self.engine))
         num_weights = sum(stored_weight(layer).numel() for layer, _ in schemes.values())
         compiled = self.enable_torch_compile
         if compiled is None:
@@ -203,6 +212,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         if self.requires_calibration_data:
             warn_of_blocks_without_mask(self._blocks)
         self._tune_in_sdpa = sdpa_computes_the_same(model)
+        if self._checks_generation and self.requires_calibration_data:
+            self._generation = GenerationCheck(model, state.data.calib)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -278,6 +289,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         if not self.ended_:
             self.on_calibration_end(state, None)
+        elif self._generation is not None:
+            self._generation.warn_if_repeating(state.model)
         return True
 
     # ------------------------------------------------------------------ steps of the lifecycle

@@ -22,7 +22,6 @@ from autoround_modifier.distillation import (
     trainable_norms,
 )
 from autoround_modifier.errors import RecipeError, listed
-from autoround_modifier.export.finishing import finish_checkpoint
 from autoround_modifier.host.layers import disable_offloading
 from autoround_modifier.host.lifecycle import (
     DisableQuantization,
@@ -31,8 +30,8 @@ from autoround_modifier.host.lifecycle import (
     eval_context,
 )
 from autoround_modifier.host.matching import find_blocks
-from autoround_modifier.host.saving import finish_when_saved
 from autoround_modifier.host.schemes import QuantizationStatus
+from autoround_modifier.modifiers.finishing import prepare_saving
 from autoround_modifier.modifiers.validation import check_calibration_data, check_one_process
 
 __all__ = ["ScaleDistillationModifier"]
@@ -136,7 +135,7 @@ class ScaleDistillationModifier(PlainDataModifier):
                 f"quantized already: {listed(done)}. Quantize and distil in one recipe."
             )
         trainable_layers(model)
-        finish_when_saved(model, finish_checkpoint)
+        prepare_saving(model)
         self._blocks = list(find_blocks(model, kwargs.get("sequential_targets")))
         logger.info("Recording the original's predictions")
         with DisableQuantization(model), disable_offloading(), eval_context(model):

@@ -5,11 +5,23 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import tiny_llama
+import torch
+import yaml
+from conftest import tiny_llama, weight_scheme
 from llmcompressor.core import active_session, reset_session
 from llmcompressor.recipe import Recipe
+from torch import nn
 
-from autoround_modifier.host.saving import UNFINISHED_PREFIX, finish_when_saved
+from autoround_modifier import AutoRoundModifier, SavingError
+from autoround_modifier.host.saving import (
+    UNFINISHED_PREFIX,
+    check_generation_config,
+    compressed_tensors_of,
+    finish_when_saved,
+    prepare_compression,
+    recipe_text,
+)
+from autoround_modifier.host.schemes import QuantizationScheme
 
 
 @pytest.fixture
@@ -43,13 +55,12 @@ def test_what_runs_after_saving_sees_all_files_and_can_change_them(model, tmp_pa
 
 def test_a_failed_save_leaves_nothing(model, tmp_path):
     finish_when_saved(model, lambda *_: None)
-    model.generation_config.temperature = 0.5
-    model.generation_config.do_sample = False
-    with pytest.raises(ValueError, match="temperature"):
+    model.generation_config.max_new_tokens = 0
+    with pytest.raises(ValueError, match="max_new_tokens"):
         model.save_pretrained(tmp_path / "new" / "out")
     assert names(tmp_path) == []
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match="max_new_tokens"):
         model.save_pretrained(tmp_path)
     assert names(tmp_path) == ["notes.txt"]
 
@@ -87,3 +98,56 @@ def test_uploading_while_saving_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="upload_folder"):
         model.save_pretrained(tmp_path / "out", push_to_hub=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_sampling_without_do_sample_is_saved_as_it_is_meant(model, log, tmp_path):
+    """As Llama-2-chat and Vicuna are released."""
+    model.generation_config.temperature = 0.9
+    model.generation_config.top_p = 0.6
+    check_generation_config(model)
+    assert any("do_sample" in line for line in log)
+    finish_when_saved(model, lambda *_: None)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.9, 0.6)
+    assert not model.generation_config.do_sample  # in memory it generates as before
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused(model):
+    check_generation_config(model)
+    model.generation_config.max_new_tokens = 0
+    with pytest.raises(SavingError, match="max_new_tokens"):
+        check_generation_config(model)
+
+
+def test_a_recipe_with_several_modifiers_of_one_class_is_read_again(tmp_path):
+    modifiers = [
+        AutoRoundModifier(preset="rtn", config_groups={"a": weight_scheme(bits, targets=[target])})
+        for bits, target in ((4, "re:.*self_attn.*"), (8, "re:.*mlp.*"), (2, "lm_head"))
+    ]
+    text = recipe_text(modifiers, "default", "")
+    again = Recipe.create_instance(text).modifiers
+    fields = [one.model_dump(exclude={"group"}) for one in modifiers]
+    assert [one.model_dump(exclude={"group"}) for one in again] == fields
+
+    (tmp_path / "recipe.yaml").write_text(recipe_text(modifiers[:1], "default", ""))
+    both = yaml.safe_load(recipe_text(modifiers[1:], "default", str(tmp_path)))
+    assert list(both) == ["default_stage_0", "default_stage_1"]
+
+
+def test_a_layer_outside_of_a_model_is_compressed():
+    layer = nn.Linear(64, 8, bias=False, dtype=torch.bfloat16)
+    scheme = QuantizationScheme.model_validate(weight_scheme(4))
+    prepare_compression(layer, scheme)
+    layer.weight_scale.data.fill_(0.01)
+    tensors = compressed_tensors_of(layer)
+    assert set(tensors) == {"weight_packed", "weight_scale", "weight_shape"}
+    assert scheme.format == "pack-quantized"
+
+
+def test_llm_compressor_copies_no_layers_itself(model, tmp_path, monkeypatch):
+    """`modifiers/mtp.py` does."""
+    monkeypatch.setattr(model.config, "num_mtp_layers", 1, raising=False)
+    finish_when_saved(model, lambda *_: None)
+    model.save_pretrained(tmp_path)
+    assert "model.safetensors.index.json" not in names(tmp_path)
