@@ -40,7 +40,7 @@ def check(quantization: dict, named: list[NamedLayer]) -> None:
                     assert name in quantization["ignore"]
                 continue
             for rule in (compressed_tensors_group, vllm_group):
-                found = rule(name, layer.classes, groups)
+                found = rule(name, (layer.kind,), groups)
                 assert old_group.setdefault(found, layer.group) == layer.group, name
                 assert found is not None
 
@@ -118,7 +118,7 @@ def test_the_same_names_in_two_towers():
     groups = groups_of(result)
     for layer in named:
         for rule in (compressed_tensors_group, vllm_group):
-            found = rule(layer.path, layer.classes, groups)
+            found = rule(layer.path, (layer.kind,), groups)
             assert any(layer.path.split(".")[1] in x for x in groups[found])
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from autoround_modifier.engines.matching import (
     Groups,
@@ -39,13 +39,13 @@ class NamedLayer:
     :param path: of the module in the model
     :param saved: its name in the files
     :param group: config group of its scheme; None where it is not quantized
-    :param classes: names of its class and of the bases of it
+    :param kind: the class by which engines know it, whatever that of the model is called
     """
 
     path: str
     saved: str
     group: str | None
-    classes: tuple[str, ...] = ("Linear",)
+    kind: Literal["Linear", "Embedding"] = "Linear"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ def _ignored(layers: Sequence[NamedLayer]) -> Iterator[str]:
 def _holds(layer: NamedLayer, groups: Groups) -> bool:
     """:return: whether every engine gives a layer its own scheme, under both spellings"""
     return all(
-        rule(name, layer.classes, groups) == layer.group
+        rule(name, (layer.kind,), groups) == layer.group
         for name in layer.names
         for rule in (compressed_tensors_group, vllm_group)
     )
@@ -129,7 +129,6 @@ def _written_targets(
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield each group with expressions that match its layers and those of no other group."""
     owners: dict[str, str] = {}
-    of_class = {name for layer in layers for name in layer.classes}
     for layer in layers:
         assert layer.group is not None
         owners.update(dict.fromkeys(layer.names, layer.group))
@@ -137,7 +136,7 @@ def _written_targets(
         own = [name for name, owner in owners.items() if owner == group]
         others = [name for name, owner in owners.items() if owner != group]
         if own:
-            classes = [x for x in groups[group] if x in of_class]
+            classes = [x for x in groups[group] if x in ("Linear", "Embedding")]
             yield group, [*_expressions(own, others), *classes]
 
 

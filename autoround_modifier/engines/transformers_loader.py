@@ -24,6 +24,7 @@ from autoround_modifier.engines.problem import Problem
 __all__ = ["NAME", "fuses_experts", "transformers_experts", "transformers_problems"]
 
 NAME = f"Transformers {transformers.__version__}"
+ONLY_VLLM = "Set `engine: vllm` if the checkpoint is for vLLM only."
 OR_ELSE = "Or set `engine: vllm`, if the checkpoint is for vLLM only."
 SCALE = ".weight_scale"
 
@@ -182,7 +183,7 @@ def _loading_problems(
     except Exception as error:  # whatever its loader raises, the user would meet
         lines = str(error).strip().splitlines() or [""]
         what = f"does not load the checkpoint: {type(error).__name__}: {lines[0]}"
-        yield Problem(NAME, what, (), OR_ELSE)
+        yield Problem(NAME, what, (), ONLY_VLLM)
         return
     missing = sorted(name for name in info["missing_keys"] if not _is_tied(model, name))
     unexpected = sorted(info["unexpected_keys"])
@@ -193,8 +194,7 @@ def _loading_problems(
             "reads the experts of this architecture from one tensor only, so that they would be "
             "random",
             tuple(name for name in missing if ".experts." in name),
-            "Add the experts to `ignore`, which keeps them in 16 bits, only if they are few. "
-            + OR_ELSE,
+            ONLY_VLLM,
         )
         return
     for names, what in (
@@ -203,7 +203,7 @@ def _loading_problems(
         (different, "expects other shapes of tensors"),
     ):
         if names:
-            yield Problem(NAME, what, tuple(names), OR_ELSE)
+            yield Problem(NAME, what, tuple(names), ONLY_VLLM)
 
 
 def _is_tied(model: nn.Module, name: str) -> bool:

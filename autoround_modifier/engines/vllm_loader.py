@@ -33,6 +33,7 @@ _NEVER_QUANTIZED = re.compile(
     r"(^|.*\.)(\w*embed\w*|wte|wpe|shared|lm_head|relative_attention_bias|router|gate"
     r"|shared_expert_gate|\w*norm\w*)(\.\w+)?"
 )
+_EMBEDDING = re.compile(r"(^|.*\.)(\w*embed\w*|wte|wpe|shared)")
 # Model types whose own class in vLLM reads experts from fused tensors, and skips others silently
 _FUSED_EXPERTS_ONLY = ("gpt_oss", "dbrx")
 
@@ -90,8 +91,13 @@ def _layers(layout: CheckpointLayout) -> dict[str, str | None]:
             continue
         if f"{name}.weight_scale" in layout.tensors or not _NEVER_QUANTIZED.fullmatch(name):
             ignored = is_named(name, ignore)
-            found[name] = None if ignored else vllm_group(name, ("Linear",), groups)
+            found[name] = None if ignored else vllm_group(name, (_kind(name),), groups)
     return found
+
+
+def _kind(name: str) -> str:
+    """:return: the class that a target may name; of an embedding, as far as its name tells"""
+    return "Embedding" if _EMBEDDING.fullmatch(name) else "Linear"
 
 
 def _fused_problems(layers: Mapping[str, str | None]) -> Iterator[Problem]:
@@ -124,7 +130,7 @@ def _group_problems(
                 plain.append(name)
         elif group is None:
             unread.append(name)
-        elif group != compressed_tensors_group(name, ("Linear",), groups):
+        elif group != compressed_tensors_group(name, (_kind(name),), groups):
             other.append(name)
     for names, what, remedy in (
         (unread, "takes quantized layers for layers in 16 bits", "Name them in `targets`."),

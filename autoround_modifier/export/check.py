@@ -57,7 +57,8 @@ def check_before_saving(
         return
     name_experts_as_released(model)
     layout = predict_layout(model, configs)
-    problems = find_problems(layout, type(model), model.config)
+    fields = {name: x for name, x in layout.config.items() if name != "quantization_config"}
+    problems = find_problems(layout, type(model), type(model.config).from_dict(fields))
     required = required_engines(engine)
     refused = [x for name in required for x in problems[name] if x.fatal]
     if refused:

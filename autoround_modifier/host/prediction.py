@@ -18,6 +18,7 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
 )
 from compressed_tensors.quantization.utils import is_module_quantized
+from llmcompressor.utils import targets_embeddings, untie_word_embeddings
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -45,7 +46,10 @@ def predict_layout(
     with _without_log("compressed_tensors.utils.match"):  # of targets, which the run says itself
         for config in configs:
             apply_quantization_config(copied, config, show_progress=False)
-    quantized = [module for module in copied.modules() if is_module_quantized(module)]
+    named = [(name, x) for name, x in copied.named_modules() if is_module_quantized(x)]
+    if targets_embeddings(copied, named):
+        untie_word_embeddings(copied)
+    quantized = [module for _, module in named]
     for module in quantized:
         choose_saved_format(module.quantization_scheme, type(module))
     # Of the schemes before compressing, which changes their status.
@@ -120,14 +124,12 @@ def named_layers(model: nn.Module, config: QuantizationConfig) -> Iterator[Named
     renamed = saved_name(model)
     for path, module in model.named_modules():
         quantized = is_module_quantized(module)
-        if not isinstance(module, nn.Linear) and not (
-            isinstance(module, nn.Embedding) and quantized
-        ):
+        is_linear = isinstance(module, nn.Linear)
+        if not is_linear and not (isinstance(module, nn.Embedding) and quantized):
             continue
         group = None
         if quantized:
             group = next(name for name, x in schemes if x == module.quantization_scheme)
         part = next((x for x in ("weight", "weight_packed") if x in module._parameters), "weight")
         saved = renamed(f"{path}.{part}").rpartition(".")[0]
-        classes = [x.__name__ for x in type(module).__mro__ if x not in (nn.Module, object)]
-        yield NamedLayer(path, saved, group, tuple(classes))
+        yield NamedLayer(path, saved, group, "Linear" if is_linear else "Embedding")
