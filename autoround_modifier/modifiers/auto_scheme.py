@@ -15,13 +15,13 @@ from autoround_modifier.errors import (
     OutputExistsError,
     RecipeError,
 )
+from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.lifecycle import (
     Modifier,
     PlainDataModifier,
     State,
     recipe_modifiers,
 )
-from autoround_modifier.host.matching import find_blocks
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.explicit_recipe import explicit_recipe
 from autoround_modifier.modifiers.validation import (

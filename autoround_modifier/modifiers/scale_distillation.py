@@ -22,6 +22,7 @@ from autoround_modifier.distillation import (
     trainable_norms,
 )
 from autoround_modifier.errors import RecipeError, listed
+from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.layers import disable_offloading
 from autoround_modifier.host.lifecycle import (
     DisableQuantization,
@@ -29,7 +30,6 @@ from autoround_modifier.host.lifecycle import (
     State,
     eval_context,
 )
-from autoround_modifier.host.matching import find_blocks
 from autoround_modifier.host.schemes import QuantizationStatus
 from autoround_modifier.modifiers.validation import check_calibration_data, check_one_process
 
