@@ -115,10 +115,8 @@ def _remedy(model: nn.Module) -> str:
         blocks = _ordered((block for blocks in lists for block in blocks), names)
     classes = list(dict.fromkeys(type(block).__name__ for block in blocks))
     if not classes:
-        return "Name the class of the model's blocks."
-    return (
-        f"Blocks of this model are {listed(classes)}; without `sequential_targets` it takes them."
-    )
+        return "name the class of the model's blocks"
+    return f"blocks of this model are {listed(classes)}, taken if `sequential_targets` is left out"
 
 
 def _nearest(model: nn.Module, targets: list[str]) -> str:
