@@ -26,9 +26,9 @@ from autoround_modifier.errors import CalibrationError, RecipeError
 from autoround_modifier.evaluation import Divergence, compare
 from autoround_modifier.export.saved_weights import SavedWeights, dtype_named
 from autoround_modifier.formats import QuantizedWeight
+from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.layers import disable_offloading
 from autoround_modifier.host.lifecycle import eval_context
-from autoround_modifier.host.matching import find_blocks
 from autoround_modifier.host.quantized_weights import quantized_layers, read_layer
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.validation import check_one_process, layers_to_choose_for

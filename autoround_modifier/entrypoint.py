@@ -10,19 +10,34 @@ from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
+from loguru import logger
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from autoround_modifier.calibration import text_dataset
 from autoround_modifier.errors import CalibrationError, RecipeError
+from autoround_modifier.host.applied_schemes import disable_unfinished
 from autoround_modifier.host.layers import weight_folders
-from autoround_modifier.host.lifecycle import AUTOROUND_CLASS_NAME, as_recipe, host_oneshot
+from autoround_modifier.host.lifecycle import (
+    AUTOROUND_CLASS_NAME,
+    Recipe,
+    as_recipe,
+    host_oneshot,
+    running_model,
+)
 from autoround_modifier.host.loading import (
     check_not_compressed,
     load_model,
     source_config,
     stored_format,
 )
+from autoround_modifier.host.shared_state import (
+    SHARED_STATE_PIPELINE,
+    blocks_share_state,
+    config_shares_state,
+)
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
+from autoround_modifier.modifiers.validation import check_not_quantized
 from autoround_modifier.parallel import gathered, is_distributed, process_rank
 from autoround_modifier.recipes import check_recipe, find_recipe
 from autoround_modifier.runs.output_folder import check_output_folder
@@ -47,7 +62,9 @@ def oneshot(
     before anything runs, and the calibration samples are not shuffled unless asked for
     (LLM-Compressor shuffles them by an unseeded generator, so that another run may take others).
     Several processes (``torchrun``) that are given the same dataset each take a share of it. A
-    model that is released in FP8 or MXFP4 is dequantized as it is loaded.
+    model that is released in FP8 or MXFP4 is dequantized as it is loaded. Where blocks of the model
+    share keys and values, ``pipeline`` is ``basic`` unless another is given, which is refused. A
+    run that stops, by Ctrl-C too, leaves no hooks, and says what is kept.
 
     :param model: model, or name or path of one
     :param recipe: path, name of a shipped recipe (``"w2a16_autoround"``), YAML text, `Recipe`,
@@ -68,7 +85,8 @@ def oneshot(
     :raises OSError: if ``output_dir`` cannot be made or written to
     :raises ValueError: if ``token`` or ``local_files_only`` is given with the name of a model on
         the Hub, which LLM-Compressor loads without them
-    :raises RecipeError: if the recipe is not found, is empty, or has fields that do not exist
+    :raises RecipeError: if the recipe is not found, is empty, or has fields that do not exist, if
+        its modifiers ran before, or if the model is quantized already
     :raises CalibrationError: if the dataset is empty
     :raises CompressedSourceError: if the model is compressed already
     """
@@ -78,6 +96,21 @@ def oneshot(
     if output_dir is not None:
         check_output_folder(Path(output_dir), overwrite_output_dir, _source_folders(model))
     recipe = _checked(recipe)
+    recipe = as_recipe(recipe, kwargs.get("stage"))
+    for modifier in recipe.modifiers:
+        if modifier.initialized_:
+            raise RecipeError(
+                f"this {type(modifier).__name__} ran before; make a new one for another run"
+            )
+        if isinstance(modifier, AutoRoundModifier) and (
+            type(modifier).__name__ != AUTOROUND_CLASS_NAME
+        ):
+            # For the class of that name LLM-Compressor does this itself.
+            kwargs["propagate_error"] = False
+            modifier.run_without_error_propagation()
+    if isinstance(model, nn.Module):
+        folders = [x.checkpoint_dir for x in recipe.modifiers if isinstance(x, AutoRoundModifier)]
+        check_not_quantized(model, next(filter(None, folders), None))
     hub = {"token": token, "local_files_only": local_files_only}
     if token is not None or local_files_only:
         _load_processor(model, kwargs, hub)
@@ -88,14 +121,10 @@ def oneshot(
     if is_distributed() and isinstance(dataset, Dataset):
         dataset = _own_share(dataset, kwargs.get("num_calibration_samples", 512))
     kwargs.setdefault("shuffle_calibration_samples", False)
-    recipe = as_recipe(recipe, kwargs.get("stage"))
-    for modifier in recipe.modifiers:
-        if isinstance(modifier, AutoRoundModifier) and (
-            type(modifier).__name__ != AUTOROUND_CLASS_NAME
-        ):
-            # For the class of that name LLM-Compressor does this itself.
-            kwargs["propagate_error"] = False
-            modifier.run_without_error_propagation()
+    if any(
+        isinstance(x, AutoRoundModifier) and x.requires_calibration_data for x in recipe.modifiers
+    ):
+        _choose_pipeline(model, kwargs)
     if stored is not None:
         model = load_model(
             str(model),
@@ -106,13 +135,17 @@ def oneshot(
     last = recipe.modifiers[-1] if recipe.modifiers else None
     if check_generation and isinstance(last, AutoRoundModifier):
         last.check_generation()
-    return host_oneshot(
-        model=model,
-        recipe=recipe,
-        dataset=dataset,
-        output_dir=None if output_dir is None else str(output_dir),
-        **kwargs,
-    )
+    try:
+        return host_oneshot(
+            model=model,
+            recipe=recipe,
+            dataset=dataset,
+            output_dir=None if output_dir is None else str(output_dir),
+            **kwargs,
+        )
+    except BaseException:  # Ctrl-C among them, which may come while code of others runs
+        _clean_up(recipe)
+        raise
 
 
 def _stored_format(model: str | Path | PreTrainedModel, revision: str | None) -> str | None:
@@ -121,6 +154,45 @@ def _stored_format(model: str | Path | PreTrainedModel, revision: str | None) ->
         with contextlib.suppress(OSError):  # LLM-Compressor says that there is no such model
             return stored_format(source_config(model, revision), model, revision)
     return None
+
+
+def _choose_pipeline(model: str | PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """
+    :param kwargs: of `oneshot`; ``pipeline`` may be set
+    :raises RecipeError: if the model cannot run in the pipeline that is asked for
+    """
+    if isinstance(model, (str, Path)):
+        config = AutoConfig.from_pretrained(
+            model,
+            revision=kwargs.get("model_revision", "main"),
+            trust_remote_code=kwargs.get("trust_remote_code_model", False),
+        )
+        if not config_shares_state(config):
+            return
+    elif not blocks_share_state(model):
+        return
+    pipeline = kwargs.setdefault("pipeline", SHARED_STATE_PIPELINE)
+    if pipeline != SHARED_STATE_PIPELINE:
+        raise RecipeError(
+            "blocks of this model share keys and values, which LLM-Compressor's pipeline "
+            f"`{pipeline}` does not pass on; leave `pipeline` out (or give "
+            f"`{SHARED_STATE_PIPELINE}`)"
+        )
+    logger.info(
+        f"blocks of this model share keys and values: the pipeline is `{SHARED_STATE_PIPELINE}`, "
+        "which keeps the inputs and outputs of all blocks in memory until the last has run"
+    )
+
+
+def _clean_up(recipe: Recipe) -> None:
+    """Leave the model of a run that has stopped without hooks, and able to run."""
+    for modifier in recipe.modifiers:
+        if isinstance(modifier, AutoRoundModifier):
+            modifier.clean_up()
+        modifier.remove_hooks()
+    model = running_model()
+    if model is not None:
+        disable_unfinished(model)
 
 
 def _checked(recipe: Any) -> Any:

@@ -51,6 +51,7 @@ __all__ = [
     "recipe_modifiers",
     "recipe_stage",
     "register_modifier",
+    "running_model",
     "targets_embeddings",
     "untie_word_embeddings",
 ]
@@ -102,6 +103,11 @@ def as_recipe(recipe: Any, stage: str | None = None) -> Recipe:
     """
     source = str(recipe) if isinstance(recipe, os.PathLike) else recipe
     return Recipe.create_instance(source, target_stage=stage)
+
+
+def running_model() -> Any:
+    """:return: the model of the last run of LLM-Compressor, or of the one that goes on; or None"""
+    return active_session().state.model
 
 
 def recipe_modifiers() -> list[Modifier]:

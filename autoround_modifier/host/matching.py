@@ -10,11 +10,9 @@ from llmcompressor.observers import helpers
 from torch import nn
 
 from autoround_modifier.engines.fused import FUSED_NAMES
-from autoround_modifier.host.lifecycle import infer_sequential_targets
 
 __all__ = [
     "FUSED_LAYER_NAMES",
-    "find_blocks",
     "fused_layers",
     "is_match",
     "match_named_modules",
@@ -28,16 +26,6 @@ FUSED_LAYER_NAMES = sorted(
     key=len,
     reverse=True,
 )
-
-
-def find_blocks(model: nn.Module, sequential_targets: list[str] | None) -> dict[nn.Module, str]:
-    """
-    :param sequential_targets: class names or name patterns of the blocks; None for those that the
-        model itself declares (``_no_split_modules``)
-    :return: the decoder blocks and their names, in the order of the model
-    """
-    targets = infer_sequential_targets(model, sequential_targets)
-    return {block: name for name, block in match_named_modules(model, targets)}
 
 
 def fused_layers(model: nn.Module, layers: Iterable[nn.Linear]) -> list[list[nn.Linear]]:

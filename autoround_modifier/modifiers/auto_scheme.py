@@ -15,15 +15,16 @@ from autoround_modifier.errors import (
     OutputExistsError,
     RecipeError,
 )
+from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.lifecycle import (
     Modifier,
     PlainDataModifier,
     State,
     recipe_modifiers,
 )
-from autoround_modifier.host.matching import find_blocks
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.explicit_recipe import explicit_recipe
+from autoround_modifier.modifiers.failures import say_what_is_left
 from autoround_modifier.modifiers.validation import (
     check_calibration_data,
     check_one_process,
@@ -186,7 +187,13 @@ class AutoSchemeModifier(PlainDataModifier):
         batches = cast(Iterable[dict[str, Any]], state.data.calib)
         # Read once: a loader that shuffles would give other samples the next time.
         samples = list(_first_samples(batches, self.num_calibration_samples))
-        with tqdm(total=len(blocks), desc="Sensitivity", unit="block") as progress:
+        with (
+            tqdm(total=len(blocks), desc="Sensitivity", unit="block") as progress,
+            say_what_is_left(
+                "AutoSchemeModifier stopped. The model in memory is as it was. Scores are kept "
+                "when all are measured; those of earlier runs stay."
+            ),
+        ):
 
             def advance() -> None:
                 progress.update()

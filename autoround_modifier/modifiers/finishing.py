@@ -25,6 +25,7 @@ from autoround_modifier.host.saving import (
     recipe_text,
 )
 from autoround_modifier.modifiers.mtp import MtpLayers, find_mtp_layers, save_mtp_layers
+from autoround_modifier.modifiers.settings import SchemeSettings
 
 __all__ = ["FINISHING_STEPS", "SavePlan", "SavedModel", "finish_checkpoint", "prepare_saving"]
 
@@ -48,7 +49,7 @@ class SavePlan:
     mtp: MtpLayers
     modifiers: Sequence[Modifier]
     stage: str
-    engine: str = "any"
+    engine: str
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,12 @@ def _source_config(own: PreTrainedConfig, stored: dict[str, Any] | None) -> dict
         return None
 
 
-def prepare_saving(model: PreTrainedModel, engine: str = "any") -> None:
+def prepare_saving(model: PreTrainedModel) -> None:
     """
     Called by modifiers before the run: let the model be finished whenever it is saved, now by
     LLM-Compressor or later by the user.
 
     :param model: with the recipe of the active session
-    :param engine: which must load what is saved
     :raises SavingError: if it could not be saved
     :raises SchemeError: if layers for multi-token prediction cannot have their scheme
     """
@@ -159,6 +159,6 @@ def prepare_saving(model: PreTrainedModel, engine: str = "any") -> None:
         find_mtp_layers(model, modifiers),
         modifiers,
         recipe_stage(),
-        engine,
+        next((x.engine for x in reversed(modifiers) if isinstance(x, SchemeSettings)), "any"),
     )
     finish_when_saved(model, partial(finish_checkpoint, plan=plan))
