@@ -170,7 +170,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         check_finite({name: layer for name, (layer, _) in schemes.items()})
         check_kv_cache(model, self.kv_cache_scheme)
         if self.requires_calibration_data:
-            check_calibration_data(state.data.calib, reason_for_calibration(self, self))
+            reason = reason_for_calibration(self, self)
+            check_calibration_data(state.data.calib, reason, state.model)
 
         if self.checkpoint_dir is not None:
             batches = state.data.calib if self.requires_calibration_data else None

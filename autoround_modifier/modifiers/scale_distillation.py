@@ -121,7 +121,7 @@ class ScaleDistillationModifier(PlainDataModifier):
         """
         check_one_process("ScaleDistillationModifier")
         model = state.model
-        check_calibration_data(state.data.calib, "ScaleDistillationModifier")
+        check_calibration_data(state.data.calib, "ScaleDistillationModifier", state.model)
         done = [
             name
             for name, module in model.named_modules()
