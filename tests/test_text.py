@@ -268,11 +268,13 @@ def test_one_short_document_is_used_whole():
     [
         ({"num_samples": 0}, "0 calibration samples"),
         ({"max_seq_length": 1}, "max_seq_length is 1"),
+        ({"source": None}, "None is no file, folder"),
+        ({"source": [[3, 4]]}, r"row 1: \[3, 4\] is neither a text nor an object with a field"),
     ],
 )
-def test_sizes_that_give_nothing(arguments, problem):
+def test_arguments_that_give_nothing(arguments, problem):
     with pytest.raises(CalibrationError, match=problem):
-        text_dataset(DOCUMENTS, tiny_tokenizer(), **arguments)
+        text_dataset(**{"source": DOCUMENTS, "tokenizer": tiny_tokenizer(), **arguments})
 
 
 def test_samples_fit_the_model_of_the_tokenizer(log):

@@ -14,7 +14,7 @@ from autoround_modifier.calibration.records import Record, shown
 from autoround_modifier.calibration.tokens import first_tokens, last_tokens
 from autoround_modifier.errors import CalibrationError
 
-__all__ = ["TEXT_COLUMNS", "Document", "Tokenization", "content_of"]
+__all__ = ["TEXT_COLUMNS", "Document", "Tokenization", "content_of", "either"]
 
 # Where a text or a conversation is looked for, in this order.
 TEXT_COLUMNS = ("text", "messages", "conversations", "content")
@@ -39,7 +39,7 @@ def content_of(record: Record, text_column: str | None = None) -> str | list[Any
     if isinstance(row, str):
         return row if row.strip() else None
     columns = TEXT_COLUMNS if text_column is None else (text_column,)
-    wanted = " or ".join(f"`{column}`" for column in columns)
+    wanted = either(columns)
     if not isinstance(row, Mapping):
         raise CalibrationError(
             f"{place}: {shown(row)} is neither a text nor an object with a field {wanted}"
@@ -61,6 +61,12 @@ def content_of(record: Record, text_column: str | None = None) -> str | list[Any
     raise CalibrationError(
         f"{place}: field `{column}` is {shown(content)}, neither a text nor a list of messages"
     )
+
+
+def either(columns: Sequence[str]) -> str:
+    """:return: names of columns for a message: `a`, `b` or `c`"""
+    *others, last = [f"`{column}`" for column in columns]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 @dataclass

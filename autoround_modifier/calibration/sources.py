@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
-from autoround_modifier.calibration.documents import TEXT_COLUMNS
+from autoround_modifier.calibration.documents import TEXT_COLUMNS, either
 from autoround_modifier.calibration.records import DATA_SUFFIXES, Record, file_kind, read_records
 from autoround_modifier.errors import CalibrationError
 
@@ -85,7 +85,11 @@ class DataSource:
             return _rows(self._one_split(self._from_hub(hub)), str(self.path))
         if is_dataset(self.path):
             return _rows(self._one_split(self.path), "dataset")
-        return _rows(self.path, "dataset")
+        if isinstance(self.path, Iterable):
+            return _rows(self.path, "dataset")
+        raise CalibrationError(
+            f"calibration data: {self.path!r} is no file, folder, dataset, list or mixture"
+        )
 
     def _refuse_options(self, what: str, names: tuple[str, ...]) -> None:
         given = [name for name in names if getattr(self, name) is not None]
@@ -186,8 +190,8 @@ def holds_text(data: Any, text_column: str | None = None) -> bool:
     wanted = TEXT_COLUMNS if not text_column else (text_column, *TEXT_COLUMNS)
     if any(column in columns for column in wanted):
         return True
+    there = ", ".join(f"`{column}`" for column in columns) or "none"
     raise CalibrationError(
-        f"the calibration dataset has no column {' or '.join(f'`{x}`' for x in wanted)}, and no "
-        f"`input_ids`; it has {', '.join(f'`{x}`' for x in columns) or 'none'}. Name the column of "
-        "the text or the messages with `text_column`."
+        f"the calibration dataset has no column {either(wanted)}, and no `input_ids`; it has "
+        f"{there}. Name the column of the text or the messages with `text_column`."
     )
