@@ -15,6 +15,7 @@ from autoround_modifier.calibration import (
     HubAccess,
     PaddedBatch,
     is_text_source,
+    model_columns,
     read_samples,
 )
 from autoround_modifier.errors import CalibrationError, RecipeError
@@ -184,8 +185,9 @@ def _samples(
                 f"`{'`, `'.join(options)}` apply to text that is tokenized here, not to this "
                 "dataset"
             )
-        if isinstance(dataset, Dataset) and "loss_mask" in dataset.column_names:
-            kwargs.setdefault("use_loss_mask", True)
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            dataset = model_columns(dataset)
+            _take_all_of(dataset, kwargs)
         return dataset
 
     processor = kwargs.get("tokenizer") or kwargs.get("processor")
@@ -212,11 +214,21 @@ def _samples(
         **options,
     )
     kwargs["num_calibration_samples"] = len(samples)
-    if "loss_mask" in samples.column_names:
-        kwargs["use_loss_mask"] = True
-    if kwargs.get("batch_size", 1) > 1:
-        kwargs.setdefault("data_collator", PaddedBatch.for_tokenizer(processor))
+    _take_all_of(samples, kwargs)
     return samples
+
+
+def _take_all_of(samples: Dataset, kwargs: dict[str, Any]) -> None:
+    """
+    Let LLM-Compressor take samples as they are: with their loss mask, and padded in a batch where
+    it would cut them.
+
+    :param kwargs: of `oneshot`; what the user set stays
+    """
+    if "loss_mask" in samples.column_names:
+        kwargs.setdefault("use_loss_mask", True)
+    if kwargs.get("batch_size", 1) > 1 and PaddedBatch.fits(samples.column_names):
+        kwargs.setdefault("data_collator", PaddedBatch(kwargs.get("max_seq_length")))
 
 
 def _processor_source(

@@ -173,6 +173,23 @@ def test_a_dataset_with_a_format():
         check_samples(data, 5)
 
 
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "loss_mask"])
+def test_null_in_a_sample(name):
+    """LLM-Compressor's sampler and collator would fail on it without a place."""
+    columns = {"input_ids": [IDS] * 3, "attention_mask": [[1] * 4] * 3, "loss_mask": [[1] * 4] * 3}
+    columns[name] = [*columns[name][:2], None]
+    with pytest.raises(CalibrationError, match=f"calibration sample 3: `{name}` is null"):
+        quantize(no_forward(tiny_llama()), tuned(), Dataset.from_dict(columns))
+
+
+def test_columns_that_are_not_for_the_model(log):
+    columns = {"text": ["w3"] * 4, "meta": [{"a": 1}] * 4, "labels": [0, 1, 0, 1], "id": [1] * 4}
+    recipe = tuned()
+    quantize(tiny_llama(), recipe, Dataset.from_dict({"input_ids": [IDS] * 4, **columns}))
+    assert len(recipe.block_reports) == 2
+    assert any("not for the model: text, meta, labels" in line for line in log)
+
+
 def test_one_token_is_enough_to_run():
     quantize(tiny_llama(), tuned(), Dataset.from_dict({"input_ids": [[3], [4], [5], [6]]}))
 
@@ -182,10 +199,16 @@ def test_padded_batch():
         {"input_ids": [3, 4, 5], "attention_mask": [1, 1, 1], "loss_mask": [0, 1, 1]},
         {"input_ids": [6], "attention_mask": [1], "loss_mask": [1]},
     ]
-    batch = PaddedBatch(9)(samples)
+    batch = PaddedBatch(pad_token_id=9)(samples)
     assert {name: values.tolist() for name, values in batch.items()} == {
         "input_ids": [[3, 4, 5], [6, 9, 9]],
         "attention_mask": [[1, 1, 1], [1, 0, 0]],
         "loss_mask": [[0, 1, 1], [1, 0, 0]],
     }
-    assert PaddedBatch.for_tokenizer(tiny_tokenizer()).pad_token_id == 1
+    assert PaddedBatch(1)(samples)["loss_mask"].tolist() == [[0], [1]]
+    ids = [{"input_ids": sample["input_ids"]} for sample in samples]
+    assert PaddedBatch()(ids)["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert set(PaddedBatch()(ids[:1] * 2)) == {"input_ids"}
+    assert PaddedBatch.fits(samples[0])
+    assert not PaddedBatch.fits(["input_ids", "pixel_values"])
+    assert not PaddedBatch.fits(["pixel_values"])

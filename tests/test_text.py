@@ -284,8 +284,11 @@ def test_samples_fit_the_model_of_the_tokenizer(log):
     assert "model_max_length 4" in log[0]
 
 
-def test_padded_batches_lose_nothing():
+@pytest.mark.parametrize("ready", [False, True], ids=["text", "ids"])
+def test_padded_batches_lose_nothing(ready):
     """LLM-Compressor's collator would cut both samples to 20 tokens."""
+    ids = [list(range(10, 40)), list(range(60, 80))]
+    data = Dataset.from_dict({"input_ids": ids}) if ready else [words(10, 30), words(60, 20)]
     model, seen = tiny_llama(), []
     model.model.embed_tokens.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].tolist())
@@ -293,12 +296,12 @@ def test_padded_batches_lose_nothing():
     quantize(
         model,
         AutoRoundModifier(preset="opt_rtn", config_groups={"group_0": weight_scheme(4)}),
-        [words(10, 30), words(60, 20)],
+        data,
         max_seq_length=32,
-        packing=False,
         batch_size=2,
+        **({} if ready else {"packing": False}),
     )
-    assert seen[-1] == [list(range(10, 40)), [*range(60, 80), *[EOS] * 10]]
+    assert seen[-1] == [ids[0], ids[1] + [0] * 10]
 
 
 # ---------------------------------------------------------------------- BOS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,30 +18,41 @@ class PaddedBatch:
     A data collator that pads to the longest sample. LLM-Compressor's cuts all samples of a batch to
     the shortest, or pads without ``loss_mask``.
 
-    :param pad_token_id: id in ``input_ids`` of padding, which the masks exclude
+    :param max_seq_length: largest number of tokens that is kept of a sample; None for all
+    :param pad_token_id: id of padding, which the masks exclude
     """
 
-    pad_token_id: int
+    max_seq_length: int | None = None
+    pad_token_id: int = 0
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: Any) -> PaddedBatch:
-        """:param tokenizer: or the processor that holds it; it may lack a padding token"""
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        return cls(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
+    def fits(cls, columns: Collection[str]) -> bool:
+        """:return: whether samples of these columns can be padded"""
+        return "input_ids" in columns and set(columns) <= _COLUMNS
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """
-        :param features: samples of token ids and masks, each of its own length
-        :return: column -> (batch, length of the longest), int64; 0 in masks where padded
+        :param features: samples with ``input_ids`` and perhaps masks, each of its own length
+        :return: column -> (batch, tokens of the longest), int64; masks are 0 where padded, and
+            ``attention_mask`` is there if anything is
         """
-        length = max(len(feature["input_ids"]) for feature in features)
+        samples = [
+            {
+                name: torch.as_tensor(x).tolist()[: self.max_seq_length]
+                for name, x in feature.items()
+            }
+            for feature in features
+        ]
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        if len(set(lengths)) > 1 and "attention_mask" not in samples[0]:
+            for sample, length in zip(samples, lengths, strict=True):
+                sample["attention_mask"] = [1] * length
         batch = {}
-        for column in features[0]:
-            filler = self.pad_token_id if column == "input_ids" else 0
-            batch[column] = torch.tensor(
-                [
-                    [*feature[column], *[filler] * (length - len(feature[column]))]
-                    for feature in features
-                ]
-            )
+        for name in samples[0]:
+            filler = self.pad_token_id if name == "input_ids" else 0
+            rows = [x[name] + [filler] * (max(lengths) - len(x[name])) for x in samples]
+            batch[name] = torch.tensor(rows)
         return batch
+
+
+_COLUMNS = {"input_ids", "attention_mask", "loss_mask"}

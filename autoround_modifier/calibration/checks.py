@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from loguru import logger
 from torch import Tensor
 
 from autoround_modifier.errors import CalibrationError
 
-__all__ = ["check_loss_masks", "check_samples"]
+__all__ = ["check_loss_masks", "check_samples", "model_columns"]
 
 _IDS = "input_ids"
 _MASKS = ("attention_mask", "loss_mask")
@@ -79,6 +79,28 @@ def check_samples(data: Any, vocabulary_size: int | None = None) -> None:
         logger.warning(f"{message}; they count for nothing")
 
 
+def model_columns(data: Dataset) -> Dataset:
+    """
+    :param data: ready samples
+    :return: without columns of which LLM-Compressor cannot make tensors: texts, structures, and
+        labels of whole samples
+    :raises CalibrationError: if token ids or a mask are null
+    """
+    left_out = [
+        name
+        for name, feature in data.features.items()
+        if isinstance(feature, dict)
+        or (isinstance(feature, Value) and (name == "labels" or feature.dtype == "string"))
+    ]
+    if left_out:
+        logger.info(f"columns that are not for the model: {', '.join(left_out)}")
+        data = data.remove_columns(left_out)
+    table = data.data
+    if any(table.column(name).null_count for name in (_IDS, *_MASKS) if name in data.column_names):
+        check_samples(data)
+    return data
+
+
 def check_loss_masks(masks: Sequence[Tensor | None]) -> None:
     """
     :param masks: of all batches, (batch, tokens)
@@ -111,6 +133,11 @@ def _rows(data: Any) -> Iterator[dict[str, Any]]:
         for start in range(0, len(plain), _ROWS):
             batch = plain[start : start + _ROWS]
             for index in range(len(batch[_IDS])):
+                for name in names:
+                    if batch[name][index] is None:
+                        raise CalibrationError(
+                            f"calibration sample {start + index + 1}: `{name}` is null"
+                        )
                 row = _tensors({name: batch[name][index] for name in names})
                 if row[_IDS].ndim == 1:
                     yield others | row
