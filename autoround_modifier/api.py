@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from autoround_modifier.calibration import check_samples
 from autoround_modifier.distillation import (
     DistillationConfig,
     DistillationResult,
@@ -242,4 +243,5 @@ def _batches(dataset: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         batches.append({key: value[None] for key, value in batch.items()} if single else batch)
     if not batches:
         raise CalibrationError("the calibration dataset is empty")
+    check_samples(batches)
     return batches

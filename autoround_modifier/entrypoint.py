@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,13 @@ from loguru import logger
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from autoround_modifier.calibration import text_dataset
+from autoround_modifier.calibration import (
+    HubAccess,
+    PaddedBatch,
+    is_text_source,
+    model_columns,
+    read_samples,
+)
 from autoround_modifier.errors import CalibrationError, RecipeError
 from autoround_modifier.host.applied_schemes import disable_unfinished
 from autoround_modifier.host.layers import weight_folders
@@ -58,8 +64,8 @@ def oneshot(
 ) -> PreTrainedModel:
     """
     `llmcompressor.oneshot` with the same arguments, and some things more: ``recipe`` may be the
-    name of a shipped recipe, ``dataset`` may be a text or JSON-lines file, mistakes are refused
-    before anything runs, and the calibration samples are not shuffled unless asked for
+    name of a shipped recipe, ``dataset`` may be text of many kinds, mistakes are refused before
+    anything runs, and the calibration samples are not shuffled unless asked for
     (LLM-Compressor shuffles them by an unseeded generator, so that another run may take others).
     Several processes (``torchrun``) that are given the same dataset each take a share of it. A
     model that is released in FP8 or MXFP4 is dequantized as it is loaded. Where blocks of the model
@@ -69,8 +75,9 @@ def oneshot(
     :param model: model, or name or path of one
     :param recipe: path, name of a shipped recipe (``"w2a16_autoround"``), YAML text, `Recipe`,
         modifier, or a list of modifiers
-    :param dataset: whatever `llmcompressor.oneshot` takes, or the path of a ``.txt``, ``.json``
-        or ``.jsonl`` file, which `text_dataset` cuts into samples of ``max_seq_length`` tokens
+    :param dataset: whatever `llmcompressor.oneshot` takes, or a ``source`` of `text_dataset`: text
+        or conversations in a file, a folder, a dataset, a list, or a mixture of them, of which it
+        makes ``num_calibration_samples`` samples of ``max_seq_length`` tokens (512 and 2048)
     :param output_dir: where to save; nothing is saved if None
     :param overwrite_output_dir: save into a folder that already holds files; never into the one
         that the model comes from
@@ -79,7 +86,8 @@ def oneshot(
     :param check_generation: let the model continue the beginning of a calibration sample before
         and after the run, and warn if only the quantized one repeats a single token
     :param kwargs: further arguments of `llmcompressor.oneshot`, such as ``model_revision`` and
-        ``trust_remote_code_model``, which apply to tokenizer and processor as well
+        ``trust_remote_code_model``, which apply to tokenizer and processor as well; and, for text,
+        ``packing``, ``add_bos_token`` and ``assistant_only_loss`` of `text_dataset`
     :return: the quantized model
     :raises OutputExistsError: if ``output_dir`` holds files, or the original model
     :raises OSError: if ``output_dir`` cannot be made or written to
@@ -87,7 +95,7 @@ def oneshot(
         the Hub, which LLM-Compressor loads without them
     :raises RecipeError: if the recipe is not found, is empty, or has fields that do not exist, if
         its modifiers ran before, or if the model is quantized already
-    :raises CalibrationError: if the dataset is empty
+    :raises CalibrationError: if the dataset is empty, or holds nothing that can calibrate
     :raises CompressedSourceError: if the model is compressed already
     """
     revision = kwargs.get("model_revision")
@@ -114,10 +122,9 @@ def oneshot(
     hub = {"token": token, "local_files_only": local_files_only}
     if token is not None or local_files_only:
         _load_processor(model, kwargs, hub)
-    if isinstance(dataset, (str, Path)) and Path(dataset).is_file():
-        dataset = _read_text(Path(dataset), model, kwargs, hub)
     if isinstance(dataset, Sized) and not isinstance(dataset, str) and len(dataset) == 0:
         raise CalibrationError("the calibration dataset is empty")
+    dataset = _samples(dataset, model, kwargs, hub)
     if is_distributed() and isinstance(dataset, Dataset):
         dataset = _own_share(dataset, kwargs.get("num_calibration_samples", 512))
     kwargs.setdefault("shuffle_calibration_samples", False)
@@ -261,20 +268,79 @@ def _load_processor(
     kwargs["processor"] = processor
 
 
-def _read_text(
-    path: Path, model: str | PreTrainedModel, kwargs: dict[str, Any], hub: dict[str, Any]
+def _samples(
+    dataset: Any, model: str | PreTrainedModel, kwargs: dict[str, Any], hub: dict[str, Any]
 ) -> Any:
-    tokenizer = kwargs.get("tokenizer") or kwargs.get("processor")
-    if tokenizer is None or isinstance(tokenizer, str):
-        source = _processor_source(tokenizer, model, kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(**source, **hub)
-    return text_dataset(
-        path,
-        tokenizer,
-        num_samples=kwargs.get("num_calibration_samples", 512),
-        max_seq_length=kwargs.get("max_seq_length") or 2048,
-        text_column=kwargs.get("text_column", "text"),
+    """
+    Make samples of token ids where the dataset is of text.
+
+    :param kwargs: of `oneshot`; those that only `text_dataset` knows are removed, and those that
+        LLM-Compressor needs to take all samples as they are added
+    :param hub: arguments for the Hugging Face Hub
+    """
+    options = {
+        name: kwargs.pop(name)
+        for name in ("packing", "add_bos_token", "assistant_only_loss")
+        if name in kwargs
+    }
+    if isinstance(dataset, (list, tuple)) and all(
+        isinstance(row, Mapping) and "input_ids" in row for row in dataset
+    ):
+        dataset = Dataset.from_list([dict(row) for row in dataset])
+    # LLM-Compressor applies a function of the user's and reads what that gives.
+    is_text = kwargs.get("preprocessing_func") is None and is_text_source(
+        dataset, kwargs.get("text_column")
     )
+    if not is_text:
+        if options:
+            raise CalibrationError(
+                f"`{'`, `'.join(options)}` apply to text that is tokenized here, not to this "
+                "dataset"
+            )
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            dataset = model_columns(dataset)
+            _take_all_of(dataset, kwargs)
+        return dataset
+
+    processor = kwargs.get("tokenizer") or kwargs.get("processor")
+    if processor is None or isinstance(processor, str):
+        source = _processor_source(processor, model, kwargs)
+        processor = AutoTokenizer.from_pretrained(**source, **hub)
+    max_seq_length = kwargs.get("max_seq_length")
+    if max_seq_length is None and not isinstance(model, (str, Path)):
+        text = model.config.get_text_config()
+        max_seq_length = min(2048, getattr(text, "max_position_embeddings", None) or 2048)
+    split = kwargs.get("splits")
+    if isinstance(split, dict):
+        split = split.get("calibration")
+    samples = read_samples(
+        dataset,
+        processor,
+        kwargs.get("num_calibration_samples"),
+        max_seq_length,
+        default_samples=512,
+        text_column=kwargs.get("text_column"),
+        name=kwargs.get("dataset_config_name"),
+        split=split,
+        hub=HubAccess(**hub),
+        **options,
+    )
+    kwargs["num_calibration_samples"] = len(samples)
+    _take_all_of(samples, kwargs)
+    return samples
+
+
+def _take_all_of(samples: Dataset, kwargs: dict[str, Any]) -> None:
+    """
+    Let LLM-Compressor take samples as they are: with their loss mask, and padded in a batch where
+    it would cut them.
+
+    :param kwargs: of `oneshot`; what the user set stays
+    """
+    if "loss_mask" in samples.column_names:
+        kwargs.setdefault("use_loss_mask", True)
+    if kwargs.get("batch_size", 1) > 1 and PaddedBatch.fits(samples.column_names):
+        kwargs.setdefault("data_collator", PaddedBatch(kwargs.get("max_seq_length")))
 
 
 def _processor_source(

@@ -202,7 +202,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         if self.iters:
             check_layers_in_blocks(self._blocks, schemes, self.iters)
         if self.requires_calibration_data:
-            check_calibration_data(state.data.calib, reason_for_calibration(self, self))
+            reason = reason_for_calibration(self, self)
+            check_calibration_data(state.data.calib, reason, model)
         self._check_what_will_be_saved(model)
 
         if self.checkpoint_dir is not None:

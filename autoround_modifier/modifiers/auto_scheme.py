@@ -173,7 +173,7 @@ class AutoSchemeModifier(PlainDataModifier):
             return True
         check_one_process(f"AutoSchemeModifier (but the {RECIPE_FILE} in its `output_dir`)")
         self._check_output()
-        check_calibration_data(state.data.calib, "AutoSchemeModifier")
+        check_calibration_data(state.data.calib, "AutoSchemeModifier", state.model)
         model, schemes = state.model, resolve_options(self.options)
         ignore = list(dict.fromkeys([*self.ignore, *tuner.ignore]))
         targets = [self.targets] if isinstance(self.targets, str) else self.targets

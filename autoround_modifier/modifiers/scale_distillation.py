@@ -125,7 +125,7 @@ class ScaleDistillationModifier(PlainDataModifier):
         """
         check_one_process("ScaleDistillationModifier")
         model = state.model
-        check_calibration_data(state.data.calib, "ScaleDistillationModifier")
+        check_calibration_data(state.data.calib, "ScaleDistillationModifier", model)
         check_not_quantized(model)
         trainable_layers(model)
         prepare_saving(model)

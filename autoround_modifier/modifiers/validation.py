@@ -11,6 +11,7 @@ from loguru import logger
 from torch import nn
 
 from autoround_modifier.activations import unsupported_activations, unsupported_kv_cache
+from autoround_modifier.calibration import check_samples
 from autoround_modifier.errors import (
     CalibrationError,
     NonFiniteError,
@@ -321,11 +322,12 @@ def check_same_blocks(names: list[str]) -> None:
         )
 
 
-def check_calibration_data(dataloader: object, reason: str) -> None:
+def check_calibration_data(dataloader: object, reason: str, model: nn.Module) -> None:
     """
     :param dataloader: what `oneshot` made of its ``dataset``; None if it got none
     :param reason: why data is needed
-    :raises CalibrationError: if there is none, or it is empty
+    :param model: which the data will run through
+    :raises CalibrationError: if there is none, or it is empty, or its samples cannot calibrate
     """
     if dataloader is None:
         raise CalibrationError(
@@ -338,6 +340,16 @@ def check_calibration_data(dataloader: object, reason: str) -> None:
         return  # a stream has no length
     if size == 0:
         raise CalibrationError("the calibration dataset is empty")
+    check_samples(getattr(dataloader, "dataset", dataloader), _vocabulary_size(model))
+
+
+def _vocabulary_size(model: nn.Module) -> int | None:
+    """:return: number of token ids that the model embeds, if it says so"""
+    try:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return len(weight) if weight.ndim == 2 else None
 
 
 def _example_names(model: nn.Module) -> list[str]:
