@@ -23,6 +23,7 @@ from autoround_modifier.calibration import (
 )
 from autoround_modifier.errors import CalibrationError, RecipeError
 from autoround_modifier.host.applied_schemes import disable_unfinished
+from autoround_modifier.host.failures import explain_failure
 from autoround_modifier.host.layers import weight_folders
 from autoround_modifier.host.lifecycle import (
     AUTOROUND_CLASS_NAME,
@@ -150,8 +151,12 @@ def oneshot(
             output_dir=None if output_dir is None else str(output_dir),
             **kwargs,
         )
-    except BaseException:  # Ctrl-C among them, which may come while code of others runs
+    except BaseException as error:  # Ctrl-C among them, which may come while code of others runs
         _clean_up(recipe)
+        name = model if isinstance(model, str) else type(model).__name__
+        explained = explain_failure(error, str(name))
+        if explained is not None:
+            raise RecipeError(explained) from error
         raise
 
 
