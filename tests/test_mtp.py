@@ -178,9 +178,7 @@ def test_layers_in_fp8_are_dequantized(tmp_path):
     name = "model.layers.2.mlp.experts.0.gate_proj"
     assert is_match(name, LINEAR, quantization["ignore"])
     assert config["num_nextn_predict_layers"] == 1
-    _, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "quantized", output_loading_info=True
-    )
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", output_loading_info=True)
     assert not info["missing_keys"]
 
 
