@@ -18,7 +18,7 @@ __all__ = ["model_digest", "run_digests", "text_digest"]
 SAMPLED_ELEMENTS = 2**14
 QPARAM_SUFFIXES = ("_scale", "_zero_point", "_g_idx")
 # Fields of recipes that do not change the result.
-WITHOUT_EFFECT = ("checkpoint_dir", "enable_torch_compile")
+WITHOUT_EFFECT = ("checkpoint_dir", "enable_torch_compile", "mtp")
 # The code that computes integers and scales. The rest of the package (lifecycle, messages, files)
 # may change between two halves of a run.
 COMPUTING_ROOMS = ("activations", "blocks", "formats", "search", "tuning")
