@@ -19,7 +19,7 @@ from autoround_modifier.device import Compute, compilation_pays
 from autoround_modifier.errors import RecipeError, listed
 from autoround_modifier.host.applied_schemes import forget_scheme, forget_schemes, modules_of
 from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_attention
-from autoround_modifier.host.blocks import declare_blocks, find_blocks
+from autoround_modifier.host.blocks import declare_blocks, find_blocks, input_embeddings
 from autoround_modifier.host.experts import routed_experts_only
 from autoround_modifier.host.layers import stored_weight
 from autoround_modifier.host.lifecycle import (
@@ -115,6 +115,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     _progress: TuningProgress = PrivateAttr(default_factory=TuningProgress)
     _only_modifier: bool = PrivateAttr(default=False)
     _stopped: bool = PrivateAttr(default=False)
+    _warned_of: set[str] = PrivateAttr(default_factory=set)
 
     @model_validator(mode="after")
     def _say_whether_data_is_needed(self) -> AutoRoundModifier:
@@ -248,6 +249,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             prepared.routing,
             prepared.quantizer.initial.importance,
             self._store,
+            input_embeddings(state.model),
+            lambda: state.current_batch_idx,
         )
         layers = layers_to_record(
             names, in_blocks, prepared.routing.layers, bool(self.scale_search)
@@ -271,6 +274,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                 ):
                     for group in groups:
                         self._block_quantizer.quantize(group)
+                if state.model not in modules:
+                    self._warn_of_dropped_state()
             self._quantize_rest(modules)
             ran = set(modules)
             calibrate_remaining([one for one in self._prepared.activations if one.module in ran])
@@ -317,6 +322,17 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                 "blocks of this model share keys and values, which LLM-Compressor's sequential "
                 f"pipeline does not pass on: give `oneshot` `pipeline={SHARED_STATE_PIPELINE!r}` "
                 "(`autoround_modifier.oneshot` does so by itself)"
+            )
+
+    def _warn_of_dropped_state(self) -> None:
+        """The sequential pipeline calls each subgraph with copies of containers of tensors."""
+        writers = [] if self._block_quantizer is None else self._block_quantizer.writers
+        if len(writers) == 1 and writers[0] not in self._warned_of:
+            self._warned_of.add(writers[0])
+            logger.warning(
+                f"{writers[0]} writes into an argument, which LLM-Compressor's sequential pipeline "
+                "does not pass on. If later blocks read it, give `oneshot` "
+                f"`pipeline={SHARED_STATE_PIPELINE!r}`."
             )
 
     def _why_nothing_was_tuned(self) -> str:
