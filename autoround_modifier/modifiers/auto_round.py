@@ -382,10 +382,12 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             )
         else:
             kept = "Nothing was saved: a run with `checkpoint_dir` could go on where it stopped."
-        if done or not self._only_modifier:
+        if done:
             model = "The model in memory is partly quantized: load it again before the next attempt"
-        else:
+        elif self._only_modifier:
             model = "The model in memory is as it was"
+        else:
+            model = "Other modifiers may have changed the model in memory: load it again"
         return f"AutoRound stopped with {done} of {total} layers quantized. {model}. {kept}"
 
     def _register_cleaning_up(
