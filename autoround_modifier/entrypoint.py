@@ -129,9 +129,7 @@ def oneshot(
     if is_distributed() and isinstance(dataset, Dataset):
         dataset = _own_share(dataset, kwargs.get("num_calibration_samples", 512))
     kwargs.setdefault("shuffle_calibration_samples", False)
-    if any(
-        isinstance(x, AutoRoundModifier) and x.requires_calibration_data for x in recipe.modifiers
-    ):
+    if any(modifier.requires_calibration_data for modifier in recipe.modifiers):
         _choose_pipeline(model, kwargs)
     if stored is not None:
         model = load_model(

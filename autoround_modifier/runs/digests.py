@@ -83,7 +83,7 @@ def run_description(model: nn.Module, modifiers: list[Any], batches: object = No
             "parameters": sum(x.numel() for x in parameters),
             "dtypes": sorted({str(x.dtype).removeprefix("torch.") for x in parameters}),
         },
-        DATA: {"size": calibration_size(batches)},
+        DATA: {"batches": calibration_size(batches)},
     }
 
 
