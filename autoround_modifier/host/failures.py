@@ -21,9 +21,12 @@ def explain_failure(error: BaseException, model_name: str) -> str | None:
         for frame in traceback.extract_tb(error.__traceback__)
     ]
     reason = _reason(error)
-    if any(path.endswith(_TRACING) and name == "trace_subgraphs" for path, name in frames):
+    if any(
+        (path.endswith(_TRACING) and name == "trace_subgraphs") or "Autowrapped" in path
+        for path, name in frames
+    ):
         return (
-            f"LLM-Compressor's sequential pipeline cannot cut {model_name} into its blocks "
+            f"LLM-Compressor's sequential pipeline cannot run {model_name} block by block "
             f'({reason}). Pass `pipeline="basic"`, which runs the whole model at once and keeps '
             "the inputs and outputs of all blocks in memory."
         )
