@@ -63,7 +63,8 @@ def predict_layout(
         if name in state and state[name] is state.get(source):
             del state[name]  # one copy is saved
     tensors = revert_weight_conversion(copied, state)
-    content = json.loads(copied.config.to_json_string(use_diff=False))
+    written = copied.config.to_json_string(use_diff=False)
+    content = json.loads(written, object_hook=_special_float)
     content["architectures"] = [type(model).__name__]
     if section is not None:
         content[QUANTIZATION_CONFIG_NAME] = section
@@ -112,6 +113,11 @@ def quantization_section(model: nn.Module) -> dict[str, Any] | None:
     section = json.loads(json.dumps(config.model_dump(exclude={"quant_method"})))
     section["quant_method"] = QUANTIZATION_METHOD
     return complete_config(section, list(named_layers(model, config)))
+
+
+def _special_float(found: dict[str, Any]) -> Any:
+    """Transformers writes infinity as ``{"__float__": "Infinity"}``."""
+    return float(found["__float__"]) if found.keys() == {"__float__"} else found
 
 
 def named_layers(model: nn.Module, config: QuantizationConfig) -> Iterator[NamedLayer]:
