@@ -61,8 +61,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "PaliGemma": {"text_config": {"use_bidirectional_attention": False}},
 }
-# Layers that vLLM has in 16 bits only.
-IGNORE = {"Jamba": (r"re:.*\.mamba\..*",)}
 NUM_PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 3, 14, 6
 
 
@@ -87,8 +85,7 @@ def wide(architecture: Architecture) -> Architecture:
             fields[name] = {**fields[name], **value} if isinstance(value, dict) else value
         return type(narrow).from_dict(fields)
 
-    ignore = (*architecture.ignore, *IGNORE.get(architecture.name, ()))
-    return replace(architecture, config=config, ignore=ignore)
+    return replace(architecture, config=config)
 
 
 # Parts that releases name in another way than Transformers 5 names those of a new model.
