@@ -49,16 +49,19 @@ WIDTHS = {
     *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "qk_head_dim"),
     "v_head_dim",
 }
-# What vLLM needs beside: of DeepSeek's release `topk_method`, or one tensor has no place, and the
-# sizes of its attention, the only ones it has; and prompts whose tokens see those before them only.
+# What vLLM needs beside: of DeepSeek's release the fields that Transformers does not read, and the
+# sizes of its attention, the only ones it has; a convolution in steps of 32; prompts whose tokens
+# see those before them only.
 FIELDS: dict[str, dict[str, Any]] = {
     "DeepSeek-V3": {
         "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
         "kv_lora_rank": 512,
         "qk_rope_head_dim": 64,
         "head_dim": 64,
         "qk_head_dim": 96,
     },
+    "Granite 4": {"mamba_d_state": 16},
     "PaliGemma": {"text_config": {"use_bidirectional_attention": False}},
 }
 NUM_PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 3, 14, 6

