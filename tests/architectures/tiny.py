@@ -1,16 +1,18 @@
 """
 A tiny configuration of any model class of Transformers, by rules on the names of its fields.
 
-A rule gives a field its value where the default is larger. Sub-configurations follow the same rules.
-`EXCEPTIONS` holds what rules do not give.
+A rule gives a field its value where the default is larger. Sub-configurations follow the same
+rules. `EXCEPTIONS` holds what rules do not give.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["EXCEPTIONS", "IMAGE_SIZE", "VOCABULARY", "tiny_config", "tiny_inputs"]
@@ -78,6 +80,18 @@ RULES: list[tuple[str, Any]] = [
     (r"num_query_tokens|resampler_n_latents|resampler_num_latents|latent_query_num", 8),
     (r"window_size", 2 * PATCH_SIZE),
 ]
+NUM_QUERIES = 8
+# Of the classes that do not take text alone
+IMAGE_SHAPES: dict[str, tuple[int, ...]] = {
+    "BlipForConditionalGeneration": (1, 3, IMAGE_SIZE, IMAGE_SIZE),
+    "Blip2ForConditionalGeneration": (1, 3, IMAGE_SIZE, IMAGE_SIZE),
+    "InstructBlipForConditionalGeneration": (1, 3, IMAGE_SIZE, IMAGE_SIZE),
+    "InstructBlipVideoForConditionalGeneration": (1, 1, 3, IMAGE_SIZE, IMAGE_SIZE),
+    "IdeficsForVisionText2Text": (1, 1, 3, IMAGE_SIZE, IMAGE_SIZE),
+    "Kosmos2ForConditionalGeneration": (1, 3, IMAGE_SIZE, IMAGE_SIZE),
+    "Pix2StructForConditionalGeneration": (1, 8, 2 + 3 * PATCH_SIZE**2),
+    "UdopForConditionalGeneration": (1, 3, IMAGE_SIZE, IMAGE_SIZE),
+}
 COMPILED_RULES = [(re.compile(pattern), value) for pattern, value in RULES]
 MEDIA_TOKEN = re.compile(
     r"(.*_)?(image|video|audio|vision|boi|eoi|boa|eoa|im|user|boc|img)(_.*)?_(id|index|ids)"
@@ -89,6 +103,13 @@ REPLACED = {"head_dim": HEAD_DIM, "mamba_d_head": 32, "mamba_head_dim": 32, "mam
 
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 GLM_MROPE = {**MROPE, "partial_rotary_factor": 1.0}
+SMALL_VQ = {
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+    "latent_channels": 32,
+    "embed_dim": 32,
+}
 MAMBA2 = {"num_heads": 4, "head_dim": 32, "state_size": 8, "n_groups": 1, "chunk_size": 8}
 
 # By class of the configuration: fields that rules do not give
@@ -102,18 +123,111 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "Glm46VTextConfig": {"rope_parameters": GLM_MROPE},
     "GlmOcrTextConfig": {"rope_parameters": GLM_MROPE},
     "Glm4vMoeTextConfig": {"rope_parameters": GLM_MROPE},
+    "ErnieVLMoeTextConfig": {"rope_parameters": MROPE},
+    "Ernie4_5_VLMoeTextConfig": {"rope_parameters": {**MROPE, "mrope_section": [3, 3, 2]}},
     "Qwen2_5OmniThinkerConfig": {"vision_start_token_id": 150},
     "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": 150},
+    "BambaConfig": {"attn_layer_indices": [1]},
+    "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
+    "JambaConfig": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
+    "ZambaConfig": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "n_mamba_heads": 2,
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * HEAD_DIM,
+        "num_key_value_heads": 4,
+    },
+    "Zamba2Config": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
+    "NemotronConfig": {"num_key_value_heads": 2},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
+    "RecurrentGemmaConfig": {"num_hidden_layers": 3},
+    "ReformerConfig": {
+        "axial_pos_embds_dim": (32, 32),
+        "axial_pos_shape": (8, 8),
+        "attn_layers": ["local", "local"],
+        "local_attn_chunk_length": 8,
+    },
+    "xLSTMConfig": {"hidden_size": 128, "embedding_dim": 128, "chunk_size": 16},
+    "BltConfig": {"use_cache": False},
+    "Blip2Config": {"image_token_index": 150},
+    "InstructBlipConfig": {"image_token_index": 150},
+    "InstructBlipVideoConfig": {"video_token_index": 150},
+    "Pix2StructVisionConfig": {"patch_embed_hidden_size": 3 * PATCH_SIZE**2},
+    "DiffusionGemmaConfig": {"vision_config": "Gemma4VisionConfig"},
+    "XmodConfig": {"default_language": "en_XX"},
+    "CohereCompassTextConfig": {
+        "rope_parameters": {"full_attention": {**MROPE, "mrope_section": [2, 3, 3]}}
+    },
+    "DbrxAttentionConfig": {"rope_theta": 1e4, "clip_qkv": 8.0},
+    "DeepseekV2Config": {"num_experts_per_tok": 2},
+    "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "Dots1Config": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "Gemma3nTextConfig": {
+        "num_hidden_layers": 4,
+        "laurel_rank": 32,
+        "altup_num_inputs": 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
+    "HrmTextConfig": {"num_hidden_layers": 2, "num_layers_per_stack": None},
+    "MusicgenDecoderConfig": {"num_codebooks": 1},
+    "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
+    "ChameleonVQVAEConfig": SMALL_VQ,
+    "JanusVQVAEConfig": SMALL_VQ,
+    "Emu3VQVAEConfig": SMALL_VQ,
+    "Florence2VisionConfig": {
+        "embed_dim": (32, 32, 64, 64),
+        "depths": (1, 1, 1, 1),
+        "num_heads": (2, 2, 4, 4),
+        "num_groups": (2, 2, 4, 4),
+    },
+    "DiffusionGemmaTextConfig": {
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": WIDTH,
+    },
+    "HunYuanVLTextConfig": {"rope_parameters": MROPE},
+    "HunYuanVLVisionConfig": {"max_image_size": 64, "max_vit_seq_len": 64},
+    "ChameleonConfig": {"vocabulary_map": {"<image>": 150, "IMGIMG1A": 151}},
+    "Emu3Config": {"vocabulary_map": {"<image>": 150, "<|extra_200|>": 151}},
+    "Granite4VisionConfig": {
+        "text_config": "Granite4VisionTextConfig",
+        "deepstack_layer_map": [(-1, 0)],
+        "spatial_target_layers": [0, 0, 1, 1],
+        "downsample_rate": "1/2",
+    },
+    "InklingVisionConfig": {"num_hidden_layers": 2},
+    "Step3p7TextConfig": {"sliding_window": 8},
 }
 
 
-def tiny_config(config_class: type[PreTrainedConfig], **fields: Any) -> PreTrainedConfig:
+def tiny_config(config_class: type[PreTrainedConfig], **given: Any) -> PreTrainedConfig:
     """
     :param config_class: of a model
-    :param fields: that are not left to rules
+    :param given: fields that are not left to rules
     :return: of a model of about 100 thousand parameters
     """
-    return _tiny(config_class(), _TokenIds(), fields)
+    return _tiny(config_class(), _TokenIds(), given)
 
 
 class _TokenIds:
@@ -128,30 +242,36 @@ class _TokenIds:
 
 
 def _tiny(
-    default: PreTrainedConfig, token_ids: _TokenIds, fields: dict[str, Any]
+    default: PreTrainedConfig, token_ids: _TokenIds, given: dict[str, Any]
 ) -> PreTrainedConfig:
-    values = {name: value for name, value in vars(default).items() if not name.startswith("_")}
-    given = {**EXCEPTIONS.get(type(default).__name__, {}), **fields}
-    changed: dict[str, Any] = {}
+    own_fields = {field.name for field in fields(default)}
+    values = {name: value for name, value in vars(default).items() if name in own_fields}
+    given = {**EXCEPTIONS.get(type(default).__name__, {}), **given}
+    plain = type(default)() if type(default).has_no_defaults_at_init is False else default
+    # What a sub-configuration has from its parent, and what rules make smaller
+    changed = {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, (int, float, str)) and value != vars(plain).get(name, value)
+    }
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
             own = given.pop(name, {})
-            changed[name] = own if isinstance(own, PreTrainedConfig) else _tiny(value, token_ids, own)
+            if isinstance(own, str):
+                value, own = getattr(transformers, own)(), {}
+            changed[name] = _tiny(value, token_ids, own)
         elif name in given:
-            continue
+            changed.pop(name, None)
         elif MEDIA_TOKEN.fullmatch(name):
             if isinstance(value, int):
                 changed[name] = token_ids.take()
             elif isinstance(value, (list, tuple)):
                 changed[name] = type(value)(token_ids.take() for _ in value)
         elif isinstance(value, dict) and name == "rope_parameters":
-            smaller = _rope(value)
-            if smaller != value:
-                changed[name] = smaller
-        else:
-            smaller = _smaller(name, value)
-            if smaller != value:
-                changed[name] = smaller
+            if _rope(value) != value:
+                changed[name] = _rope(value)
+        elif _smaller(name, value) != value:
+            changed[name] = _smaller(name, value)
     changed |= {
         name: small
         for name, small in REPLACED.items()
@@ -160,7 +280,12 @@ def _tiny(
     if "kv_lora_rank" in values and "num_key_value_heads" in values:
         changed["num_key_value_heads"] = 4  # of latent attention: as many as heads
     changed |= _layers(values)
-    changed |= given
+    changed |= {
+        name: _tiny(getattr(transformers, value)(), token_ids, {})
+        if name.endswith("_config") and isinstance(value, str)
+        else value
+        for name, value in given.items()
+    }
     if "is_decoder" in values and "is_encoder_decoder" in values and not default.is_encoder_decoder:
         changed.setdefault("is_decoder", True)
     return type(default)(**changed)
@@ -235,7 +360,30 @@ def tiny_inputs(
     :param generator: of random images
     :return: what the model's forward method needs
     """
+    name = type(model).__name__
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
+    if name not in IMAGE_SHAPES:
+        return inputs
+    pixels = torch.rand(IMAGE_SHAPES[name], generator=generator).to(model.dtype)
+    if name == "Pix2StructForConditionalGeneration":
+        pixels[..., :2] = torch.arange(1, 9)[:, None]  # row and column of each patch
+        return {"flattened_patches": pixels, "decoder_input_ids": ids}
+    inputs["pixel_values"] = pixels
+    if name.startswith(("Blip2", "InstructBlip")):
+        if name.startswith("InstructBlip"):
+            inputs["qformer_input_ids"] = ids.clone()
+        config = model.config
+        image = config.video_token_index if "Video" in name else config.image_token_index
+        ids[:, :NUM_QUERIES] = image
+    if name.startswith("Idefics"):
+        inputs["image_attention_mask"] = torch.ones(*ids.shape, 1, dtype=torch.long)
+    if name.startswith("Kosmos2"):
+        mask = torch.zeros_like(ids)
+        mask[:, 1 : 1 + NUM_QUERIES] = 1
+        inputs["image_embeds_position_mask"] = mask
+    if name.startswith("Udop"):
+        corners = torch.rand(*ids.shape, 4, generator=generator)
+        inputs["bbox"] = corners.sort(dim=-1).values.to(model.dtype)
     return inputs
