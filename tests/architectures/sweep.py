@@ -51,13 +51,16 @@ from autoround_modifier import AutoRoundModifier, oneshot
 
 __all__ = ["GOOD", "VARIANTS", "Result", "class_names", "sweep"]
 
+CPU_LIMIT = 90.0  # seconds of processor time, of one class in one stage
+WALL_LIMIT = 900.0  # seconds in which it gets them
+
 VERDICTS = {
     "right": "the loaded model gives the logits of the model that was saved",
     "refused": "refused before the first forward pass, with the reason",
     "warned": "a warning of the run says that Transformers cannot load it",
     "silent": "the loaded model gives other logits, and nothing was said",
     "crashed": "an error without advice",
-    "hung": "stopped after the time limit",
+    "hung": f"stopped after {CPU_LIMIT:.0f} seconds of processor time",
     "not made": "no model: Transformers cannot make, run or reload it unquantized here",
 }
 GOOD = {"right", "refused", "not made"}
@@ -66,7 +69,6 @@ GROUP_SIZE = 32
 NUM_SAMPLES = 4
 SAMPLE_LENGTH = 16
 MAX_PARAMETERS = 8_000_000
-TIME_LIMIT = 150.0  # seconds for one class in one variant
 # Of the change that quantization makes to the logits. Experts that are computed in another order
 # round differently in bfloat16: 0.03 at most.
 TOLERANCE = 0.1
@@ -272,11 +274,16 @@ def two_schemes(model: PreTrainedModel, ignored: list[str]) -> dict[str, dict[st
 
     :return: config groups; None if the layers are all of one kind
     """
-    separate = linearize_moe(copy.deepcopy(model))  # each expert's layers have names there
+    try:
+        separate = linearize_moe(copy.deepcopy(model))  # each expert's layers have names there
+    except Exception:
+        separate = model  # the run itself will say so
     names = [
         name
         for name, module in separate.named_modules()
-        if isinstance(module, nn.Linear) and not is_ignored(name, ignored)
+        if isinstance(module, nn.Linear)
+        and not is_ignored(name, ignored)
+        and not is_router(separate, name)
     ]
     in_blocks = {name: found for name in names if (found := IN_BLOCK.fullmatch(name))}
     eight = {name for name, found in in_blocks.items() if ATTENTION.search(found["part"])}
@@ -284,25 +291,46 @@ def two_schemes(model: PreTrainedModel, ignored: list[str]) -> dict[str, dict[st
         first = {name for name in names if FIRST_OF_FUSED.fullmatch(name.rpartition(".")[2])}
         eight = first & set(in_blocks)
     four = set(names) - eight
-    if names and not (eight and four):
+    if not names:
+        return {"group_0": scheme(4, ["Linear"])}
+    if not (eight and four):
         return None
     return {
-        "attention": scheme(8, expressions(eight, in_blocks)),
-        "rest": scheme(4, expressions(four, in_blocks)),
+        "attention": scheme(8, expressions(eight, in_blocks, separate)),
+        "rest": scheme(4, expressions(four, in_blocks, separate)),
     }
 
 
-def expressions(names: set[str], in_blocks: dict[str, re.Match[str]]) -> list[str]:
-    """:return: one for each part of a block, and the name of each layer outside of blocks"""
-    leaves: dict[str, set[str]] = {}
-    for name in names:
-        if name in in_blocks:
-            leaves.setdefault(in_blocks[name]["part"], set()).add(name.rpartition(".")[2])
-    found = []
-    for part, own in sorted(leaves.items()):
-        inner = rf"{part}$" if own == {part} else rf"{part}\.(.*\.)?({'|'.join(sorted(own))})$"
-        found.append(rf"re:.*\.[0-9]+\.{inner}")
-    return found + sorted(names - set(in_blocks))
+def is_router(model: nn.Module, name: str) -> bool:
+    """:return: whether the layer chooses experts, which nobody targets"""
+    parent, _, leaf = name.rpartition(".")
+    beside_experts = any(
+        re.search("expert", other, re.IGNORECASE)
+        for other, _ in model.get_submodule(parent).named_children()
+    )
+    return "router" in name or "shared_expert_gate" in name or (leaf == "gate" and beside_experts)
+
+
+def expressions(
+    names: set[str], in_blocks: dict[str, re.Match[str]], model: nn.Module
+) -> list[str]:
+    """
+    :return: one for each part of a block, and the names of layers outside of blocks, or where the
+        expression would match more than layers
+    """
+    parts: dict[str, set[str]] = {}
+    for name in names & set(in_blocks):
+        parts.setdefault(in_blocks[name]["part"], set()).add(name)
+    found = sorted(names - set(in_blocks))
+    for part, own in sorted(parts.items()):
+        leaves = {name.rpartition(".")[2] for name in own}
+        inner = (
+            rf"{part}$" if leaves == {part} else rf"{part}\.(.*\.)?({'|'.join(sorted(leaves))})$"
+        )
+        expression = rf"re:.*\.[0-9]+\.{inner}"
+        matched = {name for name, _ in model.named_modules() if is_ignored(name, [expression])}
+        found += [expression] if matched <= names else sorted(own)
+    return found
 
 
 # ------------------------------------------------------------------ the two stages of a run
@@ -470,15 +498,19 @@ class Running:
     stage: Callable[[str, str, Path], Result]
     process: Any
     end: connection.Connection
-    deadline: float
     started: float
+
+    def is_late(self) -> bool:
+        """More than it should take, however busy the machine is."""
+        used = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        seconds = (int(used[11]) + int(used[12])) / os.sysconf("SC_CLK_TCK")
+        return seconds > CPU_LIMIT or time.time() - self.started > WALL_LIMIT
 
 
 def sweep(
     tasks: list[tuple[str, str]],
     workers: int = 2,
     done: Callable[[str, str, Result], None] = lambda *_: None,
-    time_limit: float = TIME_LIMIT,
 ) -> dict[tuple[str, str], Result]:
     """
     :param tasks: names of classes with variants
@@ -506,11 +538,10 @@ def sweep(
                 )
                 process.start()
                 theirs.close()
-                now = time.time()
-                running.append(Running(name, variant, stage, process, ours, now + time_limit, now))
+                running.append(Running(name, variant, stage, process, ours, time.time()))
             ready = connection.wait([one.end for one in running], timeout=1)
             for one in list(running):
-                if one.end not in ready and time.time() < one.deadline:
+                if one.end not in ready and not one.is_late():
                     continue
                 result = received(one) if one.end in ready else {"verdict": "hung", "reason": ""}
                 stop(one)

@@ -36,9 +36,9 @@ SCRIPT = Path(sweep.__file__)
 def results(tmp_path_factory):
     """Verdicts by class and variant; in a process of its own, which forks others."""
     folder = tmp_path_factory.mktemp("sweep")
+    options = ["--results", folder / "sweep.json", "--workers", "1", "--only", *SAMPLE]
     subprocess.run(
-        [sys.executable, SCRIPT, "--results", folder / "sweep.json", "--only", *SAMPLE]
-        + ["--workers", "1"],
+        [sys.executable, SCRIPT, *options],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
