@@ -244,15 +244,14 @@ class _TokenIds:
 def _tiny(
     default: PreTrainedConfig, token_ids: _TokenIds, given: dict[str, Any]
 ) -> PreTrainedConfig:
-    own_fields = {field.name for field in fields(default)}
-    values = {name: value for name, value in vars(default).items() if name in own_fields}
+    values = _values(default)
     given = {**EXCEPTIONS.get(type(default).__name__, {}), **given}
-    plain = type(default)() if type(default).has_no_defaults_at_init is False else default
+    plain = {} if type(default).has_no_defaults_at_init else _values(type(default)())
     # What a sub-configuration has from its parent, and what rules make smaller
     changed = {
         name: value
         for name, value in values.items()
-        if isinstance(value, (int, float, str)) and value != vars(plain).get(name, value)
+        if isinstance(value, (int, float, str)) and value != plain.get(name, value)
     }
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
@@ -289,6 +288,17 @@ def _tiny(
     if "is_decoder" in values and "is_encoder_decoder" in values and not default.is_encoder_decoder:
         changed.setdefault("is_decoder", True)
     return type(default)(**changed)
+
+
+def _values(config: PreTrainedConfig) -> dict[str, Any]:
+    """:return: of its fields, some of which are stored under the name that others know them by"""
+    values = vars(config)
+    return {
+        field.name: values[name]
+        for field in fields(config)
+        if (name := field.name) in values
+        or (name := config.attribute_map.get(field.name, "")) in values
+    }
 
 
 def _smaller(name: str, value: Any) -> Any:
