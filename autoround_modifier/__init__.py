@@ -11,18 +11,23 @@ What is listed in ``__all__`` is public. Everything else may change without noti
 from autoround_modifier.api import choose_schemes, distill, evaluate, quantize, quantized_weights
 from autoround_modifier.calibration import self_generated, text_dataset
 from autoround_modifier.distillation import DistillationResult
+from autoround_modifier.engines import Problem
 from autoround_modifier.entrypoint import oneshot
 from autoround_modifier.errors import (
     CalibrationError,
     CheckpointError,
+    CompressedSourceError,
     NonFiniteError,
     OutputExistsError,
     RecipeError,
+    SavingError,
     SchemeError,
 )
 from autoround_modifier.evaluation import Divergence
+from autoround_modifier.export.check import check_checkpoint
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.lifecycle import register_modifier
+from autoround_modifier.host.loading import load_model
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
 from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
@@ -40,22 +45,27 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Choice",
+    "CompressedSourceError",
     "DistillationResult",
     "Divergence",
     "Measurement",
     "NonFiniteError",
     "OutputExistsError",
     "Preset",
+    "Problem",
     "QuantizedWeight",
     "RecipeError",
+    "SavingError",
     "ScaleDistillationModifier",
     "SchemeError",
     "__version__",
+    "check_checkpoint",
     "choose_schemes",
     "distill",
     "evaluate",
     "find_recipe",
     "list_recipes",
+    "load_model",
     "load_recipe",
     "oneshot",
     "quantize",

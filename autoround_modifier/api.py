@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from autoround_modifier.calibration import check_samples
 from autoround_modifier.distillation import (
     DistillationConfig,
     DistillationResult,
@@ -20,14 +21,15 @@ from autoround_modifier.distillation import (
     trainable_layers,
     trainable_norms,
 )
+from autoround_modifier.engines import required_engines
 from autoround_modifier.entrypoint import oneshot
 from autoround_modifier.errors import CalibrationError, RecipeError
 from autoround_modifier.evaluation import Divergence, compare
 from autoround_modifier.export.saved_weights import SavedWeights, dtype_named
 from autoround_modifier.formats import QuantizedWeight
+from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.layers import disable_offloading
 from autoround_modifier.host.lifecycle import eval_context
-from autoround_modifier.host.matching import find_blocks
 from autoround_modifier.host.quantized_weights import quantized_layers, read_layer
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.validation import check_one_process, layers_to_choose_for
@@ -97,6 +99,7 @@ def choose_schemes(
     batch_size: int = 8,
     seed: int = 42,
     cache_dir: str | os.PathLike[str] | None = None,
+    engine: str = "any",
 ) -> Choice:
     """
     Choose a scheme for each layer, so that the model fits a budget of bits with the least loss.
@@ -114,13 +117,15 @@ def choose_schemes(
     :raises RecipeError: if no module is targeted, or `score` is unknown
     :raises CalibrationError: if there is no data, or it does not reach a layer
     :raises NonFiniteError: if a weight or an output has NaN or infinity
+    :raises ValueError: if there is no such ``engine``
     """
     check_one_process("choose_schemes")
     if score not in SCORES:
         raise RecipeError(f"unknown score `{score}`; use one of {', '.join(SCORES)}")
     schemes = resolve_options(list(options))
     layers = layers_to_choose_for(model, schemes, list(targets), list(ignore))
-    check_budget(model, layers, schemes, avg_bits, whole_model, shared_layers)
+    required_engines(engine)  # refuses unknown ones
+    check_budget(model, layers, schemes, avg_bits, whole_model, shared_layers, engine)
     return choose_for_layers(
         model,
         find_blocks(model, sequential_targets),
@@ -132,6 +137,7 @@ def choose_schemes(
         whole_model,
         shared_layers,
         None if cache_dir is None else Path(cache_dir),
+        engine=engine,
     )
 
 
@@ -237,4 +243,5 @@ def _batches(dataset: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         batches.append({key: value[None] for key, value in batch.items()} if single else batch)
     if not batches:
         raise CalibrationError("the calibration dataset is empty")
+    check_samples(batches)
     return batches

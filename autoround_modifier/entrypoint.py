@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
+from loguru import logger
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from autoround_modifier.calibration import text_dataset
+from autoround_modifier.calibration import (
+    HubAccess,
+    PaddedBatch,
+    is_text_source,
+    model_columns,
+    read_samples,
+)
 from autoround_modifier.errors import CalibrationError, RecipeError
+from autoround_modifier.host.applied_schemes import disable_unfinished
 from autoround_modifier.host.layers import weight_folders
-from autoround_modifier.host.lifecycle import AUTOROUND_CLASS_NAME, as_recipe, host_oneshot
+from autoround_modifier.host.lifecycle import (
+    AUTOROUND_CLASS_NAME,
+    Recipe,
+    as_recipe,
+    host_oneshot,
+    running_model,
+)
+from autoround_modifier.host.loading import (
+    check_not_compressed,
+    load_model,
+    source_config,
+    stored_format,
+)
+from autoround_modifier.host.shared_state import (
+    SHARED_STATE_PIPELINE,
+    blocks_share_state,
+    config_shares_state,
+)
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
+from autoround_modifier.modifiers.validation import check_not_quantized
 from autoround_modifier.parallel import gathered, is_distributed, process_rank
 from autoround_modifier.recipes import check_recipe, find_recipe
 from autoround_modifier.runs.output_folder import check_output_folder
@@ -31,63 +59,147 @@ def oneshot(
     overwrite_output_dir: bool = False,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    check_generation: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """
     `llmcompressor.oneshot` with the same arguments, and some things more: ``recipe`` may be the
-    name of a shipped recipe, ``dataset`` may be a text or JSON-lines file, mistakes are refused
-    before anything runs, and the calibration samples are not shuffled unless asked for
+    name of a shipped recipe, ``dataset`` may be text of many kinds, mistakes are refused before
+    anything runs, and the calibration samples are not shuffled unless asked for
     (LLM-Compressor shuffles them by an unseeded generator, so that another run may take others).
-    Several processes (``torchrun``) that are given the same dataset each take a share of it.
+    Several processes (``torchrun``) that are given the same dataset each take a share of it. A
+    model that is released in FP8 or MXFP4 is dequantized as it is loaded. Where blocks of the model
+    share keys and values, ``pipeline`` is ``basic`` unless another is given, which is refused. A
+    run that stops, by Ctrl-C too, leaves no hooks, and says what is kept.
 
     :param model: model, or name or path of one
     :param recipe: path, name of a shipped recipe (``"w2a16_autoround"``), YAML text, `Recipe`,
         modifier, or a list of modifiers
-    :param dataset: whatever `llmcompressor.oneshot` takes, or the path of a ``.txt``, ``.json``
-        or ``.jsonl`` file, which `text_dataset` cuts into samples of ``max_seq_length`` tokens
+    :param dataset: whatever `llmcompressor.oneshot` takes, or a ``source`` of `text_dataset`: text
+        or conversations in a file, a folder, a dataset, a list, or a mixture of them, of which it
+        makes ``num_calibration_samples`` samples of ``max_seq_length`` tokens (512 and 2048)
     :param output_dir: where to save; nothing is saved if None
     :param overwrite_output_dir: save into a folder that already holds files; never into the one
         that the model comes from
     :param token: for the Hugging Face Hub, where a tokenizer or processor is loaded by name
     :param local_files_only: load tokenizer and processor from this machine only
+    :param check_generation: let the model continue the beginning of a calibration sample before
+        and after the run, and warn if only the quantized one repeats a single token
     :param kwargs: further arguments of `llmcompressor.oneshot`, such as ``model_revision`` and
-        ``trust_remote_code_model``, which apply to tokenizer and processor as well
+        ``trust_remote_code_model``, which apply to tokenizer and processor as well; and, for text,
+        ``packing``, ``add_bos_token`` and ``assistant_only_loss`` of `text_dataset`
     :return: the quantized model
     :raises OutputExistsError: if ``output_dir`` holds files, or the original model
     :raises OSError: if ``output_dir`` cannot be made or written to
     :raises ValueError: if ``token`` or ``local_files_only`` is given with the name of a model on
         the Hub, which LLM-Compressor loads without them
-    :raises RecipeError: if the recipe is not found, is empty, or has fields that do not exist
-    :raises CalibrationError: if the dataset is empty
+    :raises RecipeError: if the recipe is not found, is empty, or has fields that do not exist, if
+        its modifiers ran before, or if the model is quantized already
+    :raises CalibrationError: if the dataset is empty, or holds nothing that can calibrate
+    :raises CompressedSourceError: if the model is compressed already
     """
+    revision = kwargs.get("model_revision")
+    stored = _stored_format(model, revision)
+    check_not_compressed(model, stored)
     if output_dir is not None:
         check_output_folder(Path(output_dir), overwrite_output_dir, _source_folders(model))
     recipe = _checked(recipe)
-    hub = {"token": token, "local_files_only": local_files_only}
-    if token is not None or local_files_only:
-        _load_processor(model, kwargs, hub)
-    if isinstance(dataset, (str, Path)) and Path(dataset).is_file():
-        dataset = _read_text(Path(dataset), model, kwargs, hub)
-    if isinstance(dataset, Sized) and not isinstance(dataset, str) and len(dataset) == 0:
-        raise CalibrationError("the calibration dataset is empty")
-    if is_distributed() and isinstance(dataset, Dataset):
-        dataset = _own_share(dataset, kwargs.get("num_calibration_samples", 512))
-    kwargs.setdefault("shuffle_calibration_samples", False)
     recipe = as_recipe(recipe, kwargs.get("stage"))
     for modifier in recipe.modifiers:
+        if modifier.initialized_:
+            raise RecipeError(
+                f"this {type(modifier).__name__} ran before; make a new one for another run"
+            )
         if isinstance(modifier, AutoRoundModifier) and (
             type(modifier).__name__ != AUTOROUND_CLASS_NAME
         ):
             # For the class of that name LLM-Compressor does this itself.
             kwargs["propagate_error"] = False
             modifier.run_without_error_propagation()
-    return host_oneshot(
-        model=model,
-        recipe=recipe,
-        dataset=dataset,
-        output_dir=None if output_dir is None else str(output_dir),
-        **kwargs,
+    if isinstance(model, nn.Module):
+        folders = [x.checkpoint_dir for x in recipe.modifiers if isinstance(x, AutoRoundModifier)]
+        check_not_quantized(model, next(filter(None, folders), None))
+    hub = {"token": token, "local_files_only": local_files_only}
+    if token is not None or local_files_only:
+        _load_processor(model, kwargs, hub)
+    if isinstance(dataset, Sized) and not isinstance(dataset, str) and len(dataset) == 0:
+        raise CalibrationError("the calibration dataset is empty")
+    dataset = _samples(dataset, model, kwargs, hub)
+    if is_distributed() and isinstance(dataset, Dataset):
+        dataset = _own_share(dataset, kwargs.get("num_calibration_samples", 512))
+    kwargs.setdefault("shuffle_calibration_samples", False)
+    if any(
+        isinstance(x, AutoRoundModifier) and x.requires_calibration_data for x in recipe.modifiers
+    ):
+        _choose_pipeline(model, kwargs)
+    if stored is not None:
+        model = load_model(
+            str(model),
+            revision=revision,
+            dtype=kwargs.get("precision", "auto"),
+            trust_remote_code=kwargs.get("trust_remote_code_model", False),
+        )
+    last = recipe.modifiers[-1] if recipe.modifiers else None
+    if check_generation and isinstance(last, AutoRoundModifier):
+        last.check_generation()
+    try:
+        return host_oneshot(
+            model=model,
+            recipe=recipe,
+            dataset=dataset,
+            output_dir=None if output_dir is None else str(output_dir),
+            **kwargs,
+        )
+    except BaseException:  # Ctrl-C among them, which may come while code of others runs
+        _clean_up(recipe)
+        raise
+
+
+def _stored_format(model: str | Path | PreTrainedModel, revision: str | None) -> str | None:
+    """:return: of a name: how the weights are stored, None for plain weights"""
+    if isinstance(model, (str, Path)):
+        with contextlib.suppress(OSError):  # LLM-Compressor says that there is no such model
+            return stored_format(source_config(model, revision), model, revision)
+    return None
+
+
+def _choose_pipeline(model: str | PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """
+    :param kwargs: of `oneshot`; ``pipeline`` may be set
+    :raises RecipeError: if the model cannot run in the pipeline that is asked for
+    """
+    if isinstance(model, (str, Path)):
+        config = AutoConfig.from_pretrained(
+            model,
+            revision=kwargs.get("model_revision", "main"),
+            trust_remote_code=kwargs.get("trust_remote_code_model", False),
+        )
+        if not config_shares_state(config):
+            return
+    elif not blocks_share_state(model):
+        return
+    pipeline = kwargs.setdefault("pipeline", SHARED_STATE_PIPELINE)
+    if pipeline != SHARED_STATE_PIPELINE:
+        raise RecipeError(
+            "blocks of this model share keys and values, which LLM-Compressor's pipeline "
+            f"`{pipeline}` does not pass on; leave `pipeline` out (or give "
+            f"`{SHARED_STATE_PIPELINE}`)"
+        )
+    logger.info(
+        f"blocks of this model share keys and values: the pipeline is `{SHARED_STATE_PIPELINE}`, "
+        "which keeps the inputs and outputs of all blocks in memory until the last has run"
     )
+
+
+def _clean_up(recipe: Recipe) -> None:
+    """Leave the model of a run that has stopped without hooks, and able to run."""
+    for modifier in recipe.modifiers:
+        if isinstance(modifier, AutoRoundModifier):
+            modifier.clean_up()
+        modifier.remove_hooks()
+    model = running_model()
+    if model is not None:
+        disable_unfinished(model)
 
 
 def _checked(recipe: Any) -> Any:
@@ -120,11 +232,18 @@ def _own_share(dataset: Dataset, num_samples: int | None) -> Dataset:
 
 def _source_folders(model: str | PreTrainedModel) -> set[Path]:
     """:return: folders on this machine from which the model was, or still is, read"""
-    if isinstance(model, (str, Path)):
-        return {Path(model)} if Path(model).is_dir() else set()
-    name = model.config._name_or_path
-    named = {Path(name)} if name and Path(name).is_dir() else set()
-    return named | weight_folders(model)
+    name = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
+    named = {Path(name)} if name and Path(name).is_dir() else _snapshot(name)
+    return named if isinstance(model, (str, Path)) else named | weight_folders(model)
+
+
+def _snapshot(name: str) -> set[Path]:
+    """:return: the folder in the Hub's cache that holds a model of that name, if there is one"""
+    try:
+        config = try_to_load_from_cache(name, "config.json") if name else None
+    except ValueError:  # it cannot be the name of a model
+        return set()
+    return {Path(config).parent} if isinstance(config, str) else set()
 
 
 def _load_processor(
@@ -149,20 +268,79 @@ def _load_processor(
     kwargs["processor"] = processor
 
 
-def _read_text(
-    path: Path, model: str | PreTrainedModel, kwargs: dict[str, Any], hub: dict[str, Any]
+def _samples(
+    dataset: Any, model: str | PreTrainedModel, kwargs: dict[str, Any], hub: dict[str, Any]
 ) -> Any:
-    tokenizer = kwargs.get("tokenizer") or kwargs.get("processor")
-    if tokenizer is None or isinstance(tokenizer, str):
-        source = _processor_source(tokenizer, model, kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(**source, **hub)
-    return text_dataset(
-        path,
-        tokenizer,
-        num_samples=kwargs.get("num_calibration_samples", 512),
-        max_seq_length=kwargs.get("max_seq_length") or 2048,
-        text_column=kwargs.get("text_column", "text"),
+    """
+    Make samples of token ids where the dataset is of text.
+
+    :param kwargs: of `oneshot`; those that only `text_dataset` knows are removed, and those that
+        LLM-Compressor needs to take all samples as they are added
+    :param hub: arguments for the Hugging Face Hub
+    """
+    options = {
+        name: kwargs.pop(name)
+        for name in ("packing", "add_bos_token", "assistant_only_loss")
+        if name in kwargs
+    }
+    if isinstance(dataset, (list, tuple)) and all(
+        isinstance(row, Mapping) and "input_ids" in row for row in dataset
+    ):
+        dataset = Dataset.from_list([dict(row) for row in dataset])
+    # LLM-Compressor applies a function of the user's and reads what that gives.
+    is_text = kwargs.get("preprocessing_func") is None and is_text_source(
+        dataset, kwargs.get("text_column")
     )
+    if not is_text:
+        if options:
+            raise CalibrationError(
+                f"`{'`, `'.join(options)}` apply to text that is tokenized here, not to this "
+                "dataset"
+            )
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            dataset = model_columns(dataset)
+            _take_all_of(dataset, kwargs)
+        return dataset
+
+    processor = kwargs.get("tokenizer") or kwargs.get("processor")
+    if processor is None or isinstance(processor, str):
+        source = _processor_source(processor, model, kwargs)
+        processor = AutoTokenizer.from_pretrained(**source, **hub)
+    max_seq_length = kwargs.get("max_seq_length")
+    if max_seq_length is None and not isinstance(model, (str, Path)):
+        text = model.config.get_text_config()
+        max_seq_length = min(2048, getattr(text, "max_position_embeddings", None) or 2048)
+    split = kwargs.get("splits")
+    if isinstance(split, dict):
+        split = split.get("calibration")
+    samples = read_samples(
+        dataset,
+        processor,
+        kwargs.get("num_calibration_samples"),
+        max_seq_length,
+        default_samples=512,
+        text_column=kwargs.get("text_column"),
+        name=kwargs.get("dataset_config_name"),
+        split=split,
+        hub=HubAccess(**hub),
+        **options,
+    )
+    kwargs["num_calibration_samples"] = len(samples)
+    _take_all_of(samples, kwargs)
+    return samples
+
+
+def _take_all_of(samples: Dataset, kwargs: dict[str, Any]) -> None:
+    """
+    Let LLM-Compressor take samples as they are: with their loss mask, and padded in a batch where
+    it would cut them.
+
+    :param kwargs: of `oneshot`; what the user set stays
+    """
+    if "loss_mask" in samples.column_names:
+        kwargs.setdefault("use_loss_mask", True)
+    if kwargs.get("batch_size", 1) > 1 and PaddedBatch.fits(samples.column_names):
+        kwargs.setdefault("data_collator", PaddedBatch(kwargs.get("max_seq_length")))
 
 
 def _processor_source(

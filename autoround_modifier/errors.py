@@ -3,9 +3,11 @@
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "CompressedSourceError",
     "NonFiniteError",
     "OutputExistsError",
     "RecipeError",
+    "SavingError",
     "SchemeError",
     "listed",
 ]
@@ -23,12 +25,20 @@ class CalibrationError(ValueError):
     """Calibration data that is missing, empty or cannot be used."""
 
 
+class CompressedSourceError(ValueError):
+    """A model whose weights are compressed already."""
+
+
 class NonFiniteError(ValueError):
     """NaN or infinity in a weight or an activation."""
 
 
 class OutputExistsError(FileExistsError):
     """An output folder that already holds files."""
+
+
+class SavingError(ValueError):
+    """A model that could not be saved after the run."""
 
 
 class CheckpointError(ValueError):

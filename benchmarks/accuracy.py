@@ -161,6 +161,8 @@ def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration
         "max_seq_length": arguments.length,
         "add_bos_token": bos,
     }
+    if calibration == "text-without-bos":
+        sizes["add_bos_token"] = False
     if calibration == "self":
         dataset = self_generated(original, tokenizer, **sizes, seed=arguments.seed)
     else:
@@ -277,7 +279,13 @@ def main() -> None:
         "+distillation.field=value; default: the suite's",
     )
     parser.add_argument("--suite", default="peers", choices=SUITES)
-    parser.add_argument("--calibrations", nargs="+", default=["text"], choices=["text", "self"])
+    parser.add_argument(
+        "--calibrations",
+        nargs="+",
+        default=["text"],
+        choices=["text", "text-without-bos", "self"],
+        help="text-without-bos shows what BOS is worth: evaluation has it all the same",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=64)

@@ -14,6 +14,7 @@ from helpers import quantized_layers
 from llmcompressor.recipe import Recipe
 
 from autoround_modifier import AutoRoundModifier, find_recipe, list_recipes, load_recipe
+from autoround_modifier.calibration.mixture import data_recipes
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.recipes import check_recipe
 
@@ -142,3 +143,5 @@ def test_a_wheel_carries_the_recipes(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for name in SHIPPED:
         assert f"autoround_modifier/shipped_recipes/{name}.yaml" in names
+    for path in data_recipes().values():
+        assert f"autoround_modifier/shipped_recipes/data/{path.name}" in names

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoround_modifier.errors import RecipeError
+
 __all__ = ["POSITIONS", "counting_positions", "forward_arguments", "model_logits"]
 
 # Positions whose logits are in float32 at the same time.
@@ -22,13 +24,20 @@ def model_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """
     :param inputs: `forward_arguments`
     :return: (batch, length, vocabulary), in the model's dtype, on its device
+    :raises RecipeError: if the model has no head that predicts tokens
     """
     device = next(model.parameters()).device
     moved = {
         key: value.to(device) if isinstance(value, Tensor) else value
         for key, value in inputs.items()
     }
-    return model(**moved, use_cache=False).logits
+    output = model(**moved, use_cache=False)
+    if getattr(output, "logits", None) is None:
+        raise RecipeError(
+            f"{type(model).__name__} predicts no tokens (its output has no logits), so no "
+            "divergence can be measured; give a model with a head (`...ForCausalLM`)"
+        )
+    return output.logits
 
 
 def counting_positions(batch: dict[str, Any], shape: torch.Size) -> Tensor | None:

@@ -117,7 +117,7 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tens
     hidden, name = _find_hidden(args, kwargs)
     if hidden is None:
         raise ValueError(
-            "the block is called without a tensor as first argument and without `hidden_states`"
+            "it is called without a tensor as first argument and without `hidden_states`"
         )
     if name is None:
         args = args[1:]
@@ -185,8 +185,8 @@ def token_mask(attention_mask: Any, num_tokens: int) -> Tensor | None:
     A causal mask lets a token attend to itself exactly if it is not padding, so the diagonal of
     a four-dimensional mask is the token mask, for left and right padding and sliding windows.
 
-    :param attention_mask: (batch, heads or 1, num_tokens, num_tokens), additive or bool, or
-        (batch, num_tokens); anything else has nothing to say
+    :param attention_mask: (batch, heads or 1, num_tokens, num_tokens), additive, bool or integers,
+        or (batch, num_tokens); anything else has nothing to say
     :return: (batch, num_tokens), bool; None if every token is real
     """
     mask = attention_mask
@@ -194,7 +194,7 @@ def token_mask(attention_mask: Any, num_tokens: int) -> Tensor | None:
         return None
     if mask.ndim == 4 and mask.shape[-1] == mask.shape[-2] == num_tokens:
         mask = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
     elif mask.ndim == 2 and mask.shape[-1] == num_tokens:
         mask = mask.bool()
     else:

@@ -22,7 +22,7 @@ from autoround_modifier.blocks.samples import (
     split_call,
 )
 from autoround_modifier.blocks.selection import SampleSelection
-from autoround_modifier.errors import NonFiniteError
+from autoround_modifier.errors import NonFiniteError, RecipeError
 
 __all__ = ["BlockSamples", "CalibrationStore", "module_list", "split_by_module_list"]
 
@@ -158,6 +158,7 @@ class CalibrationStore:
         Record what a block is called with, before it runs: it may write into its arguments.
 
         :param token_mask: (batch, tokens), bool, False for tokens that shall not count
+        :raises RecipeError: if the block takes no hidden states
         """
         self._tensors.next_call()
         name = self._lists[block]
@@ -166,7 +167,13 @@ class CalibrationStore:
             self.sort and selection.order is None and self._first.setdefault(name, block) is block
         )
         start = self._recordings.get(block, _Recording()).num_samples
-        rows = split_call(*take_apart((args, kwargs)))
+        try:
+            rows = split_call(*take_apart((args, kwargs)))
+        except ValueError as error:
+            raise RecipeError(
+                f"{self.names[block]} ({type(block).__name__}) is no block that can be tuned: "
+                f"{error}. Name the class of the others in `sequential_targets` of `oneshot`."
+            ) from error
         call = _OpenCall(args, kwargs, {}, len(rows), token_mask, {}, [])
         if self.keep_outputs:
             tensors = tensors_by_place((args, kwargs))

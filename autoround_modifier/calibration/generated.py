@@ -15,7 +15,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from autoround_modifier.calibration.text import first_tokens, token_dataset
+from autoround_modifier.calibration.tokens import Sample, first_tokens, token_dataset
+from autoround_modifier.errors import CalibrationError
 
 __all__ = ["self_generated"]
 
@@ -45,14 +46,23 @@ def self_generated(
     :param seed: fixes the text; the global random state is left as it was
     :param add_bos_token: whether each sample begins with BOS; None does what the tokenizer does
     :return: dataset with ``input_ids`` and ``attention_mask``, which `oneshot` takes as it is
+    :raises CalibrationError: if no sample, or none longer than its first tokens, is asked for
     """
     special = set(tokenizer.all_special_ids)
-    ordinary = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+    # A tokenizer may know more tokens than the model: Gemma 3 has one for images.
+    weight: Any = model.get_input_embeddings().weight
+    known = min(len(tokenizer), len(weight))
+    ordinary = torch.tensor([i for i in range(known) if i not in special])
     generator = torch.Generator().manual_seed(seed)
     first = ordinary[torch.randint(len(ordinary), (num_samples, 1), generator=generator)]
     bos = torch.tensor([first_tokens(tokenizer, add_bos_token)], dtype=first.dtype)
     prompts = torch.cat([bos.expand(num_samples, -1), first], dim=1)
     new_tokens = max_seq_length - prompts.shape[1]
+    if num_samples < 1 or new_tokens < 1:
+        raise CalibrationError(
+            f"self_generated: {num_samples} samples of {max_seq_length} tokens; use at least 1 of "
+            f"{prompts.shape[1] + 1}"
+        )
 
     samples: list[Tensor] = []
     devices = [model.device] if model.device.type != "cpu" else []
@@ -76,7 +86,7 @@ def self_generated(
                 stopping_criteria=StoppingCriteriaList([_Progress(progress)]),
             )
             samples.append(generated.cpu())
-    return token_dataset(torch.cat(samples).tolist())
+    return token_dataset([Sample(ids) for ids in torch.cat(samples).tolist()])
 
 
 class _Progress(StoppingCriteria):

@@ -1,181 +1,267 @@
-"""Calibration text from a file: documents, cut into samples of equal length."""
+"""Calibration samples from texts and conversations."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from loguru import logger
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from autoround_modifier.calibration.documents import Tokenization, content_of
+from autoround_modifier.calibration.mixture import data_recipes, interleaved, read_mixture, shares
+from autoround_modifier.calibration.packing import Packer
+from autoround_modifier.calibration.records import DATA_SUFFIXES, Record, file_kind
+from autoround_modifier.calibration.sources import (
+    DataSource,
+    HubAccess,
+    described,
+    holds_text,
+    is_dataset,
+)
+from autoround_modifier.calibration.tokens import Sample, token_dataset
 from autoround_modifier.errors import CalibrationError
 
-__all__ = ["first_tokens", "text_dataset", "token_dataset"]
+__all__ = ["is_text_source", "read_samples", "text_dataset"]
 
 
 def text_dataset(
-    path: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    num_samples: int = 128,
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    num_samples: int | None = None,
     max_seq_length: int = 2048,
-    text_column: str = "text",
+    text_column: str | None = None,
     add_bos_token: bool | None = None,
-    **match: str,
+    *,
+    packing: bool = True,
+    assistant_only_loss: bool = False,
+    **match: Any,
 ) -> Dataset:
     """
-    Cut the documents of a text file into samples of equal length.
+    Make calibration samples of texts or conversations.
 
-    Every document is cut into pieces of ``max_seq_length`` tokens; a shorter rest is dropped. The
-    first pieces of all documents come first, then the second pieces, and so on, so that few
-    samples still come from many documents. Reading stops when no later document can contribute.
+    Every document is cut into samples of ``max_seq_length`` tokens. The first pieces of all
+    documents come first, then the second pieces, and so on, so that few samples still come from
+    many documents. Documents that are shorter are joined, with the tokenizer's EOS between them,
+    until a sample is full, and so are the rests of long ones. Reading stops when no later document
+    can contribute. The same arguments give the same samples. What is used and what is left out is
+    logged.
 
-    :param path: ``.jsonl`` (one JSON object per line), ``.json`` (the same, or one array of
-        objects), or any other file as one document of plain text; UTF-8
-    :param tokenizer: of the model to calibrate
-    :param num_samples: largest number of samples
-    :param max_seq_length: tokens in each sample, BOS included
-    :param text_column: field of a JSON object that holds the text
-    :param add_bos_token: whether each sample begins with BOS; None does what the tokenizer does
-        with a text
-    :param match: keep only JSON objects with these values, for example ``split="calib"``
-    :return: dataset with ``input_ids`` and ``attention_mask``, which `oneshot` takes as it is
-    :raises CalibrationError: if a document cannot be read (with file and line), or none has
-        ``max_seq_length`` tokens
+    :param source: a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, else plain text; also
+        ``.gz``), a folder, or the name of a dataset on the Hugging Face Hub; a dataset; a list of
+        texts or of rows; a list of mappings with ``path`` and ``num_samples`` (a mixture), the path
+        of a YAML file of one, or the name of a shipped one (``"chat"``, ``"code"``, ``"mixed"``)
+    :param tokenizer: of the model to calibrate, or its processor
+    :param num_samples: largest number of samples; None takes what the sources of a mixture add up
+        to, or 128
+    :param max_seq_length: tokens in each sample, special ones included; at most the tokenizer's
+        ``model_max_length``
+    :param text_column: column that holds the text, or the messages of a conversation, which the
+        tokenizer's chat template writes; None takes the first of ``text``, ``messages``,
+        ``conversations`` and ``content`` that holds something. Null and empty texts are skipped.
+    :param add_bos_token: whether each sample of text begins with BOS; None does what the tokenizer
+        does with a text. Conversations begin as the chat template begins them.
+    :param packing: join short documents; else each is a sample of its own, if it has 16 tokens (or
+        half of ``max_seq_length``)
+    :param assistant_only_loss: let only what the assistant says in conversations count; needs a
+        chat template with ``{% generation %}``
+    :param match: keep only rows with these values, for example ``split="calib"``
+    :return: dataset with ``input_ids``, ``attention_mask`` and, with ``assistant_only_loss``,
+        ``loss_mask``, which `oneshot` takes as it is
+    :raises CalibrationError: if a row cannot be read (with file and line), or there is no text
     """
-    path = Path(path)
-    prefix = first_tokens(tokenizer, add_bos_token)
-    length = max_seq_length - len(prefix)
-    if length < 1:
-        raise CalibrationError(f"max_seq_length is {max_seq_length}; use at least 2")
-    documents: list[list[list[int]]] = []
-    num_read = 0
-    for text in _documents(path, text_column, match):
-        num_read += 1
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        starts = range(0, len(ids) - length + 1, length)
-        if starts:
-            documents.append([prefix + ids[start : start + length] for start in starts])
-        if len(documents) == num_samples:
-            break
-    if not documents:
-        raise CalibrationError(
-            f"{path}: none of {num_read} documents has {max_seq_length} tokens. Use a smaller "
-            "`max_seq_length` or longer documents."
-        )
-    rounds = max(map(len, documents))
-    samples = [
-        pieces[index] for index in range(rounds) for pieces in documents if index < len(pieces)
-    ]
-    return token_dataset(samples[:num_samples])
-
-
-def first_tokens(
-    tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None = None
-) -> list[int]:
-    """
-    :param add_bos_token: None does what the tokenizer does with a text
-    :return: the BOS id if texts begin with it, else nothing
-    :raises CalibrationError: if BOS is asked for and the tokenizer has none
-    """
-    bos = tokenizer.bos_token_id
-    if add_bos_token is None:
-        ids = tokenizer("a")["input_ids"]
-        add_bos_token = bos is not None and len(ids) > 0 and ids[0] == bos
-    if add_bos_token and bos is None:
-        raise CalibrationError("add_bos_token: the tokenizer has no BOS token")
-    return [bos] if add_bos_token else []
-
-
-def token_dataset(samples: list[list[int]]) -> Dataset:
-    """:return: dataset with ``input_ids`` and ``attention_mask``; every token counts"""
-    return Dataset.from_dict(
-        {"input_ids": samples, "attention_mask": [[1] * len(sample) for sample in samples]}
+    return read_samples(
+        source,
+        tokenizer,
+        num_samples,
+        max_seq_length,
+        default_samples=128,
+        text_column=text_column,
+        add_bos_token=add_bos_token,
+        packing=packing,
+        assistant_only_loss=assistant_only_loss,
+        match=match,
     )
 
 
-def _documents(path: Path, text_column: str, match: dict[str, str]) -> Iterator[str]:
-    if path.suffix not in (".json", ".jsonl"):
-        with _utf8(path):
-            yield path.read_text(encoding="utf-8-sig")
-        return
-    for line, record in _records(path):
-        if not isinstance(record, dict):
-            raise CalibrationError(
-                f"{path}:{line}: {_shown(record)} is not a JSON object with a field `{text_column}`"
-            )
-        if any(record.get(key) != value for key, value in match.items()):
+def read_samples(
+    source: Any,
+    tokenizer: Any,
+    num_samples: int | None,
+    max_seq_length: int | None,
+    *,
+    default_samples: int,
+    text_column: str | None = None,
+    add_bos_token: bool | None = None,
+    packing: bool = True,
+    assistant_only_loss: bool = False,
+    match: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    split: str | None = None,
+    hub: HubAccess | None = None,
+) -> Dataset:
+    """
+    `text_dataset`, with more arguments.
+
+    :param max_seq_length: None for 2048, or less if the tokenizer's ``model_max_length`` is
+    :param default_samples: in place of ``num_samples``, if that is None and nothing else says it
+    :param name: configuration of a dataset of the Hub or of a folder
+    :param split: of a dataset of the Hub, a folder, or a `DatasetDict`
+    :param hub: how the Hub may be reached
+    """
+    if num_samples is not None and num_samples < 1:
+        raise CalibrationError(f"{num_samples} calibration samples asked for; use at least 1")
+    tokenization = Tokenization(tokenizer, add_bos_token, assistant_only_loss)
+    length = _length(max_seq_length, tokenization)
+    sources = read_mixture(source) or [DataSource(source, name=name, split=split)]
+    parts = []
+    for one, count in zip(sources, shares(sources, num_samples, default_samples), strict=True):
+        if count == 0:
+            logger.warning(f"{described(one.path)}: its share of {num_samples} samples is none")
             continue
-        if text_column not in record:
-            raise CalibrationError(
-                f"{path}:{line}: no field `{text_column}`; this object has {sorted(record)}. Name "
-                "the right one with `text_column`."
+        packer = Packer(length, count, packing)
+        columns = {**(match or {}), **one.match}
+        parts.append(
+            _samples(
+                one,
+                one.records(hub or HubAccess()),
+                one.text_column or text_column,
+                columns,
+                tokenization,
+                packer,
             )
-        text = record[text_column]
-        if not isinstance(text, str):
-            raise CalibrationError(
-                f"{path}:{line}: field `{text_column}` is {_shown(text)}, not a string"
-            )
-        yield text
-
-
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """
-    Yield each value of a JSON-lines file or of a JSON array, with its line.
-
-    :raises CalibrationError: with file and line, where the file is not JSON or not UTF-8
-    """
-    # "utf-8-sig" skips a byte order mark.
-    with _utf8(path), path.open(encoding="utf-8-sig") as file:
-        while (first := file.read(1)) and first.isspace():
-            pass
-        file.seek(0)
-        if first == "[":
-            yield from _array(path, file.read())
-            return
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise CalibrationError(
-                        f"{path}:{number}: not a JSON value on one line ({error.msg}). Write one "
-                        "object per line, or all of them as one array."
-                    ) from error
-                yield number, value
-
-
-def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Yield the elements of a JSON array, each with the line on which it begins."""
-    decoder = json.JSONDecoder()
-    try:
-        json.loads(text)  # an error anywhere in it is found before the first element is used
-    except json.JSONDecodeError as error:
-        raise CalibrationError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
-    position, line, counted = text.index("[") + 1, 1, 0
-    while True:
-        while text[position].isspace() or text[position] == ",":
-            position += 1
-        if text[position] == "]":
-            return
-        line += text.count("\n", counted, position)
-        counted = position
-        element, position = decoder.raw_decode(text, position)
-        yield line, element
-
-
-@contextlib.contextmanager
-def _utf8(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeDecodeError as error:
+        )
+    samples = interleaved(parts)
+    if assistant_only_loss and all(sample.loss_mask is None for sample in samples):
         raise CalibrationError(
-            f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); convert it"
-        ) from error
+            "assistant_only_loss: the calibration data are texts, not conversations; name the "
+            "column of the messages with `text_column`, or leave `assistant_only_loss` out"
+        )
+    return token_dataset(samples)
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+def _length(max_seq_length: int | None, tokenization: Tokenization) -> int:
+    """:return: tokens of a sample that the tokenizer's model can take"""
+    limit = tokenization.tokenizer.model_max_length
+    if max_seq_length is None:
+        max_seq_length = min(2048, limit)
+    if max_seq_length > limit:
+        logger.warning(
+            f"max_seq_length is {max_seq_length}, and the tokenizer's model_max_length {limit}; "
+            f"samples have {limit} tokens"
+        )
+        max_seq_length = limit
+    fewest = len(tokenization.first) + 1
+    if max_seq_length < max(2, fewest):
+        raise CalibrationError(f"max_seq_length is {max_seq_length}; use at least {fewest + 1}")
+    return max_seq_length
+
+
+def _samples(
+    source: DataSource,
+    records: Any,
+    text_column: str | None,
+    match: Mapping[str, Any],
+    tokenization: Tokenization,
+    packer: Packer,
+) -> list[Sample]:
+    """:return: at least one sample of a source; what is used and left out is logged"""
+    rows = empty = 0
+    record = None
+    for record in records:
+        rows += 1
+        if not _matches(record, match):
+            continue
+        content = content_of(record, text_column)
+        document = None if content is None else tokenization(content, record)
+        if document is None or not document.ids:
+            empty += 1
+            continue
+        packer.add(document)
+        if packer.full:
+            break
+    samples = packer.samples()
+    name = described(source.path)
+    if not samples:
+        raise CalibrationError(f"{name}: {_why_none(record, rows, empty, match, packer)}")
+    _report(name, samples, rows, empty, packer)
+    return samples
+
+
+def _matches(record: Record, match: Mapping[str, Any]) -> bool:
+    row = record.value if isinstance(record.value, Mapping) else {}
+    return all(column in row and row[column] == value for column, value in match.items())
+
+
+def _why_none(
+    last: Record | None, rows: int, empty: int, match: Mapping[str, Any], packer: Packer
+) -> str:
+    """:param last: row that was read, if there is one"""
+    if last is None:
+        return "the calibration dataset is empty"
+    if not packer.num_documents and not empty:
+        wanted = ", ".join(f"{column}={value!r}" for column, value in match.items())
+        columns = sorted(map(str, last.value)) if isinstance(last.value, Mapping) else "no columns"
+        return f"none of {rows} rows has {wanted}; the last one has {columns}"
+    if not packer.num_documents:
+        return f"none of {rows} rows holds any text"
+    if packer.num_silent:
+        return f"the assistant says nothing in {packer.num_documents} conversations"
+    return (
+        f"{packer.num_documents} documents have fewer than the {packer.fewest_tokens} tokens of "
+        "the shortest sample. Use longer documents"
+        + (", or `packing=True`." if not packer.packing else ".")
+    )
+
+
+def _report(name: str, samples: list[Sample], rows: int, empty: int, packer: Packer) -> None:
+    num_tokens = sum(len(sample.ids) for sample in samples)
+    shorter = sum(len(sample.ids) < packer.length for sample in samples)
+    message = (
+        f"{name}: {len(samples)} samples of {packer.length} tokens"
+        + (f", {shorter} of them shorter" if shorter else "")
+        + f"; {num_tokens} tokens of {packer.num_documents} documents in {rows} rows"
+    )
+    left_out = [
+        f"{count} {what}"
+        for count, what in (
+            (empty, "rows without text"),
+            (packer.num_short, f"documents or rests of fewer than {packer.fewest_tokens} tokens"),
+            (packer.num_silent, "samples in which the assistant says nothing"),
+        )
+        if count
+    ]
+    if left_out:
+        message += f"; left out: {', '.join(left_out)}"
+    if len(samples) < packer.num_samples:
+        message += f"; {packer.num_samples} samples were asked for"
+        if packer.packing and len(samples) < packer.num_documents:
+            message += ", a smaller `max_seq_length` or `packing=False` would give more"
+    log = logger.warning if left_out or len(samples) < packer.num_samples else logger.info
+    log(message)
+
+
+def is_text_source(dataset: Any, text_column: str | None = None) -> bool:
+    """
+    Whether `text_dataset` makes samples of it; everything else is for LLM-Compressor.
+
+    :param dataset: argument of `oneshot`
+    :raises CalibrationError: if it is a dataset without any column that could be used
+    """
+    if isinstance(dataset, str):
+        path = Path(dataset)
+        return (
+            path.is_file()
+            or "/" in dataset
+            or os.sep in dataset
+            or dataset in data_recipes()
+            or file_kind(path) in (*DATA_SUFFIXES, ".yaml", ".yml")
+        )
+    if isinstance(dataset, os.PathLike):
+        return True
+    if is_dataset(dataset):
+        return holds_text(dataset, text_column)
+    return isinstance(dataset, (list, tuple, Mapping))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from autoround_modifier.errors import CheckpointError, listed
+from autoround_modifier.export.saved_files import CONFIG, read_json, tensor_files
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.matching import match_targets
 from autoround_modifier.host.quantized_weights import matches_saved_layer, read_saved_layer
@@ -19,7 +19,6 @@ from autoround_modifier.host.schemes import QuantizationArgs, QuantizationConfig
 
 __all__ = ["SavedWeights", "dtype_named"]
 
-INDEX = "model.safetensors.index.json"
 SCALE = ".weight_scale"
 
 
@@ -35,7 +34,7 @@ class SavedWeights(Mapping[str, QuantizedWeight]):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / CONFIG)
         found = config.get("quantization_config") or {}
         if found.get("quant_method") != "compressed-tensors":
             raise CheckpointError(
@@ -54,7 +53,7 @@ class SavedWeights(Mapping[str, QuantizedWeight]):
             if scheme.weights
             for target in scheme.targets
         ]
-        self._files = _tensor_files(folder)
+        self._files = tensor_files(folder)
         names = (name.removesuffix(SCALE) for name in self._files if name.endswith(SCALE))
         self._parts: dict[str, list[str]] = {name: [] for name in names}
         for name in self._files:
@@ -104,16 +103,6 @@ class SavedWeights(Mapping[str, QuantizedWeight]):
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return found
-
-
 def dtype_named(name: Any) -> torch.dtype:
     """
     :param name: ``dtype`` of a model's config; None for bfloat16
@@ -123,18 +112,3 @@ def dtype_named(name: Any) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"config.json: `dtype` is {name}, which is no dtype of PyTorch")
     return dtype
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """:return: tensor name -> file: by the index of a sharded checkpoint, or of all safetensors"""
-    if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map") or {}
-        return {name: folder / file for name, file in weight_map.items()}
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                files.update(dict.fromkeys(file.keys(), path))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return files

@@ -10,12 +10,15 @@ class is *named* ``AutoRoundModifier``; AutoRound needs full-precision inputs an
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
-from compressed_tensors.quantization import disable_quantization
+from compressed_tensors.quantization import QuantizationConfig, disable_quantization
 from compressed_tensors.quantization.utils import is_module_quantized
-from llmcompressor import oneshot as host_oneshot
+from compressed_tensors.utils import patch_attr
+from llmcompressor import oneshot as _oneshot
 from llmcompressor.core import Event, State, active_session
+from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modifiers import Modifier, ModifierFactory
 from llmcompressor.modifiers.quantization.calibration import apply_calibration_status
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
@@ -24,6 +27,7 @@ from llmcompressor.recipe import Recipe
 from llmcompressor.utils import targets_embeddings, untie_word_embeddings
 from llmcompressor.utils.helpers import DisableQuantization, eval_context
 from llmcompressor.utils.pytorch import infer_sequential_targets
+from transformers import PreTrainedModel
 
 __all__ = [
     "AUTOROUND_CLASS_NAME",
@@ -43,14 +47,27 @@ __all__ = [
     "infer_sequential_targets",
     "is_module_quantized",
     "known_modifiers",
+    "quantization_configs",
     "recipe_modifiers",
+    "recipe_stage",
     "register_modifier",
+    "running_model",
     "targets_embeddings",
     "untie_word_embeddings",
 ]
 
 # The name by which the sequential pipeline recognises AutoRound.
 AUTOROUND_CLASS_NAME = "AutoRoundModifier"
+
+
+def host_oneshot(**kwargs: Any) -> PreTrainedModel:
+    """
+    `llmcompressor.oneshot` with a model of which `check_not_compressed` has been asked.
+    LLM-Compressor's own check reads the ``config.json`` that the model is from, and so refuses
+    weights that were dequantized as they were loaded.
+    """
+    with patch_attr(Oneshot, "validate_model", lambda self, model: None):
+        return _oneshot(**kwargs)
 
 
 class PlainDataModifier(Modifier):
@@ -88,6 +105,29 @@ def as_recipe(recipe: Any, stage: str | None = None) -> Recipe:
     return Recipe.create_instance(source, target_stage=stage)
 
 
+def running_model() -> Any:
+    """:return: the model of the last run of LLM-Compressor, or of the one that goes on; or None"""
+    return active_session().state.model
+
+
 def recipe_modifiers() -> list[Modifier]:
     """:return: the modifiers of the running recipe; in a pass of its own, that modifier alone"""
     return list(active_session().lifecycle.recipe.modifiers)
+
+
+def quantization_configs(modifiers: Iterable[Modifier]) -> list[QuantizationConfig]:
+    """
+    :param modifiers: of a recipe
+    :return: how those that quantize will do so, in their order
+    """
+    return [
+        modifier.resolved_config
+        for modifier in modifiers
+        if isinstance(modifier, QuantizationMixin)
+        and (modifier.scheme is not None or modifier.config_groups is not None)
+    ]
+
+
+def recipe_stage() -> str:
+    """:return: the stage of the running recipe"""
+    return active_session().lifecycle.recipe.stage

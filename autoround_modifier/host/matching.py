@@ -6,29 +6,26 @@ from collections.abc import Iterable
 
 from compressed_tensors.utils import is_match, match_named_modules
 from compressed_tensors.utils.match import match_targets
-from llmcompressor.observers.helpers import FUSED_LAYER_NAMES
+from llmcompressor.observers import helpers
 from torch import nn
 
-from autoround_modifier.host.lifecycle import infer_sequential_targets
+from autoround_modifier.engines.fused import FUSED_NAMES
 
 __all__ = [
     "FUSED_LAYER_NAMES",
-    "find_blocks",
     "fused_layers",
     "is_match",
     "match_named_modules",
     "match_targets",
 ]
 
-
-def find_blocks(model: nn.Module, sequential_targets: list[str] | None) -> dict[nn.Module, str]:
-    """
-    :param sequential_targets: class names or name patterns of the blocks; None for those that the
-        model itself declares (``_no_split_modules``)
-    :return: the decoder blocks and their names, in the order of the model
-    """
-    targets = infer_sequential_targets(model, sequential_targets)
-    return {block: name for name, block in match_named_modules(model, targets)}
+# Layers of one module that engines fuse: what LLM-Compressor lists, and vLLM. The longest first,
+# of which others are a part.
+FUSED_LAYER_NAMES = sorted(
+    dict.fromkeys(map(tuple, (*helpers.FUSED_LAYER_NAMES, *FUSED_NAMES.values()))),
+    key=len,
+    reverse=True,
+)
 
 
 def fused_layers(model: nn.Module, layers: Iterable[nn.Linear]) -> list[list[nn.Linear]]:

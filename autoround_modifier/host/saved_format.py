@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
@@ -11,7 +14,7 @@ from compressed_tensors.quantization import (
 )
 from torch import nn
 
-__all__ = ["choose_saved_format"]
+__all__ = ["choose_saved_format", "saved_group"]
 
 
 def choose_saved_format(
@@ -51,3 +54,15 @@ def choose_saved_format(
     )
     if inputs.type == QuantizationType.FLOAT or not byte_each:
         scheme.format = CompressionFormat.pack_quantized
+
+
+def saved_group(scheme: QuantizationScheme) -> dict[str, Any]:
+    """
+    :param scheme: of linear layers, with weights
+    :return: the config group that is written for them, in JSON values
+    """
+    scheme = scheme.model_copy(deep=True)
+    choose_saved_format(scheme)
+    if scheme.format is None:
+        scheme.format = infer_module_format(nn.Linear, scheme)
+    return json.loads(scheme.model_dump_json())

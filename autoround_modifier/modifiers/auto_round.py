@@ -16,8 +16,11 @@ from autoround_modifier.activations import (
 )
 from autoround_modifier.blocks.store import CalibrationStore
 from autoround_modifier.device import Compute, compilation_pays
-from autoround_modifier.errors import RecipeError
+from autoround_modifier.errors import RecipeError, listed
+from autoround_modifier.export.check import check_before_saving
+from autoround_modifier.host.applied_schemes import forget_scheme, forget_schemes, modules_of
 from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_attention
+from autoround_modifier.host.blocks import declare_blocks, find_blocks
 from autoround_modifier.host.experts import routed_experts_only
 from autoround_modifier.host.layers import stored_weight
 from autoround_modifier.host.lifecycle import (
@@ -29,12 +32,16 @@ from autoround_modifier.host.lifecycle import (
     State,
     apply_calibration_status,
     disable_quantization,
+    quantization_configs,
     recipe_modifiers,
     targets_embeddings,
     untie_word_embeddings,
 )
-from autoround_modifier.host.matching import find_blocks
+from autoround_modifier.host.loading import check_not_compressed
+from autoround_modifier.host.shared_state import SHARED_STATE_PIPELINE, blocks_share_state
 from autoround_modifier.modifiers.block_quantizer import BlockQuantizer, groups_to_tune
+from autoround_modifier.modifiers.finishing import prepare_saving
+from autoround_modifier.modifiers.generation import GenerationCheck
 from autoround_modifier.modifiers.preparation import PreparedModel, prepare_model
 from autoround_modifier.modifiers.progress import TuningProgress
 from autoround_modifier.modifiers.recorder import (
@@ -48,11 +55,14 @@ from autoround_modifier.modifiers.settings import (
     TuningSettings,
     reason_for_calibration,
 )
+from autoround_modifier.modifiers.targets import warn_of_targets
 from autoround_modifier.modifiers.validation import (
     check_calibration_data,
     check_finite,
     check_fit,
     check_kv_cache,
+    check_layers_in_blocks,
+    check_not_quantized,
     check_processes,
     check_schemes_unchanged,
     log_uncovered_layers,
@@ -61,7 +71,7 @@ from autoround_modifier.modifiers.validation import (
 )
 from autoround_modifier.runs.block_report import BlockReport
 from autoround_modifier.runs.checkpoint import RunCheckpoint
-from autoround_modifier.runs.digests import run_digests
+from autoround_modifier.runs.digests import run_description, run_digests
 
 __all__ = ["AutoRoundModifier"]
 
@@ -102,6 +112,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     requires_calibration_data: bool = True
 
     _without_error_propagation: bool = PrivateAttr(default=False)
+    _checks_generation: bool = PrivateAttr(default=False)
+    _generation: GenerationCheck | None = PrivateAttr(default=None)
     _prepared: PreparedModel = PrivateAttr(default_factory=PreparedModel)
     _block_quantizer: BlockQuantizer | None = PrivateAttr(default=None)
     _checkpoint: RunCheckpoint | None = PrivateAttr(default=None)
@@ -109,6 +121,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     _store: CalibrationStore | None = PrivateAttr(default=None)
     _tune_in_sdpa: bool = PrivateAttr(default=False)
     _progress: TuningProgress = PrivateAttr(default_factory=TuningProgress)
+    _only_modifier: bool = PrivateAttr(default=False)
+    _stopped: bool = PrivateAttr(default=False)
 
     @model_validator(mode="after")
     def _say_whether_data_is_needed(self) -> AutoRoundModifier:
@@ -131,6 +145,10 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         """
         self._without_error_propagation = True
 
+    def check_generation(self) -> None:
+        """Called by `oneshot`: warn if the quantized model repeats a single token."""
+        self._checks_generation = True
+
     @property
     def block_reports(self) -> list[BlockReport]:
         """What was done to each group of blocks, in order."""
@@ -140,10 +158,13 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
-        :raises RecipeError: if there is no scheme, no module is targeted, or the class is renamed
-            and LLM-Compressor would feed it quantized inputs
+        :raises CompressedSourceError: if the model is compressed already
+        :raises RecipeError: if there is no scheme, no module is targeted, the model is quantized
+            already, there is no block to tune, ``engine`` would not load the checkpoint, or the
+            class is renamed and LLM-Compressor would feed it quantized inputs
         :raises SchemeError: if a scheme is not supported or does not fit its layer
         :raises CalibrationError: if data is needed and there is none
+        :raises SavingError: if the model could not be saved
         :raises NonFiniteError: if a targeted weight has NaN or infinity
         :raises RuntimeError: if several processes share a model on disk
         :raises CheckpointError: if ``checkpoint_dir`` holds another run, or another process uses it
@@ -163,19 +184,33 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                 "put an AutoSchemeModifier before it, which chooses"
             )
         model = state.model
+        check_not_compressed(model)
+        check_not_quantized(model, self.checkpoint_dir)
+        modifiers = recipe_modifiers()
+        before = modifiers[: next(i for i, x in enumerate([*modifiers, self]) if x is self)]
+        forget_schemes(model, modules_of(model, before))
+        self._only_modifier = len(modifiers) <= 1
         check_processes(model)
         self.add_ignored(log_untargeted_routers(model, self.resolved_config))
+        warn_of_targets(model, self.resolved_config)
         schemes = resolve_schemes(model, self.resolved_config)
         check_fit(schemes)
         check_finite({name: layer for name, (layer, _) in schemes.items()})
         check_kv_cache(model, self.kv_cache_scheme)
+        prepare_saving(model)
+        self._blocks = find_blocks(model, kwargs.get("sequential_targets"))
+        if self.iters:
+            check_layers_in_blocks(self._blocks, schemes, self.iters)
         if self.requires_calibration_data:
-            check_calibration_data(state.data.calib, reason_for_calibration(self, self))
+            reason = reason_for_calibration(self, self)
+            check_calibration_data(state.data.calib, reason, model)
+        self._check_what_will_be_saved(model)
 
         if self.checkpoint_dir is not None:
             batches = state.data.calib if self.requires_calibration_data else None
-            digests = run_digests(model, self, recipe_modifiers(), batches)
-            self._checkpoint = RunCheckpoint(Path(self.checkpoint_dir), digests)
+            digests = run_digests(model, self, modifiers, batches)
+            described = run_description(model, modifiers, batches)
+            self._checkpoint = RunCheckpoint(Path(self.checkpoint_dir), digests, described)
         QuantizationMixin.initialize_quantization(self, model)
         num_weights = sum(stored_weight(layer).numel() for layer, _ in schemes.values())
         compiled = self.enable_torch_compile
@@ -188,11 +223,14 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             self.kv_cache_scheme is not None,
             self.min_expert_tokens,
         )
-        self._blocks = find_blocks(model, kwargs.get("sequential_targets"))
+        if kwargs.get("sequential_targets") is None:
+            declare_blocks(model, self._blocks)
         log_uncovered_layers(model, self._blocks, self.ignore)
         if self.requires_calibration_data:
             warn_of_blocks_without_mask(self._blocks)
         self._tune_in_sdpa = sdpa_computes_the_same(model)
+        if self._checks_generation and self.requires_calibration_data:
+            self._generation = GenerationCheck(model, state.data.calib)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -242,6 +280,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     ) -> None:
         state.model.apply(disable_quantization)  # the basic pipeline leaves it enabled
         with self._clean_up_on_failure():
+            if self._store is not None and state.model not in modules:
+                self._check_pipeline(state.model)
             groups, modules = groups_to_tune(state.model, modules, self._blocks, self._store)
             self._find_shared_scales(state.model, modules)
             if self._block_quantizer is not None:
@@ -258,6 +298,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
 
     def on_calibration_end(self, state: State, event: Event | None, **kwargs: Any) -> None:
         with self._clean_up_on_failure():
+            if self.iters and not any(report.failure is None for report in self.block_reports):
+                raise RecipeError(self._why_nothing_was_tuned())
             never_ran = list(self._prepared.quantizer.unquantized)
             self._find_shared_scales(state.model, never_ran)
             self._quantize_rest(never_ran)
@@ -267,10 +309,19 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         if not self.ended_:
-            self.on_calibration_end(state, None)
+            self.clean_up()  # the run has stopped, and the host only cleans up
+        elif self._generation is not None:
+            self._generation.warn_if_repeating(state.model)
         return True
 
     # ------------------------------------------------------------------ steps of the lifecycle
+
+    def _check_what_will_be_saved(self, model: nn.Module) -> None:
+        """By all modifiers of the recipe; the last one of this class knows the schemes of all."""
+        modifiers = recipe_modifiers()
+        tuners = [x for x in modifiers if isinstance(x, AutoRoundModifier)]
+        if not tuners or tuners[-1] is self:
+            check_before_saving(model, quantization_configs(modifiers), self.engine)
 
     def _find_shared_scales(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         layers = self._prepared.quantizer.waiting(modules)
@@ -285,7 +336,71 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                 f"outside of the tuned blocks, quantized by the scale search: {', '.join(done)}"
             )
 
+    def _check_pipeline(self, model: nn.Module) -> None:
+        """
+        The first subgraph of the sequential pipeline has no blocks: nothing is tuned yet.
+
+        :raises RecipeError: if blocks pass on state that this pipeline drops
+        """
+        if blocks_share_state(model):
+            raise RecipeError(
+                "blocks of this model share keys and values, which LLM-Compressor's sequential "
+                f"pipeline does not pass on: give `oneshot` `pipeline={SHARED_STATE_PIPELINE!r}` "
+                "(`autoround_modifier.oneshot` does so by itself)"
+            )
+
+    def _why_nothing_was_tuned(self) -> str:
+        failures = [str(report.failure) for report in self.block_reports]
+        if failures:
+            reason = f"in every block there was NaN or infinity ({failures[0]})"
+        else:
+            kinds = sorted({type(block).__name__ for block in self._blocks})
+            reason = (
+                f"none of {len(self._blocks)} blocks ({listed(kinds)}) ran once for each sample "
+                "with a layer to tune"
+            )
+        return (
+            f"`iters` is {self.iters}, but no block was tuned: {reason}. Give `sequential_targets` "
+            "of `oneshot` the class of blocks that run one after the other, or ask for no tuning "
+            "(`preset: opt_rtn`)."
+        )
+
     # ------------------------------------------------------------------ failures
+
+    def clean_up(self) -> None:
+        """
+        Called when the run has stopped, for whatever reason: leave no hooks, and layers that are
+        not quantized as they were. Nothing happens the second time, nor after a run that ended.
+        """
+        if self._stopped or self.ended_:
+            return
+        self._stopped = True
+        quantizer = self._prepared.quantizer
+        total, left = len(quantizer.names), len(quantizer.unquantized)
+        groups = 0 if self._block_quantizer is None else self._block_quantizer.num_finished
+        self._release()
+        for layer in quantizer.unquantized:
+            forget_scheme(layer)
+        for one in self._prepared.activations:
+            if one.statistics is not None and not one.calibrated:
+                forget_scheme(one.module)
+        if total:
+            logger.error(self._account(total - left, total, groups))
+
+    def _account(self, done: int, total: int, groups: int) -> str:
+        """:return: what a run that has stopped leaves, and how to go on"""
+        if self.checkpoint_dir is not None:
+            kept = (
+                f"{groups} finished groups of blocks are kept in {self.checkpoint_dir}: the same "
+                "run (model, recipe, data) goes on after them."
+            )
+        else:
+            kept = "Nothing was saved: a run with `checkpoint_dir` could go on where it stopped."
+        if done or not self._only_modifier:
+            model = "The model in memory is partly quantized: load it again before the next attempt"
+        else:
+            model = "The model in memory is as it was"
+        return f"AutoRound stopped with {done} of {total} layers quantized. {model}. {kept}"
 
     def _register_cleaning_up(
         self, module: nn.Module, hook: Callable[..., Any], kind: str, **options: Any
@@ -302,19 +417,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     def _clean_up_on_failure(self) -> Iterator[None]:
         try:
             yield
-        except Exception:
-            self._release()
-            total = len(self._prepared.quantizer.names)
-            kept = (
-                "Nothing was saved."
-                if self._checkpoint is None
-                else f"Finished blocks are kept in {self.checkpoint_dir}."
-            )
-            logger.error(
-                f"AutoRound stopped with {total - len(self._prepared.quantizer.unquantized)} of "
-                f"{total} layers quantized. The model in memory is partly quantized: "
-                f"load it again before the next attempt. {kept}"
-            )
+        except BaseException:  # Ctrl-C among them
+            self.clean_up()
             raise
 
     def _release(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
@@ -15,15 +15,16 @@ from autoround_modifier.errors import (
     OutputExistsError,
     RecipeError,
 )
+from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.lifecycle import (
     Modifier,
     PlainDataModifier,
     State,
     recipe_modifiers,
 )
-from autoround_modifier.host.matching import find_blocks
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.explicit_recipe import explicit_recipe
+from autoround_modifier.modifiers.failures import say_what_is_left
 from autoround_modifier.modifiers.validation import (
     check_calibration_data,
     check_one_process,
@@ -92,6 +93,12 @@ class AutoSchemeModifier(PlainDataModifier):
     shared_layers: list[list[str]] = Field(
         default_factory=list,
         description="further groups of layers that get one scheme, each a list of targets",
+    )
+    engine: Literal["any", "vllm", "transformers"] | None = Field(
+        default=None,
+        description="which engine must load the checkpoint, as in `AutoRoundModifier`, whose field "
+        "is the default. vLLM allows a scheme for the experts of each block, Transformers one for "
+        "all experts of the model; either reads experts under some of the schemes only",
     )
     whole_model: bool = Field(
         default=False,
@@ -166,18 +173,27 @@ class AutoSchemeModifier(PlainDataModifier):
             return True
         check_one_process(f"AutoSchemeModifier (but the {RECIPE_FILE} in its `output_dir`)")
         self._check_output()
-        check_calibration_data(state.data.calib, "AutoSchemeModifier")
+        check_calibration_data(state.data.calib, "AutoSchemeModifier", state.model)
         model, schemes = state.model, resolve_options(self.options)
         ignore = list(dict.fromkeys([*self.ignore, *tuner.ignore]))
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         layers = layers_to_choose_for(model, schemes, targets, ignore)
         # All but the scores is known: the budget is checked before anything runs.
-        check_budget(model, layers, schemes, self.avg_bits, self.whole_model, self.shared_layers)
+        engine = tuner.engine if self.engine is None else self.engine
+        check_budget(
+            model, layers, schemes, self.avg_bits, self.whole_model, self.shared_layers, engine
+        )
         blocks = find_blocks(model, kwargs.get("sequential_targets"))
         batches = cast(Iterable[dict[str, Any]], state.data.calib)
         # Read once: a loader that shuffles would give other samples the next time.
         samples = list(_first_samples(batches, self.num_calibration_samples))
-        with tqdm(total=len(blocks), desc="Sensitivity", unit="block") as progress:
+        with (
+            tqdm(total=len(blocks), desc="Sensitivity", unit="block") as progress,
+            say_what_is_left(
+                "AutoSchemeModifier stopped. The model in memory is as it was. Scores are kept "
+                "when all are measured; those of earlier runs stay."
+            ),
+        ):
 
             def advance() -> None:
                 progress.update()
@@ -194,6 +210,7 @@ class AutoSchemeModifier(PlainDataModifier):
                 self.shared_layers,
                 self._cache_folder(),
                 advance,
+                engine,
             )
         logger.info(f"Chosen schemes:\n{choice.table()}")
         logger.info(
@@ -202,6 +219,7 @@ class AutoSchemeModifier(PlainDataModifier):
             f"{choice.model_bytes / 1e6:.1f} MB in all"
         )
         tuner.assign_schemes(choice.config_groups(), ignore)
+        tuner.engine = engine
         self._write_results(choice, tuner, [other for other in modifiers if other is not self])
         return True
 

@@ -46,6 +46,7 @@ class BlockQuantizer:
     :param checkpoint: where finished blocks are kept, and found again
     :param on_iteration: called after each step with the number of blocks that took it
     :ivar reports: of the groups that were tuned
+    :ivar num_finished: number of groups that are quantized, and kept if there is a checkpoint
     """
 
     names: dict[nn.Module, str]
@@ -62,7 +63,7 @@ class BlockQuantizer:
 
     def __post_init__(self) -> None:
         self._chain = QuantizedChain()
-        self._index = 0
+        self.num_finished = 0
 
     def quantize(self, blocks: list[nn.Module]) -> None:
         """
@@ -74,7 +75,9 @@ class BlockQuantizer:
         captured = [self.store.pop(block) for block in blocks]
         samples = [one for one in captured if one is not None]
         in_group = {layer for block in blocks for layer in block.modules()}
-        layers = [x for x in self.layers.names if x in in_group and isinstance(x, nn.Linear)]
+        # A layer that blocks share was quantized with the first of them.
+        waiting = self.layers.waiting(in_group)
+        layers = [x for x in waiting if isinstance(x, nn.Linear)]
         if not layers and not self._chain.active:
             return  # nothing to tune, and nothing quantized before it
         if not all(gathered(len(samples) == len(blocks))):
@@ -87,7 +90,7 @@ class BlockQuantizer:
         if self.checkpoint is not None:
             one = samples[0]
             data = describe_data(one.digest, one.positions, one.inputs, targets, masks)
-            saved = SavedBlocks(self.checkpoint, self._index, name, data)
+            saved = SavedBlocks(self.checkpoint, self.num_finished, name, data)
         chained = self._chained(name, samples[0].inputs)
         inputs = samples[0].inputs if chained is None else chained
         written = None if chained is None else self._chain.written
@@ -123,7 +126,7 @@ class BlockQuantizer:
         if saved is not None and found is None:
             chain = [] if group.writes else self._chain.outputs
             saved.save(weights, self.layers, activations, report, chain)
-        self._index += 1
+        self.num_finished += 1
 
     def _chained(self, name: str, inputs: list[Tensor]) -> list[Tensor] | None:
         """:return: what the blocks will see after quantization; None where the chain ends"""

@@ -12,6 +12,7 @@ from autoround_modifier.blocks.experts import ExpertRouting
 from autoround_modifier.blocks.importance import Importance
 from autoround_modifier.blocks.samples import call_token_mask
 from autoround_modifier.blocks.store import CalibrationStore
+from autoround_modifier.calibration import check_loss_masks
 from autoround_modifier.host.lifecycle import State
 
 __all__ = ["CalibrationRecorder", "layers_to_record", "loss_mask_of"]
@@ -109,12 +110,18 @@ def layers_to_record(
 
 
 def loss_mask_of(state: State) -> Callable[[nn.Module], Tensor | None]:
-    """:return: block -> the dataset's loss mask for this batch, (batch, tokens), or None"""
+    """
+    :return: block -> the dataset's loss mask for this batch, (batch, tokens), or None. It raises
+        `CalibrationError` if no token of any batch counts
+    """
     # A loss mask is of the text; blocks outside of the decoder see patches of images.
     decoder = set(state.model.get_decoder().modules())
 
     def loss_mask(block: nn.Module) -> Tensor | None:
         masks = state.loss_masks if block in decoder else None
+        # LLM-Compressor's basic pipeline collects them batch by batch.
+        if masks and state.data.calib is not None and len(masks) == len(state.data.calib):
+            check_loss_masks(masks)
         return masks[state.current_batch_idx] if masks else None
 
     return loss_mask

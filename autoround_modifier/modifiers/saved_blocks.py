@@ -58,8 +58,8 @@ class SavedBlocks:
             weights, scales = _checked(state, layers, quantizer, activations)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{self.checkpoint.block_path(self.index)}: {error}. Delete the file, and its "
-                "block is tuned again."
+                f"{self.checkpoint.block_path(self.index)}: {error}. Delete this file alone, and "
+                "start the same run again: its blocks are tuned again, and all others are kept."
             ) from error
         for layer in weights:
             quantizer.initial.forget(layer)

@@ -21,7 +21,7 @@ from autoround_modifier.distillation import (
     trainable_layers,
     trainable_norms,
 )
-from autoround_modifier.errors import RecipeError, listed
+from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.layers import disable_offloading
 from autoround_modifier.host.lifecycle import (
     DisableQuantization,
@@ -29,9 +29,13 @@ from autoround_modifier.host.lifecycle import (
     State,
     eval_context,
 )
-from autoround_modifier.host.matching import find_blocks
-from autoround_modifier.host.schemes import QuantizationStatus
-from autoround_modifier.modifiers.validation import check_calibration_data, check_one_process
+from autoround_modifier.modifiers.failures import say_what_is_left
+from autoround_modifier.modifiers.finishing import prepare_saving
+from autoround_modifier.modifiers.validation import (
+    check_calibration_data,
+    check_not_quantized,
+    check_one_process,
+)
 
 __all__ = ["ScaleDistillationModifier"]
 
@@ -121,22 +125,18 @@ class ScaleDistillationModifier(PlainDataModifier):
         """
         check_one_process("ScaleDistillationModifier")
         model = state.model
-        check_calibration_data(state.data.calib, "ScaleDistillationModifier")
-        done = [
-            name
-            for name, module in model.named_modules()
-            if getattr(module, "quantization_status", None) is not None
-            and module.quantization_status >= QuantizationStatus.FROZEN
-        ]
-        if done:
-            raise RecipeError(
-                "ScaleDistillationModifier needs the original's predictions, but the model is "
-                f"quantized already: {listed(done)}. Quantize and distil in one recipe."
-            )
+        check_calibration_data(state.data.calib, "ScaleDistillationModifier", model)
+        check_not_quantized(model)
         trainable_layers(model)
+        prepare_saving(model)
         self._blocks = list(find_blocks(model, kwargs.get("sequential_targets")))
         logger.info("Recording the original's predictions")
-        with DisableQuantization(model), disable_offloading(), eval_context(model):
+        with (
+            DisableQuantization(model),
+            disable_offloading(),
+            eval_context(model),
+            say_what_is_left("Scale distillation stopped before anything was quantized."),
+        ):
             batches = islice(cast(Iterable, state.data.calib), self.num_calibration_samples)
             self._teacher = record_teacher(model, batches)
         return True
@@ -154,7 +154,14 @@ class ScaleDistillationModifier(PlainDataModifier):
             def advance() -> None:
                 progress.update()
 
-            with disable_offloading():
+            with (
+                disable_offloading(),
+                say_what_is_left(
+                    "Scale distillation stopped; scales, gains and biases are as before it. The "
+                    "model in memory is quantized: `save_pretrained` saves it, "
+                    "`autoround_modifier.distill` trains it again."
+                ),
+            ):
                 scales = [
                     TrainedScale(layer, args) for layer, args in trainable_layers(model).items()
                 ]

@@ -115,6 +115,12 @@ class TuningSettings(BaseModel):
         "with slightly other integers. One process at a time uses the folder. It is left as it is "
         "at the end: delete it once the model is saved",
     )
+    mtp: Literal["keep", "drop"] = Field(
+        default="keep",
+        description="layers for multi-token prediction, which Transformers does not load: `keep` "
+        "copies them from the source in 16 bits, `drop` leaves them out. A target that matches "
+        "only such layers quantizes them by the scale search",
+    )
     strict: bool = Field(
         default=False,
         description="raise if the loss or a gradient has NaN or infinity; otherwise such a block "
@@ -149,6 +155,13 @@ class TuningSettings(BaseModel):
 
 class SchemeSettings(QuantizationMixin):
     """What layers are quantized to: the fields of LLM-Compressor's `QuantizationMixin`."""
+
+    engine: Literal["any", "vllm", "transformers"] = Field(
+        default="any",
+        description="which engine must load the checkpoint: `vllm`, `transformers`, or `any` of "
+        "them. A recipe whose checkpoint it would not load, or would load as another model, is "
+        "refused before the run; problems of an engine that is not named are logged",
+    )
 
     @field_validator("scheme", mode="before")
     @classmethod

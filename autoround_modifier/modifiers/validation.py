@@ -11,6 +11,7 @@ from loguru import logger
 from torch import nn
 
 from autoround_modifier.activations import unsupported_activations, unsupported_kv_cache
+from autoround_modifier.calibration import check_samples
 from autoround_modifier.errors import (
     CalibrationError,
     NonFiniteError,
@@ -18,6 +19,7 @@ from autoround_modifier.errors import (
     SchemeError,
     listed,
 )
+from autoround_modifier.host.applied_schemes import quantized_names
 from autoround_modifier.host.layers import Layer, is_on_disk, stored_weight
 from autoround_modifier.host.lifecycle import is_module_quantized
 from autoround_modifier.host.matching import is_match, match_named_modules, match_targets
@@ -39,6 +41,8 @@ __all__ = [
     "check_finite",
     "check_fit",
     "check_kv_cache",
+    "check_layers_in_blocks",
+    "check_not_quantized",
     "check_one_process",
     "check_processes",
     "check_same_blocks",
@@ -198,6 +202,46 @@ def _unfit_reason(module: Layer, scheme: QuantizationScheme) -> str | None:
     return None
 
 
+def check_not_quantized(model: nn.Module, checkpoint_dir: str | None = None) -> None:
+    """
+    :param checkpoint_dir: where finished blocks of an earlier run may be, for the message
+    :raises RecipeError: if an earlier run quantized the model, or a part of it
+    """
+    names = quantized_names(model)
+    if not names:
+        return
+    going_on = (
+        ""
+        if checkpoint_dir is None
+        else f" Blocks that are finished in {checkpoint_dir} are taken from there."
+    )
+    raise RecipeError(
+        f"the model is quantized already, at least in part: {listed(names, 4)}. Its weights are no "
+        "longer the original ones: load the original again, and put all that is to be quantized "
+        f"into one recipe.{going_on}"
+    )
+
+
+def check_layers_in_blocks(
+    blocks: dict[nn.Module, str], schemes: Schemes, iters: int | None
+) -> None:
+    """:raises RecipeError: if no targeted linear layer is inside of a block, so none is tuned"""
+    inside = {part for block in blocks for part in block.modules()}
+    layers = {name: x for name, (x, _) in schemes.items() if isinstance(x, nn.Linear)}
+    if any(layer in inside for layer in layers.values()):
+        return
+    where = (
+        "the model has no list of blocks: name their class in `sequential_targets` of `oneshot`"
+        if not blocks
+        else "the blocks are " + listed(sorted({type(block).__name__ for block in blocks}))
+    )
+    raise RecipeError(
+        f"`iters` is {iters}, but no targeted layer is inside of a block, so none can be tuned; "
+        f"targeted are {listed(list(schemes), 4)}, and {where}. To quantize these layers by the "
+        "scale search alone, use `preset: opt_rtn` (`iters: 0`)."
+    )
+
+
 def check_schemes_unchanged(names: dict[Layer, str], args: dict[Layer, QuantizationArgs]) -> None:
     """
     :param names: the layers to quantize
@@ -278,11 +322,12 @@ def check_same_blocks(names: list[str]) -> None:
         )
 
 
-def check_calibration_data(dataloader: object, reason: str) -> None:
+def check_calibration_data(dataloader: object, reason: str, model: nn.Module) -> None:
     """
     :param dataloader: what `oneshot` made of its ``dataset``; None if it got none
     :param reason: why data is needed
-    :raises CalibrationError: if there is none, or it is empty
+    :param model: which the data will run through
+    :raises CalibrationError: if there is none, or it is empty, or its samples cannot calibrate
     """
     if dataloader is None:
         raise CalibrationError(
@@ -295,6 +340,16 @@ def check_calibration_data(dataloader: object, reason: str) -> None:
         return  # a stream has no length
     if size == 0:
         raise CalibrationError("the calibration dataset is empty")
+    check_samples(getattr(dataloader, "dataset", dataloader), _vocabulary_size(model))
+
+
+def _vocabulary_size(model: nn.Module) -> int | None:
+    """:return: number of token ids that the model embeds, if it says so"""
+    try:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return len(weight) if weight.ndim == 2 else None
 
 
 def _example_names(model: nn.Module) -> list[str]:

@@ -77,6 +77,29 @@ class BlockData:
         largest = max((_row_difference(one, other) for one, other in rows), default=0.0)
         return largest if largest <= tolerance else None  # None for NaN
 
+    def explained(self, facts: dict[str, Any]) -> str:
+        """
+        :param facts: of an earlier run for which `difference` is None
+        :return: how it differs, for messages
+        """
+        earlier, here = facts["samples"], self.samples
+        if len(earlier) != len(here):
+            return f"{len(earlier)} samples there, {len(here)} here"
+        if facts["order"] != self.order:
+            tokens = [sum(int(row[0]) for row in rows) for rows in (earlier, here)]
+            count = (
+                "" if tokens[0] == tokens[1] else f", {tokens[0]} tokens there, {tokens[1]} here"
+            )
+            return f"the samples are others{count}"
+        pairs = list(zip(earlier, here, strict=True))
+        if any(one[0] != other[0] for one, other in pairs):
+            return "other tokens count (attention masks or loss masks)"
+        largest = max(_row_difference(one, other) for one, other in pairs)
+        return (
+            f"the same samples give means that differ by {largest:.0%}, as with another dtype, "
+            "attention implementation or version of the model's code"
+        )
+
 
 def describe_data(
     order: bytes,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from autoround_modifier.parallel import gathered
 
-__all__ = ["NOT_READ", "calibration_digest"]
+__all__ = ["NOT_READ", "calibration_digest", "calibration_size"]
 
 # In place of a digest, of data that cannot be read twice or has no token ids.
 NOT_READ = "not read beforehand"
@@ -43,6 +43,18 @@ def calibration_digest(batches: object) -> str:
         return NOT_READ
     everywhere = sorted(key for share in shares for key in share or ())
     return hashlib.blake2b(b"".join(everywhere), digest_size=16).hexdigest()
+
+
+def calibration_size(batches: object) -> str:
+    """
+    :param batches: see `calibration_digest`
+    :return: how much data that is, of all processes, for messages
+    """
+    size = len(batches) if _can_be_read_twice(batches) else None  # type: ignore[arg-type]
+    sizes = gathered(size)
+    if any(size is None for size in sizes):
+        return NOT_READ
+    return f"{sum(size or 0 for size in sizes)} batches"
 
 
 def _can_be_read_twice(batches: object) -> bool:

@@ -36,12 +36,25 @@ from autoround_modifier.parallel import (
 )
 from autoround_modifier.runs.block_data import COLUMNS, BlockData
 from autoround_modifier.runs.block_report import BlockReport
+from autoround_modifier.runs.digests import DATA, MODEL, Described
 from autoround_modifier.runs.files import TEMPORARY_PREFIX, atomic_file, write_atomically
 from autoround_modifier.runs.lock import LOCK_FILE, FolderLock
 
 __all__ = ["BlockState", "RunCheckpoint"]
 
 RUN_FILE = "run.json"
+
+# Key in it of what the digests are of
+DESCRIBED = "described"
+# Digests that are no digests, but can be read
+READABLE = ("version of autoround_modifier", "modifier of the recipe")
+ADVICE = {
+    "version of autoround_modifier": "with that version installed",
+    "code of autoround_modifier": "with the package as it was",
+    "modifier of the recipe": "with a folder for each modifier of one recipe",
+    MODEL: "with the original model loaded again (a run changes it in memory) in the same dtype",
+    DATA: "with the same dataset, tokenizer, `num_calibration_samples` and `max_seq_length`",
+}
 
 
 @dataclass
@@ -63,12 +76,14 @@ class RunCheckpoint:
 
     :param folder: ``checkpoint_dir``; made if it is not there
     :param run: digests of all that the result depends on, by what they are of, such as ``model``
+    :param described: what can be said of each in a message, see `run_description`
     :raises CheckpointError: if the folder holds another run, or another process uses it
     :raises OSError: if the folder cannot be written to
     """
 
-    def __init__(self, folder: Path, run: dict[str, str]):
+    def __init__(self, folder: Path, run: dict[str, str], described: Described | None = None):
         self.folder = folder
+        self._described = described or {}
         self._lock: FolderLock | None = None
         self._warned = False
         problem: Exception | None = None
@@ -91,7 +106,8 @@ class RunCheckpoint:
         weakref.finalize(self, self._lock.release)
         self._check_is_ours(run)
         # also where it is there: a folder that cannot be written to is found out now
-        write_atomically(self.folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
+        content = {**run, DESCRIBED: self._described}
+        write_atomically(self.folder / RUN_FILE, json.dumps(content, indent=1) + "\n")
         for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
             if leftover.is_file() and not leftover.is_symlink():
                 leftover.unlink()
@@ -101,21 +117,12 @@ class RunCheckpoint:
         path = self.folder / RUN_FILE
         _refuse_link(path)
         _refuse_link(self.folder / LOCK_FILE)
-        if path.exists():
-            try:
-                earlier = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CheckpointError(f"{path} cannot be read ({error}); delete it") from error
-            if not isinstance(earlier, dict):
-                raise CheckpointError(f"{path} cannot be read (not a mapping); delete it")
+        earlier = self._earlier_run(path)
+        if earlier is not None:
             different = [name for name in run if earlier.get(name) != run[name]]
             if different:
-                raise CheckpointError(
-                    f"checkpoint_dir {self.folder} holds a run with another "
-                    f"{' and another '.join(different)}. Choose another folder, or delete this one "
-                    "if its blocks are not needed."
-                )
-        elif any(
+                raise CheckpointError(self._how_runs_differ(different, earlier, run))
+        elif not path.exists() and any(
             not x.name.startswith(TEMPORARY_PREFIX) and x.name != LOCK_FILE
             for x in self.folder.glob("*")
         ):
@@ -123,6 +130,57 @@ class RunCheckpoint:
                 f"checkpoint_dir {self.folder} holds other files and no {RUN_FILE}; choose an "
                 "empty folder"
             )
+
+    def _earlier_run(self, path: Path) -> dict[str, Any] | None:
+        """
+        :return: what ``run.json`` holds; None if it is not there, or is damaged and nothing is
+            lost with it
+        """
+        if not path.exists():
+            return None
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(earlier, dict):
+                return earlier
+            reason = "it is not a mapping"
+        except ValueError as error:
+            reason = str(error)
+        finished = self._num_finished()
+        if finished == 0:
+            return None
+        raise CheckpointError(
+            f"{path} cannot be read ({reason}), and without it nobody knows which run the "
+            f"{finished} finished groups of blocks in this folder are of. Put the file back from a "
+            "copy, or choose another checkpoint_dir."
+        )
+
+    def _how_runs_differ(
+        self, different: list[str], earlier: dict[str, Any], run: dict[str, str]
+    ) -> str:
+        """:return: what differs, with old and new values; and how to lose nothing"""
+        before = earlier.get(DESCRIBED)
+        before = before if isinstance(before, dict) else {}
+        facts, advice = [], []
+        for name in different:
+            known = before.get(name)
+            values = _differences(known if isinstance(known, dict) else {}, self._described, name)
+            if name not in self._described and name in READABLE:
+                values = [f"{earlier.get(name)} there, {run[name]} here"]
+            facts.append(f"another {name}" + (f" ({'; '.join(values)})" if values else ""))
+            if name in ADVICE:
+                advice.append(ADVICE[name])
+        finished = self._num_finished()
+        how = ": " + "; ".join(advice) if advice else ""
+        going_on = (
+            f"To go on after its {finished} finished groups of blocks, start it as it was{how}. To "
+            "start anew, choose another checkpoint_dir; this one stays as it is."
+            if finished
+            else "It has no finished blocks yet: choose another checkpoint_dir, or delete this one."
+        )
+        return f"checkpoint_dir {self.folder} holds a run with {' and '.join(facts)}. {going_on}"
+
+    def _num_finished(self) -> int:
+        return len(list(self.folder.glob("block-*.safetensors")))
 
     def close(self) -> None:
         """Let other processes use the folder. Nothing happens if it is closed already."""
@@ -154,14 +212,17 @@ class RunCheckpoint:
         if state.facts["name"] != name:
             raise CheckpointError(
                 f"{path} is of {state.facts['name']}, where this run has {name}: the model is cut "
-                "into other groups of blocks. Choose another checkpoint_dir."
+                "into other groups of blocks. To go on with the finished ones, give `oneshot` the "
+                "`sequential_targets`, `sequential_targets_per_subgraph` and `pipeline` of the run "
+                "that made them; to start anew, choose another checkpoint_dir."
             )
         if state.facts["digest"] != data.digest:
             difference = data.difference(state.facts)
             if difference is None:
                 raise CheckpointError(
                     f"{path}: {name} was tuned on other calibration data, or the model gives other "
-                    "outputs here. Pass the same dataset, or choose another checkpoint_dir."
+                    f"outputs here: {data.explained(state.facts)}. To go on with the finished "
+                    "blocks, start the run as it was; to start anew, choose another checkpoint_dir."
                 )
             if not self._warned:
                 logger.warning(
@@ -182,10 +243,16 @@ class RunCheckpoint:
         path = self._chain_path(index)
         if not path.exists():
             return None
-        chain = _read(path)
+        try:
+            chain = _read(path)
+        except CheckpointError as error:
+            if path.is_symlink():
+                raise
+            logger.warning(f"{error}. It is computed again from the finished blocks.")
+            return None
         names = [str(sample) for sample in range(len(chain.tensors))]
         if set(names) != set(chain.tensors):
-            raise _damaged(path, f"tensors are named {sorted(chain.tensors)[:4]}, not 0, 1, ...")
+            return None
         if chain.facts.get("digest") != digest:
             return None
         return [chain.tensors[name] for name in names]
@@ -221,7 +288,7 @@ class RunCheckpoint:
         try:
             yield
         except OSError as error:
-            finished = len(list(self.folder.glob("block-*.safetensors")))
+            finished = self._num_finished()
             what = "" if name is None else f" {name} could not be saved;"
             kept = f" {finished} finished groups of blocks are kept there." if finished else ""
             raise OSError(
@@ -292,4 +359,23 @@ def _refuse_link(path: Path) -> None:
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged ({reason}); delete it, and its block is tuned again")
+    return CheckpointError(
+        f"{path} is damaged ({reason}); delete this file alone, and start the same run again: its "
+        "blocks are tuned again, and all others are kept"
+    )
+
+
+def _differences(earlier: dict[str, Any], described: Described, name: str) -> list[str]:
+    """:return: which values differ of what is known of two runs"""
+    here = described.get(name, {})
+    fields = [x for x in dict.fromkeys([*earlier, *here]) if earlier.get(x) != here.get(x)]
+    if not earlier:
+        return []  # an earlier version did not write them down
+    if not fields and name == MODEL:
+        return ["the same class and size with other weights"]
+    return [f"{x}: {_short(earlier.get(x))} there, {_short(here.get(x))} here" for x in fields]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

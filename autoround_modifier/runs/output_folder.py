@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from autoround_modifier.errors import OutputExistsError
+from autoround_modifier.runs.files import TEMPORARY_PREFIX
 
 __all__ = ["check_output_folder"]
 
@@ -18,8 +19,9 @@ def check_output_folder(folder: Path, overwrite: bool, sources: Iterable[Path]) 
     :param folder: where a model is to be saved
     :param overwrite: it may hold files
     :param sources: folders from which the model was, or still is, read
-    :raises OutputExistsError: if it holds files and ``overwrite`` is false; always if it is a file,
-        or is one of the sources or contains one, by whatever path
+    :raises OutputExistsError: if it holds files and ``overwrite`` is false, other than those that
+        a process left which was killed while it saved; always if it is a file, or is one of the
+        sources, contains one or lies inside of one, by whatever path
     :raises NotADirectoryError: if it is below a file
     :raises PermissionError: if it cannot be written to, or cannot be made
     """
@@ -30,9 +32,14 @@ def check_output_folder(folder: Path, overwrite: bool, sources: Iterable[Path]) 
                 f"`output_dir` {folder} holds the model that is quantized ({source}), which would "
                 "be overwritten while it is read; choose another `output_dir`"
             )
+        if source.resolve() in resolved.parents:
+            raise OutputExistsError(
+                f"`output_dir` {folder} lies inside of the model that is quantized ({source}); "
+                "choose another `output_dir`"
+            )
     if resolved.is_file():
         raise OutputExistsError(f"`output_dir` {folder} is a file; choose another `output_dir`")
-    if resolved.is_dir() and not overwrite and any(resolved.iterdir()):
+    if resolved.is_dir() and not overwrite and _holds_files(resolved):
         raise OutputExistsError(
             f"{folder} exists and is not empty; choose another `output_dir`, or pass "
             "`overwrite_output_dir=True`"
@@ -46,3 +53,7 @@ def check_output_folder(folder: Path, overwrite: bool, sources: Iterable[Path]) 
         raise PermissionError(
             f"`output_dir` {folder}: {nearest} cannot be written to; choose another `output_dir`"
         )
+
+
+def _holds_files(folder: Path) -> bool:
+    return any(not path.name.startswith(TEMPORARY_PREFIX) for path in folder.iterdir())

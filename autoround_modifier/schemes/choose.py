@@ -10,8 +10,11 @@ import torch
 from loguru import logger
 from torch import nn
 
+from autoround_modifier.engines import unreadable_experts
+from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.errors import CalibrationError, SchemeError, listed
 from autoround_modifier.host.layers import Layer, disable_onloading, stored_weight
+from autoround_modifier.host.saved_format import saved_group
 from autoround_modifier.host.saved_size import saved_bits
 from autoround_modifier.host.schemes import QuantizationScheme
 from autoround_modifier.schemes.cache import ScoreCache
@@ -29,16 +32,18 @@ def check_budget(
     avg_bits: float,
     whole_model: bool = False,
     shared_layers: Sequence[Sequence[str]] = (),
+    engine: str = "any",
 ) -> None:
     """
     Refuse a budget that no choice fits, or that needs no choice, before anything is measured.
     Parameters as in `choose_for_layers`.
 
-    :raises SchemeError: says which budgets make a difference
+    :raises SchemeError: says which budgets make a difference; or if the engine reads experts under
+        none of the options
     :raises RecipeError: if a target of ``shared_layers`` matches none of the layers
     """
-    units = find_units(model, layers, shared_layers)
-    empty = _measurement(model, layers, units, options, {}, "")
+    units = find_units(model, layers, shared_layers, engine)
+    empty = _measurement(model, layers, units, options, {}, "", engine)
     empty.choose(avg_bits, whole_model)
     unquantized = any(scheme.weights is None for scheme in options.values())
     if unquantized and avg_bits >= empty.range(whole_model)[1]:
@@ -60,6 +65,7 @@ def choose_for_layers(
     shared_layers: Sequence[Sequence[str]] = (),
     cache_folder: Path | None = None,
     on_block: Callable[[], None] = lambda: None,
+    engine: str = "any",
 ) -> Choice:
     """
     :param model: the original; it is not changed
@@ -73,12 +79,13 @@ def choose_for_layers(
     :param shared_layers: groups of layers that get one scheme, each a list of targets
     :param cache_folder: where scores are kept and found again, by content; None for nowhere
     :param on_block: called after each block that is measured, for progress bars
+    :param engine: that must load the checkpoint, see `find_units`
     :return: the choice with the lowest sum of scores
     :raises SchemeError: if no choice fits the budget
     :raises CalibrationError: if no gradient reaches a layer
     :raises NonFiniteError: if the original or a gradient gives NaN or infinity
     """
-    units = find_units(model, layers, shared_layers)
+    units = find_units(model, layers, shared_layers, engine)
     cache = None
     if cache_folder is not None:
         settings = {
@@ -103,8 +110,27 @@ def choose_for_layers(
             scores[option] = {layer: by_option[option] for layer, by_option in measured.items()}
             if cache is not None:
                 cache.keep(scheme, scores[option])
-    measurement = _measurement(model, layers, units, options, scores, config.score)
+    measurement = _measurement(model, layers, units, options, scores, config.score, engine)
     return measurement.choose(avg_bits, whole_model)
+
+
+def _readable_for_experts(options: dict[str, QuantizationScheme], engine: str) -> list[str]:
+    """:return: names of the options under which the engines read experts"""
+    readable = []
+    for name, scheme in options.items():
+        if scheme.weights is None:
+            # Transformers finds no experts in 16 bits in a checkpoint of which others are quantized
+            unread = engine != "vllm"
+        else:
+            group = saved_group(scheme)
+            problems = unreadable_experts(group, engine)
+            unread = any(problem.fatal for problem in problems)
+        if not unread:
+            readable.append(name)
+    left_out = [name for name in options if name not in readable]
+    if left_out:
+        logger.debug(f"not for experts, because of `engine: {engine}`: {', '.join(left_out)}")
+    return readable
 
 
 def _measurement(
@@ -114,12 +140,14 @@ def _measurement(
     options: dict[str, QuantizationScheme],
     scores: dict[str, dict[str, float]],
     score: str,
+    engine: str,
 ) -> Measurement:
     """
     :param scores: scheme -> layer -> score; empty for none yet
     :raises CalibrationError: if no layer of a unit has a score
     """
     measured, unreached, partly = [], [], []
+    of_experts = _readable_for_experts(options, engine)
     sizes = {name: stored_weight(layer).numel() for name, layer in layers.items()}
     with disable_onloading():  # an onloaded parameter is another object each time
         chosen = set(layers.values())
@@ -138,6 +166,13 @@ def _measurement(
             unreached.append(unit.name)
         elif len(reached) < len(unit.layers):
             partly += [name for name in unit.layers if name not in reached]
+        allowed = of_experts if any(EXPERT.search(x) for x in unit.layers) else list(options)
+        if not allowed:
+            raise SchemeError(
+                f"{unit.name}: no option is one that experts can be read under by the engines that "
+                f"are asked for (`engine: {engine}`). Add a symmetric integer scheme with 16-bit "
+                "activations, such as W4A16, to `options`."
+            )
         measured.append(
             MeasuredUnit(
                 name=unit.name,
@@ -145,12 +180,12 @@ def _measurement(
                 targets=unit.targets,
                 num_weights=sum(sizes[name] for name in unit.layers),
                 bits={
-                    option: sum(saved_bits(layers[name], scheme) for name in unit.layers)
-                    for option, scheme in options.items()
+                    option: sum(saved_bits(layers[name], options[option]) for name in unit.layers)
+                    for option in allowed
                 },
                 scores={
                     option: sum(scores[option][name] for name in reached) if scores else 0.0
-                    for option in options
+                    for option in allowed
                 },
             )
         )

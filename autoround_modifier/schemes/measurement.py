@@ -26,8 +26,8 @@ class MeasuredUnit:
     :param layers: names of the layers
     :param targets: the same in the syntax of recipes
     :param num_weights: of all of them
-    :param bits: in the checkpoint, by scheme
-    :param scores: what is lost, by scheme; the lower the better
+    :param bits: in the checkpoint, by scheme; of the schemes that it may have
+    :param scores: what is lost, by scheme; the lower the better; of the same schemes
     """
 
     name: str
@@ -66,9 +66,8 @@ class Measurement:
         weights, other_bits = self.counted(whole_model)
         # Half a bit of the whole sum of room for 2.25 bits given as a decimal fraction.
         budget = int(avg_bits * weights + 0.5) - other_bits
-        names = list(self.schemes)
-        scores = [[unit.scores[name] for name in names] for unit in self.units]
-        bits = [[unit.bits[name] for name in names] for unit in self.units]
+        scores = [[unit.scores[name] for name in unit.bits] for unit in self.units]
+        bits = [list(unit.bits.values()) for unit in self.units]
         try:
             options = solve(scores, bits, budget)
         except InfeasibleBudgetError:
@@ -77,7 +76,8 @@ class Measurement:
                 f"avg_bits is {avg_bits}, but with these options the layers take from {low:.4f} to "
                 f"{high:.4f} bits per weight, scales and zero points included"
             ) from None
-        return Choice(self, [names[option] for option in options])
+        pairs = zip(self.units, options, strict=True)
+        return Choice(self, [list(unit.bits)[option] for unit, option in pairs])
 
     def range(self, whole_model: bool = False) -> tuple[float, float]:
         """:return: the smallest and the largest budget that make a difference"""
@@ -92,7 +92,7 @@ class Measurement:
         """:return: mean bits and summed score of the best choices, from the smallest to the best"""
         weights, _ = self.counted(whole_model=False)
         points = frontier(
-            [list(unit.scores.values()) for unit in self.units],
+            [[unit.scores[name] for name in unit.bits] for unit in self.units],
             [list(unit.bits.values()) for unit in self.units],
         )
         return [(bits / weights, score) for bits, score in points]
@@ -139,8 +139,9 @@ class Measurement:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SchemeError(f"{path} is not a measurement: {error!r}") from error
         for unit in units:
+            allowed = [name for name in schemes if name in unit.bits] or list(schemes)
             for field in ("bits", "scores"):
-                _check_numbers(f"{path}: {field} of {unit.name}", getattr(unit, field), schemes)
+                _check_numbers(f"{path}: {field} of {unit.name}", getattr(unit, field), allowed)
         return loaded
 
 

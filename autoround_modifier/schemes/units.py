@@ -14,19 +14,6 @@ from autoround_modifier.host.matching import FUSED_LAYER_NAMES, match_named_modu
 
 __all__ = ["Unit", "find_units"]
 
-# What the models of vLLM 0.32 fuse (`packed_modules_mapping`) beside what LLM-Compressor lists.
-# All of one line that a module has must have one scheme, or vLLM refuses the checkpoint.
-VLLM_FUSED_NAMES = (
-    ("q_proj", "k_proj", "v_proj", "b_proj"),
-    ("q_proj", "k_proj", "v_proj", "g_proj"),
-    ("query", "key", "value"),
-    ("wq", "wk", "wv"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_b", "in_proj_a"),
-    ("wk", "weights_proj"),
-    ("fc1", "fc3"),
-    ("c_fc_0", "c_fc_1"),
-)
 # Modules whose linear layers are the experts of one fused kernel
 _EXPERTS = re.compile(r"(?P<experts>.*\bexperts)\.\d+\..+")
 
@@ -47,11 +34,18 @@ class Unit:
 
 
 def find_units(
-    model: nn.Module, layers: Iterable[str], shared: Sequence[Sequence[str]] = ()
+    model: nn.Module,
+    layers: Iterable[str],
+    shared: Sequence[Sequence[str]] = (),
+    engine: str = "vllm",
 ) -> list[Unit]:
     """
+    Layers that engines fuse are one unit, and so are the experts of a block, which vLLM computes by
+    one scheme. Transformers reads all experts of a model by one.
+
     :param layers: names of the layers that get a scheme, in the order of the model
     :param shared: further groups, each given by targets (names, ``re:`` patterns, classes)
+    :param engine: that must load the checkpoint: ``vllm``, ``transformers``, or ``any`` of them
     :return: units in the order of their first layers; every layer is in one
     :raises RecipeError: if a target of ``shared`` matches none of the layers
     """
@@ -65,7 +59,12 @@ def find_units(
             name = parent[name]
         return name
 
-    groups = (*_fused(model), *_experts(names), *_tied(model), *_named(model, shared, order))
+    groups = (
+        *_fused(model),
+        *_experts(names, engine),
+        *_tied(model),
+        *_named(model, shared, order),
+    )
     for group in groups:
         members = [name for name in group if name in order]
         for name in members[1:]:
@@ -82,18 +81,19 @@ def find_units(
 
 def _fused(model: nn.Module) -> Iterator[list[str]]:
     for prefix, module in model.named_modules():
-        for fused in (*FUSED_LAYER_NAMES, *VLLM_FUSED_NAMES):
+        for fused in FUSED_LAYER_NAMES:
             present = [name for name in fused if hasattr(module, name)]
             if len(present) > 1:
                 yield [f"{prefix}.{name}" if prefix else name for name in present]
 
 
-def _experts(names: list[str]) -> Iterator[list[str]]:
+def _experts(names: list[str], engine: str) -> Iterator[list[str]]:
     experts: dict[str, list[str]] = {}
     for name in names:
         match = _EXPERTS.fullmatch(name)
         if match is not None:
-            experts.setdefault(match["experts"], []).append(name)
+            together = match["experts"] if engine == "vllm" else ""
+            experts.setdefault(together, []).append(name)
     yield from experts.values()
 
 

@@ -46,9 +46,8 @@ def text_samples() -> Dataset:
 
 
 # Why Transformers 5.17 does not load a checkpoint again
-FUSED_EXPERTS = "Transformers expects fused experts"
-NO_WEIGHT = "Transformers initialises weights that packed layers do not have"
-OTHER_NAMES = "Transformers loads it once `ignore` lists its own names too"
+FUSED_EXPERTS = "reads the experts of this architecture from one tensor only"
+NO_WEIGHT = "has no attribute .weight"
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,8 @@ class Architecture:
     :ivar ignore: what stays unquantized beside ``lm_head``
     :ivar pipeline: of LLM-Compressor; its default is sequential for each modifier
     :ivar untraced: what `Outcome.traced` says where LLM-Compressor cannot trace all blocks
-    :ivar limitation: what `Outcome.reloaded` says where Transformers cannot load the checkpoint
+    :ivar limitation: why Transformers cannot load the checkpoint, as the refusal before the run and
+        `Outcome.reloaded` say
     :ivar note: for the table
     """
 
@@ -141,7 +141,7 @@ def vision_language(
     vision_block: str | None = None,
     vision_limitation: str | None = None,
     note: str = "",
-    limitation: str = OTHER_NAMES,
+    limitation: str = "",
     **fields: Any,
 ) -> list[Architecture]:
     """
@@ -461,7 +461,7 @@ CATALOGUE = [
         shared_intermediate_size=64,
         **MAMBA,
     ),
-    moe("Mixtral", "Mixtral", FUSED_EXPERTS, num_local_experts=4),
+    moe("Mixtral", "Mixtral", num_local_experts=4),
     moe(
         "Qwen2-MoE",
         "Qwen2Moe",
@@ -519,7 +519,6 @@ CATALOGUE = [
             {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64},
             text_samples,
             "Llama4TextDecoderLayer",
-            limitation="",
             image_token_index=IMAGE_TOKEN,
         )[0],
         family="mixture of experts",
@@ -564,7 +563,6 @@ CATALOGUE = [
         qwen_samples,
         "Qwen3VLTextDecoderLayer",
         "Qwen3VLVisionBlock",
-        limitation="",
         **QWEN,
     ),
     *vision_language(
@@ -610,7 +608,6 @@ CATALOGUE = [
         idefics3_samples,
         "LlamaDecoderLayer",
         "Idefics3EncoderLayer",
-        limitation="",
         image_token_id=IMAGE_TOKEN,
         pad_token_id=0,
     ),
@@ -622,7 +619,6 @@ CATALOGUE = [
         smolvlm_samples,
         "LlamaDecoderLayer",
         note=IMAGES_ALONE,
-        limitation="",
         image_token_id=IMAGE_TOKEN,
         pad_token_id=0,
     ),

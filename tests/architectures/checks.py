@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import transformers
-from catalogue import FUSED_EXPERTS, NO_WEIGHT, OTHER_NAMES, Architecture
+from catalogue import FUSED_EXPERTS, NO_WEIGHT, Architecture
 from compressed_tensors.utils import is_match, match_named_modules
 from conftest import tiny_tokenizer, weight_scheme
 from helpers import integers, quantized_layers, saved_integers, saved_tensors
@@ -23,7 +23,8 @@ from loguru import logger
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autoround_modifier import AutoRoundModifier, oneshot
+from autoround_modifier import AutoRoundModifier, RecipeError, oneshot
+from autoround_modifier.host.saved_names import saved_name
 from autoround_modifier.tuning import Tuner
 
 __all__ = ["Outcome", "check"]
@@ -62,27 +63,16 @@ def check(architecture: Architecture, folder: Path) -> Outcome:
     sample = collate([data[0]])
     original = logits(model, sample)
     targets = architecture.sequential_targets
-    recipe = AutoRoundModifier(
-        iters=2,
-        batch_size=2,
-        min_expert_tokens=0,
-        ignore=["re:.*lm_head", *architecture.ignore],
-        config_groups={"group_0": weight_scheme(NUM_BITS)},
-    )
+    if architecture.limitation:  # refused before anything runs, unless vLLM alone is meant
+        with pytest.raises(RecipeError, match=architecture.limitation):
+            run(architecture, model, data, modifier(architecture, "any"))
+    recipe = modifier(architecture, "vllm" if architecture.limitation else "any")
     with (
         spied(pipeline, "trace_subgraphs") as traces,
         spied(Tuner, "run") as tunings,
         warnings() as messages,
     ):
-        oneshot(
-            model=model,
-            recipe=recipe,
-            dataset=data,
-            processor=tiny_tokenizer(),
-            data_collator=collate,
-            sequential_targets=None if targets is None else list(targets),
-            pipeline=architecture.pipeline,
-        )
+        run(architecture, model, data, recipe)
     named_blocks = match_named_modules(model, infer_sequential_targets(model, targets))
     blocks = {block: name for name, block in named_blocks}
     outcome = Outcome(
@@ -95,60 +85,57 @@ def check(architecture: Architecture, folder: Path) -> Outcome:
         name: (integers(layer), layer.weight_scale.clone())
         for name, layer in quantized_layers(model).items()
     }
-    ignored = [
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and name not in in_memory
-    ]
     model.save_pretrained(folder / "quantized", save_compressed=True)
-    outcome.saved = why_not_saved(in_memory, saved_tensors(folder / "quantized"))
+    outcome.saved = why_not_saved(model, in_memory, saved_tensors(folder / "quantized"))
 
     def expected(loaded: PreTrainedModel) -> str:
         error = distance(logits(loaded, sample), quantized)
         return f"logits differ by {error:.2g}" if error > 0.05 * difference else ""
 
-    outcome.reloaded = why_not_reloaded(
-        architecture, folder / "quantized", set(in_memory), ignored, expected
-    )
+    outcome.reloaded = why_not_reloaded(architecture, folder / "quantized", expected)
     return outcome
 
 
+def modifier(architecture: Architecture, engine: str) -> AutoRoundModifier:
+    return AutoRoundModifier(
+        iters=2,
+        batch_size=2,
+        min_expert_tokens=0,
+        ignore=["re:.*lm_head", *architecture.ignore],
+        config_groups={"group_0": weight_scheme(NUM_BITS)},
+        engine=engine,
+    )
+
+
+def run(
+    architecture: Architecture, model: PreTrainedModel, data: Any, recipe: AutoRoundModifier
+) -> None:
+    targets = architecture.sequential_targets
+    oneshot(
+        model=model,
+        recipe=recipe,
+        dataset=data,
+        processor=tiny_tokenizer(),
+        data_collator=collate,
+        sequential_targets=None if targets is None else list(targets),
+        pipeline=architecture.pipeline,
+    )
+
+
 def why_not_reloaded(
-    architecture: Architecture,
-    folder: Path,
-    names: set[str],
-    ignore: list[str],
-    expected: Callable[[PreTrainedModel], str],
+    architecture: Architecture, folder: Path, expected: Callable[[PreTrainedModel], str]
 ) -> str:
-    """
-    :param names: of the quantized layers in memory
-    :param ignore: names of the others
-    :param expected: says what is wrong with the logits of the loaded model
-    """
+    """:param expected: says what is wrong with the logits of the loaded model"""
     model_class = getattr(transformers, architecture.model_class)
-
-    def load() -> tuple[PreTrainedModel, list[str]] | None:
-        try:
-            loaded, info = model_class.from_pretrained(folder, output_loading_info=True)
-        except AttributeError as error:
-            if re.search("Linear.* has no attribute .weight", str(error)):
-                return None
-            raise
-        return loaded, info["missing_keys"]
-
-    found = load()
-    if found is not None:
-        loaded, missing = found
-        if any(".experts." in name for name in missing):
-            return FUSED_EXPERTS
-        if set(quantized_layers(loaded)) <= names:
-            return expected(loaded)
-    # With the names that Transformers knows beside those of the checkpoint, the same tensors load.
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["ignore"] += ignore
-    (folder / "config.json").write_text(json.dumps(config))
-    found = load()
-    return NO_WEIGHT if found is None else expected(found[0]) or OTHER_NAMES
+    try:
+        loaded, info = model_class.from_pretrained(folder, output_loading_info=True)
+    except AttributeError as error:
+        if re.search("has no attribute .weight", str(error)):
+            return NO_WEIGHT
+        raise
+    if any(".experts." in name for name in info["missing_keys"]):
+        return FUSED_EXPERTS
+    return expected(loaded)
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -205,11 +192,13 @@ def why_not_tuned(
     return "; ".join(problems)
 
 
-def why_not_saved(in_memory: dict[str, tuple[Tensor, Tensor]], tensors: dict[str, Tensor]) -> str:
-    problems = []
+def why_not_saved(
+    model: nn.Module, in_memory: dict[str, tuple[Tensor, Tensor]], tensors: dict[str, Tensor]
+) -> str:
+    problems, renamed = [], saved_name(model)
     for name, (values, scale) in in_memory.items():
-        stem = saved_name(name, tensors)
-        if stem is None:
+        stem = renamed(f"{name}.weight_packed").removesuffix(".weight_packed")
+        if f"{stem}.weight_packed" not in tensors:
             problems.append(f"no packed weight of {name}")
         elif not (
             torch.equal(saved_integers(tensors, stem, NUM_BITS), values)
@@ -217,30 +206,6 @@ def why_not_saved(in_memory: dict[str, tuple[Tensor, Tensor]], tensors: dict[str
         ):
             problems.append(f"other integers or scales of {name}")
     return "; ".join(problems)
-
-
-def saved_name(name: str, tensors: dict[str, Tensor]) -> str | None:
-    """
-    Transformers saves modules under the names of their first release (Mixtral's ``mlp`` as
-    ``block_sparse_moe``, ``model.language_model`` as ``language_model.model``).
-
-    :param name: of a module in memory
-    :return: its name in the checkpoint: the one that ends alike
-    """
-
-    def ending(name: str) -> list[str]:
-        parts = name.replace("block_sparse_moe", "mlp").split(".")
-        return [part for part in reversed(parts) if part != "model"]
-
-    def agreement(stem: str) -> int:
-        pairs = zip(ending(stem), ending(name), strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(ending(name)))
-
-    suffix = ".weight_packed"
-    stems = {key.removesuffix(suffix) for key in tensors if key.endswith(suffix)}
-    best = max(map(agreement, stems), default=0)
-    found = [stem for stem in stems if agreement(stem) == best]
-    return found[0] if len(found) == 1 and best > 1 else None
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ HOST_LIBRARIES = ("llmcompressor", "compressed_tensors")
 # own, and from nothing else of the package.
 ORDER = (
     ("errors", "version", "device", "parallel", "presets", "evaluation"),
-    ("formats", "calibration"),
+    ("formats", "calibration", "engines"),
     ("host",),
     ("activations", "export"),
     ("blocks",),

@@ -77,11 +77,3 @@ def test_fused_layers_are_found_by_their_names():
         [prefix + "mlp.down_proj"],
         ["lm_head"],
     ]
-
-
-@pytest.mark.parametrize("targets", [None, ["LlamaDecoderLayer"], [r"re:.*layers\.\d+$"]])
-def test_blocks(targets):
-    llama = tiny_llama()
-    blocks = matching.find_blocks(llama, targets)
-    assert list(blocks.values()) == ["model.layers.0", "model.layers.1"]
-    assert list(blocks) == list(llama.model.layers)

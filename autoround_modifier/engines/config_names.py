@@ -1,0 +1,218 @@
+"""
+Writes ``ignore`` and ``targets`` of ``config.json`` so that every engine finds the same layers.
+
+Transformers matches module paths; vLLM matches names of its own, into which it translates names of
+the files, but not expressions. compressed-tensors and vLLM differ where several targets match a
+layer. And Transformers reads all experts by the first group with an expression that has ``experts``
+in it. So layers are named under both spellings, expressions hold under any prefix, no two groups
+match one layer, and the group of the experts comes first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from autoround_modifier.engines.matching import (
+    Groups,
+    compressed_tensors_group,
+    groups_of,
+    is_named,
+    vllm_group,
+)
+
+__all__ = ["EXPERT", "NamedLayer", "complete_config"]
+
+# The number of an expert in the name of one of its layers
+EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
+SEPARATOR = r"\."
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+@dataclass(frozen=True)
+class NamedLayer:
+    """
+    A linear layer or embedding of a model that is saved.
+
+    :param path: of the module in the model
+    :param saved: its name in the files
+    :param group: config group of its scheme; None where it is not quantized
+    :param kind: the class by which engines know it, whatever that of the model is called
+    """
+
+    path: str
+    saved: str
+    group: str | None
+    kind: Literal["Linear", "Embedding"] = "Linear"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Both spellings."""
+        return (self.path,) if self.path == self.saved else (self.path, self.saved)
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it belongs to one of the experts that a router chooses from."""
+        return EXPERT.search(self.path) is not None
+
+
+def complete_config(quantization: dict[str, Any], layers: Sequence[NamedLayer]) -> dict[str, Any]:
+    """
+    :param quantization: ``quantization_config`` as the host writes it
+    :param layers: all linear layers of the model, and the embeddings that are quantized
+    :return: the same schemes under names that hold for every engine; the groups of the host where
+        they hold already
+    """
+    groups = _experts_first(groups_of(quantization), layers)
+    quantized = [layer for layer in layers if layer.group is not None]
+    if not all(_holds(layer, groups) for layer in quantized) or not _experts_found(groups, layers):
+        groups = dict(_written_targets(quantized, groups))
+    named = {
+        f"group_{index}": {**quantization["config_groups"][name], "targets": targets}
+        for index, (name, targets) in enumerate(groups.items())
+    }
+    ignore = list(quantization.get("ignore") or [])
+    ignore += [x for x in _ignored(layers) if not is_named(x, ignore)]
+    return {**quantization, "config_groups": named, "ignore": list(dict.fromkeys(ignore))}
+
+
+def _ignored(layers: Sequence[NamedLayer]) -> Iterator[str]:
+    """Yield names of the layers that are not quantized; one expression for many experts."""
+    patterns = {layer: EXPERT.sub("*", layer.path) for layer in layers}
+    mixed = {patterns[layer] for layer in layers if layer.group is not None}
+    for layer in layers:
+        if layer.group is None:
+            for name in layer.names:
+                if layer.is_expert and patterns[layer] not in mixed:
+                    yield _expression(_shortest(_NUMBER.sub("#", name), ()), _block(name))
+                else:
+                    yield name
+
+
+def _holds(layer: NamedLayer, groups: Groups) -> bool:
+    """:return: whether every engine gives a layer its own scheme, under both spellings"""
+    return all(
+        rule(name, (layer.kind,), groups) == layer.group
+        for name in layer.names
+        for rule in (compressed_tensors_group, vllm_group)
+    )
+
+
+def _experts_first(
+    groups: dict[str, list[str]], layers: Iterable[NamedLayer]
+) -> dict[str, list[str]]:
+    """:return: the groups, those of experts before the others"""
+    of_experts = {layer.group for layer in layers if layer.is_expert}
+    return dict(sorted(groups.items(), key=lambda item: item[0] not in of_experts))
+
+
+def _experts_found(groups: Groups, layers: Sequence[NamedLayer]) -> bool:
+    """
+    :return: whether Transformers would read the experts by their own scheme; true if there are
+        none, or several schemes, which it cannot read at all
+    """
+    of_experts = {x.group for x in layers if x.is_expert and x.group is not None}
+    if len(of_experts) != 1 or len(groups) == 1:
+        return True
+    named = [
+        name
+        for name, targets in groups.items()
+        if any(target.startswith("re:") and "experts" in target for target in targets)
+    ]
+    return bool(named) and named[0] in of_experts
+
+
+def _written_targets(
+    layers: Sequence[NamedLayer], groups: Groups
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield each group with expressions that match its layers and those of no other group."""
+    owners: dict[str, str] = {}
+    for layer in layers:
+        assert layer.group is not None
+        owners.update(dict.fromkeys(layer.names, layer.group))
+    for group in groups:
+        own = [name for name, owner in owners.items() if owner == group]
+        others = [name for name, owner in owners.items() if owner != group]
+        if own:
+            classes = [x for x in groups[group] if x in ("Linear", "Embedding")]
+            yield group, [*_expressions(own, others), *classes]
+
+
+def _expressions(own: list[str], others: list[str]) -> list[str]:
+    """
+    :param own: names to match
+    :param others: names that must not match
+    :return: targets: for all blocks or experts at once where that is possible, else by the number
+        of the block, else the names
+    """
+    shapes, taken = _by_shape(own), _by_shape(others)
+    stems: dict[str, list[str]] = {}
+    expressions: list[str] = []
+    single: list[str] = []
+    for shape, names in shapes.items():
+        if shape not in taken:
+            stem, _, leaf = _shortest(shape, taken).rpartition(".")
+            stems.setdefault(stem, []).append(leaf)
+            continue
+        blocks = {_block(name) for name in names}
+        if blocks & {_block(name) for name in taken[shape]}:
+            single += names
+        else:
+            end = _shortest(shape, [x for x in taken if x != shape])
+            numbers = "|".join(sorted(blocks, key=int))
+            expressions.append(_expression(end, numbers))
+    joined = [_expression(*_joined(stem, leaves)) for stem, leaves in stems.items()]
+    return [*dict.fromkeys([*joined, *expressions]), *single]
+
+
+def _joined(stem: str, leaves: list[str]) -> tuple[str, str | None, str]:
+    """:return: arguments of `_expression` for several layers of one module"""
+    if stem.endswith("experts.#"):  # all of them; engines know them under several names
+        return stem, None, ".+"
+    last = "|".join(re.escape(leaf) for leaf in dict.fromkeys(leaves))
+    return stem, None, last if len(leaves) == 1 else f"(?:{last})"
+
+
+def _expression(shape: str, blocks: str | None = None, leaf: str | None = None) -> str:
+    """
+    :param shape: end of a name, with ``#`` for numbers
+    :param blocks: the first number, as an expression; None for any
+    :param leaf: what follows, as an expression
+    :return: a target that matches it under any prefix
+    """
+    first, *rest = [re.escape(part) for part in shape.split("#")]
+    number = r"\d+" if blocks is None else f"(?:{blocks})"
+    name = first + "".join((number if i == 0 else r"\d+") + x for i, x in enumerate(rest))
+    parts = [part for part in (name, leaf) if part]
+    return rf"re:(?:.*\.)?{SEPARATOR.join(parts)}$"
+
+
+def _by_shape(names: Iterable[str]) -> dict[str, list[str]]:
+    """:return: names with ``#`` for their numbers -> the names"""
+    shapes: dict[str, list[str]] = {}
+    for name in names:
+        shapes.setdefault(_NUMBER.sub("#", name), []).append(name)
+    return shapes
+
+
+def _block(name: str) -> str:
+    """:return: the first number of a name, or nothing"""
+    match = _NUMBER.search(name)
+    return match[0] if match else ""
+
+
+def _shortest(shape: str, others: Iterable[str]) -> str:
+    """
+    :param shape: a name with ``#`` for numbers
+    :return: its end, from the list of its blocks on, that no other shape ends with: engines may
+        know the model under another prefix
+    """
+    parts = shape.split(".")
+    first = parts.index("#") if "#" in parts else len(parts)
+    for start in range(max(first - 1, 0), -1, -1):
+        end = ".".join(parts[start:])
+        if not any(other == end or other.endswith(f".{end}") for other in others):
+            return end
+    return shape

@@ -1,0 +1,185 @@
+"""
+The rules by which vLLM 0.32 reads a compressed-tensors checkpoint, on names and shapes alone.
+
+Rewritten from ``vllm/model_executor/layers/quantization/compressed_tensors``: `get_scheme_dict`,
+`should_ignore_layer`, `find_matched_target` and `CompressedTensorsMoEMethod.get_moe_method`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from autoround_modifier.engines.config_names import EXPERT
+from autoround_modifier.engines.fused import fused_parts
+from autoround_modifier.engines.layout import CheckpointLayout
+from autoround_modifier.engines.matching import (
+    compressed_tensors_group,
+    groups_of,
+    is_named,
+    vllm_group,
+)
+from autoround_modifier.engines.problem import Problem
+
+__all__ = ["vllm_experts", "vllm_problems"]
+
+NAME = "vLLM"
+OR_ELSE = "Or set `engine: transformers`, if the checkpoint is not for vLLM."
+# Weight matrices that vLLM does not make quantized, whatever the config says: embeddings, heads,
+# and routers of experts
+_NEVER_QUANTIZED = re.compile(
+    r"(^|.*\.)(\w*embed\w*|wte|wpe|shared|lm_head|relative_attention_bias|router|gate"
+    r"|shared_expert_gate|\w*norm\w*)(\.\w+)?"
+)
+_EMBEDDING = re.compile(r"(^|.*\.)(\w*embed\w*|wte|wpe|shared)")
+# Model types whose own class in vLLM reads experts from fused tensors, and skips others silently
+_FUSED_EXPERTS_ONLY = ("gpt_oss", "dbrx")
+
+
+def vllm_problems(layout: CheckpointLayout) -> list[Problem]:
+    """
+    :param layout: of a checkpoint that was or will be saved
+    :return: why vLLM will refuse it, or read it as another model
+    """
+    if not layout.quantization.get("config_groups"):
+        return []
+    layers = _layers(layout)
+    return [
+        *_fused_problems(layers),
+        *_group_problems(layers, layout),
+        *_expert_problems(layers, layout),
+    ]
+
+
+def vllm_experts(group: Mapping[str, Any]) -> Problem | None:
+    """
+    :param group: config group of experts
+    :return: what vLLM cannot do with it; None if it has kernels for it
+    """
+    weights, inputs = group["weights"], group.get("input_activations")
+    what = remedy = None
+    if weights["type"] == "float":
+        if inputs is None and weights["num_bits"] == 8 and not _is_power_of_two(weights):
+            what = "has no FP8 experts with 16-bit activations"
+            remedy = "Quantize their activations as well (FP8_DYNAMIC), or use W8A16 for them."
+    elif inputs is not None and inputs["type"] == "int":
+        if weights["num_bits"] < 8 and group.get("format") not in (None, "int-quantized"):
+            what = "has no packed experts with 8-bit activations"
+            remedy = "Use W4A16 or W8A8 for them."
+        elif weights["num_bits"] == 8 and not inputs.get("dynamic"):
+            what = "has no W8A8 experts with static scales of activations"
+            remedy = "Use dynamic ones."
+    return None if what is None else Problem(NAME, what, (), f"{remedy} {OR_ELSE}")
+
+
+def _is_power_of_two(weights: Mapping[str, Any]) -> bool:
+    return str(weights.get("scale_dtype")).endswith("uint8")
+
+
+def _layers(layout: CheckpointLayout) -> dict[str, str | None]:
+    """
+    :return: layer -> config group by which vLLM reads it; None for 16 bits. Embeddings, heads and
+        routers are left out where they are not quantized
+    """
+    groups, ignore = groups_of(layout.quantization), layout.quantization.get("ignore") or []
+    found: dict[str, str | None] = {}
+    for tensor, x in layout.tensors.items():
+        name, _, part = tensor.rpartition(".")
+        if part not in ("weight", "weight_packed") or len(x.shape) != 2:
+            continue
+        if f"{name}.weight_scale" in layout.tensors or not _NEVER_QUANTIZED.fullmatch(name):
+            ignored = is_named(name, ignore)
+            found[name] = None if ignored else vllm_group(name, (_kind(name),), groups)
+    return found
+
+
+def _kind(name: str) -> str:
+    """:return: the class that a target may name; of an embedding, as far as its name tells"""
+    return "Embedding" if _EMBEDDING.fullmatch(name) else "Linear"
+
+
+def _fused_problems(layers: Mapping[str, str | None]) -> Iterator[Problem]:
+    different = [
+        (fused, parts)
+        for fused, parts in fused_parts(name for name in layers if not EXPERT.search(name))
+        if len({layers[part] for part in parts}) > 1
+    ]
+    if different:
+        first = ", ".join(part.rpartition(".")[2] for part in different[0][1])
+        yield Problem(
+            NAME,
+            f"fuses {first} into one layer, which has one scheme; here they have several, or not "
+            "all of them are quantized",
+            tuple(fused for fused, _ in different),
+            f"Give them one scheme, or put all of them into `ignore`. {OR_ELSE}",
+        )
+
+
+def _group_problems(
+    layers: Mapping[str, str | None], layout: CheckpointLayout
+) -> Iterator[Problem]:
+    groups = groups_of(layout.quantization)
+    unread, plain, other = [], [], []
+    for name, group in layers.items():
+        if EXPERT.search(name):
+            continue
+        if f"{name}.weight_scale" not in layout.tensors:
+            if group is not None:
+                plain.append(name)
+        elif group is None:
+            unread.append(name)
+        elif group != compressed_tensors_group(name, (_kind(name),), groups):
+            other.append(name)
+    for names, what, remedy in (
+        (unread, "takes quantized layers for layers in 16 bits", "Name them in `targets`."),
+        (plain, "takes layers in 16 bits for quantized ones", "Name them in `ignore`."),
+        (
+            other,
+            "takes the first target that matches a layer, and gives these another scheme",
+            "Write targets of which one matches each layer.",
+        ),
+    ):
+        if names:
+            yield Problem(NAME, what, tuple(names), f"{remedy} {OR_ELSE}")
+
+
+def _expert_problems(
+    layers: Mapping[str, str | None], layout: CheckpointLayout
+) -> Iterator[Problem]:
+    by_block: dict[str, dict[str, set[str | None]]] = {}
+    for name, group in layers.items():
+        match = EXPERT.search(name)
+        if match is not None:
+            read = group if f"{name}.weight_scale" in layout.tensors else None
+            block = by_block.setdefault(name[: match.start() - 1], {})
+            block.setdefault(name[match.end() + 1 :], set()).add(read)
+    mixed = [block for block, leaves in by_block.items() if len(set().union(*leaves.values())) > 1]
+    if mixed:
+        yield Problem(
+            NAME,
+            "computes the experts of a block by one scheme, and these have several, or are not all "
+            "quantized",
+            tuple(mixed),
+            f"Give all layers of the experts of a block one scheme. {OR_ELSE}",
+        )
+    used = {
+        group
+        for leaves in by_block.values()
+        for found in leaves.values()
+        for group in found
+        if group is not None
+    }
+    for group in sorted(used):
+        problem = vllm_experts(layout.quantization["config_groups"][group])
+        if problem is not None:
+            yield replace(problem, names=tuple(by_block))
+    if used and layout.config.get("model_type") in _FUSED_EXPERTS_ONLY:
+        yield Problem(
+            NAME,
+            "skips experts that are saved one by one in its own class of this architecture",
+            tuple(by_block),
+            'Start it with `model_impl="transformers"`, whose experts were not run here.',
+            fatal=False,
+        )

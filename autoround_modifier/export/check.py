@@ -1,0 +1,91 @@
+"""Whether engines will load what a recipe saves: before the run, and once it is saved."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from loguru import logger
+from torch import nn
+from transformers import PreTrainedModel
+
+from autoround_modifier.engines import (
+    Problem,
+    find_problems,
+    read_layout,
+    required_engines,
+)
+from autoround_modifier.errors import CheckpointError, RecipeError
+from autoround_modifier.host.prediction import predict_layout
+from autoround_modifier.host.saved_names import name_experts_as_released
+from autoround_modifier.host.schemes import QuantizationConfig
+
+__all__ = ["check_before_saving", "check_checkpoint", "check_saved"]
+
+
+def check_checkpoint(folder: str | os.PathLike[str], engine: str = "any") -> list[Problem]:
+    """
+    Check a compressed-tensors checkpoint without loading its weights: whether Transformers' loader
+    finds each tensor that it expects, and none that it does not; whether vLLM gives each layer the
+    scheme that it was saved with, and one to layers that it fuses; whether they read its experts.
+
+    :param folder: of any checkpoint in a compressed-tensors format
+    :param engine: whose problems to look for: ``vllm``, ``transformers`` or ``any``
+    :return: what is wrong, for each engine; nothing where all is well
+    :raises CheckpointError: if a file cannot be read, or is not there
+    :raises ValueError: if there is no such engine
+    """
+    problems = find_problems(read_layout(Path(folder)))
+    return [problem for name in required_engines(engine) for problem in problems[name]]
+
+
+def check_before_saving(
+    model: nn.Module, configs: Iterable[QuantizationConfig], engine: str
+) -> None:
+    """
+    Names, shapes and schemes of what will be saved are known before the run, and so is what each
+    engine will make of them.
+
+    :param model: before it is quantized; experts are given the names under which they are saved
+    :param configs: of the modifiers of the recipe that quantize, in their order
+    :param engine: which must load the checkpoint; problems of others are logged
+    :raises RecipeError: if it will not, or will read another model
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    name_experts_as_released(model)
+    layout = predict_layout(model, configs)
+    fields = {name: x for name, x in layout.config.items() if name != "quantization_config"}
+    problems = find_problems(layout, type(model), type(model.config).from_dict(fields))
+    required = required_engines(engine)
+    refused = [x for name in required for x in problems[name] if x.fatal]
+    if refused:
+        raise RecipeError(
+            "this recipe would save a checkpoint that does not load, or loads as another model:\n  "
+            + "\n  ".join(map(str, refused))
+        )
+    for name, found in problems.items():
+        for problem in found:
+            without_remedy = Problem(problem.engine, problem.what, problem.names)
+            logger.warning(f"the checkpoint: {problem if name in required else without_remedy}")
+
+
+def check_saved(model: PreTrainedModel, folder: Path, engine: str) -> None:
+    """
+    Log what is wrong with a saved checkpoint. Nothing is raised: the files are there, and may be
+    all that is left of a long run.
+
+    :param engine: which must load the checkpoint
+    """
+    try:
+        layout = read_layout(folder)
+        problems = find_problems(layout, type(model), model.config)
+    except (CheckpointError, OSError, json.JSONDecodeError) as error:
+        logger.error(f"the saved checkpoint could not be checked: {error}")
+        return
+    for name in required_engines(engine):
+        for problem in problems[name]:
+            if problem.fatal:
+                logger.error(f"the saved checkpoint: {problem}")

@@ -1,0 +1,135 @@
+"""What saving a model will write, found out on the meta device before anything runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from compressed_tensors.base import QUANTIZATION_CONFIG_NAME, QUANTIZATION_METHOD
+from compressed_tensors.compressors import ModelCompressor, compress_module
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationStatus,
+    apply_quantization_config,
+)
+from compressed_tensors.quantization.utils import is_module_quantized
+from llmcompressor.utils import targets_embeddings, untie_word_embeddings
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from autoround_modifier.engines.config_names import NamedLayer, complete_config
+from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout
+from autoround_modifier.host.saved_format import choose_saved_format
+from autoround_modifier.host.saved_names import saved_name
+from autoround_modifier.host.skeleton import skeleton
+
+__all__ = ["named_layers", "predict_layout", "quantization_section"]
+
+
+def predict_layout(
+    model: PreTrainedModel, configs: Iterable[QuantizationConfig]
+) -> CheckpointLayout:
+    """
+    :param model: it is not changed
+    :param configs: of the modifiers that will quantize it, in their order; schemes that its layers
+        have already stay where no target matches
+    :return: names, shapes and dtypes of the tensors that saving will write, and ``config.json``
+    """
+    copied = skeleton(model)
+    assert isinstance(copied, PreTrainedModel)
+    with _without_log("compressed_tensors.utils.match"):  # of targets, which the run says itself
+        for config in configs:
+            apply_quantization_config(copied, config, show_progress=False)
+    named = [(name, x) for name, x in copied.named_modules() if is_module_quantized(x)]
+    if targets_embeddings(copied, named):
+        untie_word_embeddings(copied)
+    quantized = [module for _, module in named]
+    for module in quantized:
+        choose_saved_format(module.quantization_scheme, type(module))
+    # Of the schemes before compressing, which changes their status.
+    section = quantization_section(copied)
+    for module in quantized:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            compress_module(module)
+            _pack_zero_point(module)
+    state = copied.state_dict(keep_vars=True)
+    for name, source in (getattr(copied, "all_tied_weights_keys", None) or {}).items():
+        if name in state and state[name] is state.get(source):
+            del state[name]  # one copy is saved
+    tensors = revert_weight_conversion(copied, state)
+    content = json.loads(copied.config.to_json_string(use_diff=False))
+    content["architectures"] = [type(model).__name__]
+    if section is not None:
+        content[QUANTIZATION_CONFIG_NAME] = section
+    return CheckpointLayout(
+        content,
+        {name: TensorLayout(tuple(x.shape), x.dtype) for name, x in tensors.items()},
+    )
+
+
+@contextlib.contextmanager
+def _without_log(name: str) -> Iterator[None]:
+    log = logging.getLogger(name)
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
+
+
+def _pack_zero_point(module: Any) -> None:
+    """On the meta device compressed-tensors 0.19 leaves zero points as they are."""
+    args, zero_point = (
+        module.quantization_scheme.weights,
+        module._parameters.get("weight_zero_point"),
+    )
+    if "weight_packed" not in module._parameters or zero_point is None:
+        return
+    if zero_point.dtype != torch.int32:
+        rows, columns = zero_point.shape
+        shape = (math.ceil(rows * args.num_bits / 32), columns)
+        module.weight_zero_point = nn.Parameter(
+            torch.empty(shape, dtype=torch.int32, device="meta"), requires_grad=False
+        )
+
+
+def quantization_section(model: nn.Module) -> dict[str, Any] | None:
+    """
+    :param model: quantized, before or after it was compressed
+    :return: ``quantization_config`` of its ``config.json``, under names that hold for every engine,
+        `complete_config`; None if nothing is quantized
+    """
+    config = ModelCompressor.from_pretrained_model(model).quantization_config
+    if config is None:
+        return None
+    config.quantization_status = QuantizationStatus.COMPRESSED
+    section = json.loads(json.dumps(config.model_dump(exclude={"quant_method"})))
+    section["quant_method"] = QUANTIZATION_METHOD
+    return complete_config(section, list(named_layers(model, config)))
+
+
+def named_layers(model: nn.Module, config: QuantizationConfig) -> Iterator[NamedLayer]:
+    """
+    Yield the linear layers, and the embeddings that are quantized, with their names.
+
+    :param config: of the model, as the host writes it
+    """
+    schemes = list(config.config_groups.items())
+    renamed = saved_name(model)
+    for path, module in model.named_modules():
+        quantized = is_module_quantized(module)
+        is_linear = isinstance(module, nn.Linear)
+        if not is_linear and not (isinstance(module, nn.Embedding) and quantized):
+            continue
+        group = None
+        if quantized:
+            group = next(name for name, x in schemes if x == module.quantization_scheme)
+        part = next((x for x in ("weight", "weight_packed") if x in module._parameters), "weight")
+        saved = renamed(f"{path}.{part}").rpartition(".")[0]
+        yield NamedLayer(path, saved, group, "Linear" if is_linear else "Embedding")

@@ -1,0 +1,56 @@
+"""host/prediction.py: what saving will write, before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import quantize, tiny_llama, weight_scheme
+from tiny_mixtures import tiny_mixture
+
+from autoround_modifier import AutoRoundModifier
+from autoround_modifier.engines import read_layout
+from autoround_modifier.host.prediction import predict_layout, quantization_section
+from autoround_modifier.host.saved_names import name_experts_as_released
+
+SCHEMES = ("W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_BLOCK", "NVFP4", "MXFP4", "MXFP8")
+
+
+def check_prediction(model, recipe, folder) -> None:
+    name_experts_as_released(model)
+    predicted = predict_layout(model, [recipe.resolved_config])
+    quantize(model, recipe, output_dir=folder)
+    saved = read_layout(folder)
+    assert predicted.tensors == saved.tensors
+    for name in ("config_groups", "ignore", "format", "quant_method", "quantization_status"):
+        assert predicted.quantization[name] == saved.quantization[name]
+    assert predicted.config["architectures"] == saved.config["architectures"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tensors_and_config_are_those_that_are_saved(scheme, tmp_path):
+    model = tiny_llama(hidden_size=128)
+    recipe = AutoRoundModifier(scheme=scheme, preset="rtn", ignore=["lm_head"])
+    check_prediction(model, recipe, tmp_path)
+
+
+def test_tied_embeddings_are_one_tensor(tmp_path):
+    recipe = AutoRoundModifier(
+        preset="rtn", ignore=["lm_head"], config_groups={"group_0": weight_scheme(4)}
+    )
+    check_prediction(tiny_llama(tied=True), recipe, tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["Qwen3Moe", "Mixtral"])
+def test_mixtures(prefix, tmp_path):
+    recipe = AutoRoundModifier(
+        preset="rtn",
+        ignore=["lm_head", r"re:.*\.gate$"],
+        config_groups={
+            "attention": {**weight_scheme(8), "targets": [r"re:.*self_attn\..*_proj$"]},
+            "experts": {**weight_scheme(4), "targets": [r"re:.*mlp\..*_proj$"]},
+        },
+    )
+    check_prediction(tiny_mixture(tmp_path / "original", prefix), recipe, tmp_path / "saved")
+
+
+def test_nothing_is_said_of_a_model_that_is_not_quantized():
+    assert quantization_section(tiny_llama()) is None

@@ -1,0 +1,206 @@
+"""Names in `config.json` that hold for every engine, and the rules by which engines match them."""
+
+from __future__ import annotations
+
+import pytest
+from compressed_tensors.utils.match import match_targets
+from torch import nn
+
+from autoround_modifier.engines.config_names import NamedLayer, complete_config
+from autoround_modifier.engines.fused import fused_parts
+from autoround_modifier.engines.matching import compressed_tensors_group, groups_of, vllm_group
+
+ATTENTION, MLP = r"re:.*self_attn\..*_proj$", r"re:.*mlp\..*_proj$"
+
+
+def section(groups: dict[str, list[str]], ignore: tuple[str, ...] = ()) -> dict:
+    """:param groups: name -> targets"""
+    return {
+        "config_groups": {name: {"targets": x, "weights": {}} for name, x in groups.items()},
+        "ignore": list(ignore),
+    }
+
+
+def layers(groups: dict[str, str | None], renamed: tuple[str, str] = ("", "")) -> list[NamedLayer]:
+    """
+    :param groups: path -> config group
+    :param renamed: what the files have other, instead of what
+    """
+    return [NamedLayer(path, path.replace(*renamed), group) for path, group in groups.items()]
+
+
+def check(quantization: dict, named: list[NamedLayer]) -> None:
+    """Every engine gives each layer its scheme, under both spellings and under another prefix."""
+    groups = groups_of(quantization)
+    old_group = {}
+    for layer in named:
+        for name in (*layer.names, f"another.{layer.path}"):
+            if layer.group is None:
+                if name in layer.names:
+                    assert name in quantization["ignore"]
+                continue
+            for rule in (compressed_tensors_group, vllm_group):
+                found = rule(name, (layer.kind,), groups)
+                assert old_group.setdefault(found, layer.group) == layer.group, name
+                assert found is not None
+
+
+DENSE = {
+    f"model.layers.{block}.{name}": group
+    for block in range(3)
+    for name, group in (
+        ("self_attn.q_proj", "a"),
+        ("self_attn.k_proj", "a"),
+        ("self_attn.v_proj", "a"),
+        ("self_attn.o_proj", "a"),
+        ("mlp.gate_proj", "b"),
+        ("mlp.up_proj", "b"),
+        ("mlp.down_proj", "b"),
+    )
+}
+
+
+def test_targets_that_hold_are_kept():
+    groups = {"a": [ATTENTION], "b": [MLP]}
+    result = complete_config(section(groups), layers({**DENSE, "lm_head": None}))
+    assert list(groups_of(result).values()) == [[ATTENTION], [MLP]]
+    assert result["ignore"] == ["lm_head"]
+
+
+def test_one_class_for_all_is_kept():
+    named = layers({**dict.fromkeys(DENSE, "a"), "lm_head": None})
+    result = complete_config(section({"a": ["Linear"]}, ("lm_head",)), named)
+    assert list(groups_of(result).values()) == [["Linear"]]
+
+
+def test_both_spellings_are_ignored():
+    named = layers(
+        {"model.visual.blocks.0.attn.qkv": None, **dict.fromkeys(DENSE, "a")},
+        ("model.visual", "visual"),
+    )
+    result = complete_config(section({"a": ["Linear"]}, ("visual.blocks.0.attn.qkv",)), named)
+    assert result["ignore"] == ["visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv"]
+
+
+def test_overlapping_expressions_are_written_apart():
+    """compressed-tensors takes `re:.*down_proj`, vLLM the first in the file."""
+    named = layers({x: "b" if "down_proj" in x else "a" for x in DENSE})
+    quantization = section({"a": ["re:.*proj"], "b": ["re:.*down_proj"]})
+    assert vllm_group("model.layers.0.mlp.down_proj", ("Linear",), groups_of(quantization)) == "a"
+    check(complete_config(quantization, named), named)
+
+
+def test_an_expression_for_a_fused_name_does_not_win_over_names():
+    """vLLM matches `qkv_proj` before its parts."""
+    first = {x: "b" for x in DENSE if "layers.0.self_attn" in x}
+    named = layers({**dict.fromkeys(DENSE, "a"), **first})
+    quantization = section({"b": list(first), "a": [ATTENTION, MLP]})
+    groups = groups_of(quantization)
+    assert compressed_tensors_group("model.layers.0.self_attn.q_proj", (), groups) == "b"
+    assert vllm_group("model.layers.0.self_attn.q_proj", (), groups) == "a"
+    check(complete_config(quantization, named), named)
+
+
+def test_blocks_with_schemes_of_their_own():
+    named = layers({x: "b" if "layers.1." in x else "a" for x in DENSE})
+    quantization = section({"b": [r"re:model\.layers\.1\..*"], "a": ["re:.*"]})
+    result = complete_config(quantization, named)
+    check(result, named)
+    targets = [target for targets in groups_of(result).values() for target in targets]
+    assert r"re:(?:.*\.)?layers\.(?:0|2)\.mlp\.down_proj$" in targets
+
+
+def test_the_same_names_in_two_towers():
+    both = {f"model.{tower}.layers.0.mlp.fc1": tower[0] for tower in ("vision", "text")}
+    quantization = section({"v": ["re:.*vision.*"], "t": ["re:.*"]})
+    named = layers(both)
+    result = complete_config(quantization, named)
+    groups = groups_of(result)
+    for layer in named:
+        for rule in (compressed_tensors_group, vllm_group):
+            found = rule(layer.path, (layer.kind,), groups)
+            assert any(layer.path.split(".")[1] in x for x in groups[found])
+
+
+def experts(group: str | None) -> dict[str, str | None]:
+    return {
+        f"model.layers.{block}.mlp.experts.{index}.{name}": group
+        for block in range(2)
+        for index in range(3)
+        for name in ("gate_proj", "up_proj", "down_proj")
+    }
+
+
+def test_the_group_of_experts_comes_first_and_names_them():
+    """Transformers reads experts by the first expression with `experts` in it."""
+    named = layers({**{x: g for x, g in DENSE.items() if g == "a"}, **experts("b")})
+    result = complete_config(section({"a": [ATTENTION], "b": [MLP]}), named)
+    check(result, named)
+    (first, *_) = result["config_groups"].values()
+    assert first["targets"] == [r"re:(?:.*\.)?layers\.\d+\.mlp\.experts\.\d+\..+$"]
+
+
+def test_shared_experts_are_not_taken_for_routed_ones():
+    shared = {"model.layers.0.mlp.shared_experts.up_proj": "a"}
+    named = layers({**shared, **experts("b")})
+    groups = {"a": [r"re:.*shared_experts.*"], "b": [r"re:.*mlp\.experts\..*"]}
+    result = complete_config(section(groups), named)
+    check(result, named)
+    first = next(iter(result["config_groups"].values()))
+    assert first["targets"] == [r"re:.*mlp\.experts\..*"]
+
+
+def test_experts_are_named_as_in_the_files_too():
+    named = [
+        NamedLayer(path, path.replace(".mlp.", ".block_sparse_moe.").replace("gate_proj", "w1"), g)
+        for path, g in {**DENSE, **experts("b")}.items()
+    ]
+    result = complete_config(section({"a": [ATTENTION], "b": [MLP]}), named)
+    check(result, named)
+    groups = groups_of(result)
+    name = "model.layers.0.block_sparse_moe.experts.2.w1"  # under which vLLM looks
+    assert vllm_group(name, (), groups) == vllm_group(named[-1].path, (), groups)
+
+
+def test_ignored_experts_are_one_expression_for_each_block_and_layer():
+    named = layers({**DENSE, **experts(None)})
+    result = complete_config(section({"a": [ATTENTION], "b": [MLP]}), named)
+    assert len(result["ignore"]) == 6
+    assert r"re:(?:.*\.)?layers\.(?:1)\.mlp\.experts\.\d+\.up_proj$" in result["ignore"]
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["Linear"],
+        ["re:.*proj", "re:.*down_proj"],
+        ["re:.*down_proj", "model.layers.0.mlp.down_proj"],
+        ["Linear", "re:.*o_proj"],
+        ["Module", "Linear"],
+        ["re:layers"],
+    ],
+)
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj"]
+)
+def test_the_rule_of_compressed_tensors_is_its_own(targets, name):
+    groups = {f"group_{i}": [target] for i, target in enumerate(targets)}
+    expected = match_targets(name, nn.Linear(1, 1), targets)
+    found = compressed_tensors_group(name, ("Linear", "Module"), groups)
+    assert found == (f"group_{targets.index(expected[0])}" if expected else None)
+
+
+def test_fused_layers():
+    names = [
+        "a.q_proj",
+        "a.k_proj",
+        "a.v_proj",
+        "a.o_proj",
+        "b.gate_proj",
+        "b.up_proj",
+        "c.up_proj",
+    ]
+    assert dict(fused_parts(names)) == {
+        "a.qkv_proj": ["a.q_proj", "a.k_proj", "a.v_proj"],
+        "b.gate_up_proj": ["b.gate_proj", "b.up_proj"],
+    }

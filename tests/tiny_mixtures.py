@@ -1,0 +1,58 @@
+"""Tiny mixtures of experts with random weights, loaded as users load theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from conftest import VOCABULARY
+from llmcompressor.modeling.moe.linearize import linearize_moe
+from transformers import PreTrainedModel
+
+__all__ = ["FIELDS", "tiny_mixture"]
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+}
+# Beside `COMMON`, by the prefix of the classes
+FIELDS = {
+    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 128, "head_dim": 32},
+    "Mixtral": {"num_local_experts": 4},
+    "MiniMaxM2": {"num_local_experts": 4, "head_dim": 32},
+    "Phimoe": {"num_local_experts": 4},
+    "GptOss": {"num_local_experts": 4, "head_dim": 32, "sliding_window": 8},
+    "GraniteMoe": {"num_local_experts": 4},
+}
+
+
+def tiny_mixture(
+    folder: Path,
+    prefix: str = "Qwen3Moe",
+    split: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> PreTrainedModel:
+    """
+    :param folder: where the model is written first
+    :param prefix: of the names of Transformers' classes
+    :param split: give each expert linear layers of its own, as `oneshot` does
+    :return: a model with random weights
+    """
+    config = getattr(transformers, f"{prefix}Config")(**{**COMMON, **FIELDS[prefix]})
+    model_class = getattr(transformers, f"{prefix}ForCausalLM")
+    torch.manual_seed(0)
+    model = model_class(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    model = model_class.from_pretrained(folder, dtype=dtype)
+    return linearize_moe(model) if split else model
