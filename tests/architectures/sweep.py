@@ -38,6 +38,7 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset
+from llmcompressor.core import reset_session
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from loguru import logger
 from tiny import VOCABULARY, tiny_config, tiny_inputs
@@ -361,6 +362,27 @@ def quantize(name: str, variant: str, folder: Path) -> Result:
             return {**result, "verdict": "right", "reason": "one kind of layer: as in W4"}
         groups = found
     result |= {"ignore": ignored, "groups": {key: one["targets"] for key, one in groups.items()}}
+    for engine in ("any", "transformers"):
+        attempt = attempted(prepared, ignored, groups, engine, folder)
+        if engine == "any" and "vLLM: " in attempt["reason"] and attempt["verdict"] == "refused":
+            result["vllm"] = attempt["reason"]  # what Transformers makes of it is another question
+            reset_session()
+            continue
+        break
+    result |= attempt
+    result["warnings"] = [str(message).strip() for message in messages]
+    result["seconds"] = round(time.time() - started, 1)
+    return result
+
+
+def attempted(
+    prepared: Prepared, ignored: list[str], groups: dict[str, Any], engine: str, folder: Path
+) -> Result:
+    """
+    :param engine: which must load the checkpoint
+    :return: verdict ``saved`` if all went well
+    """
+    model = prepared.model
     state: dict[str, Any] = {"ran": False, "finished": False}
 
     def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -397,6 +419,7 @@ def quantize(name: str, variant: str, folder: Path) -> Result:
                     min_expert_tokens=0,
                     ignore=ignored,
                     config_groups=groups,
+                    engine=engine,
                 ),
                 dataset=data,
                 processor=word_tokenizer(),
@@ -408,18 +431,14 @@ def quantize(name: str, variant: str, folder: Path) -> Result:
             isinstance(error, ValueError) and "autoround_modifier" in frames(error, 1)[0]
         )
         refused = expected and not state["ran"]
-        result |= {
+        return {
             "verdict": "refused" if refused else "crashed",
             "reason": described(error) if refused else f"{moment(state)}: {described(error)}",
             "frames": frames(error, 6),
         }
-    else:
-        result |= {"verdict": "saved", "reason": ""}
     finally:
         hook.remove()
-    result["warnings"] = [str(message).strip() for message in messages]
-    result["seconds"] = round(time.time() - started, 1)
-    return result
+    return {"verdict": "saved", "reason": ""}
 
 
 def moment(state: dict[str, Any]) -> str:
@@ -636,7 +655,8 @@ def table(results: dict[str, dict[str, Result]]) -> str:
         for variant in VARIANTS:
             if variant in of_class:
                 counts[variant][of_class[variant]["verdict"]] += 1
-        notes = list(dict.fromkeys(one["reason"] for one in found if one["reason"]))
+        reasons = [one["reason"] for one in found] + [one.get("vllm", "") for one in found]
+        notes = list(dict.fromkeys(filter(None, map(brief, reasons))))
         kind = next((one["kind"] for one in found if "kind" in one), "")
         cells = [cell(of_class.get(variant)) for variant in VARIANTS]
         rows.append([name, kind, *cells, "; ".join(notes)])
@@ -664,6 +684,12 @@ def table(results: dict[str, dict[str, Result]]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def brief(reason: str) -> str:
+    """:return: what a refusal or an error says, without what all of them begin with"""
+    text = re.sub(r"^\w+Error: (this recipe would save a checkpoint that [^:]*: )?", "", reason)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def markdown_row(cells: list[str]) -> str:
