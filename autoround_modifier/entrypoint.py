@@ -23,6 +23,7 @@ from autoround_modifier.calibration import (
 )
 from autoround_modifier.errors import CalibrationError, RecipeError
 from autoround_modifier.host.applied_schemes import disable_unfinished
+from autoround_modifier.host.failures import explain_failure
 from autoround_modifier.host.layers import weight_folders
 from autoround_modifier.host.lifecycle import (
     AUTOROUND_CLASS_NAME,
@@ -128,9 +129,7 @@ def oneshot(
     if is_distributed() and isinstance(dataset, Dataset):
         dataset = _own_share(dataset, kwargs.get("num_calibration_samples", 512))
     kwargs.setdefault("shuffle_calibration_samples", False)
-    if any(
-        isinstance(x, AutoRoundModifier) and x.requires_calibration_data for x in recipe.modifiers
-    ):
+    if any(modifier.requires_calibration_data for modifier in recipe.modifiers):
         _choose_pipeline(model, kwargs)
     if stored is not None:
         model = load_model(
@@ -150,8 +149,12 @@ def oneshot(
             output_dir=None if output_dir is None else str(output_dir),
             **kwargs,
         )
-    except BaseException:  # Ctrl-C among them, which may come while code of others runs
+    except BaseException as error:  # Ctrl-C among them, which may come while code of others runs
         _clean_up(recipe)
+        name = model if isinstance(model, str) else type(model).__name__
+        explained = explain_failure(error, str(name))
+        if explained is not None:
+            raise RecipeError(explained) from error
         raise
 
 

@@ -40,7 +40,13 @@ def built(name: str, folder, dtype=torch.bfloat16, **fields):
 
 def modifier(**fields) -> AutoRoundModifier:
     groups = {"group_0": weight_scheme(4, group_size=None)}
-    defaults = {"iters": 2, "batch_size": 4, "ignore": ["lm_head"], "config_groups": groups}
+    defaults = {
+        "iters": 2,
+        "batch_size": 4,
+        "ignore": ["lm_head"],
+        "config_groups": groups,
+        "engine": "vllm",  # Transformers loads no packed layers of Mamba and ModernBERT
+    }
     return AutoRoundModifier(**{**defaults, **fields})
 
 

@@ -15,9 +15,16 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from autoround_modifier import AutoRoundModifier, OutputExistsError, SavingError, oneshot
+from autoround_modifier import (
+    AutoRoundModifier,
+    CheckpointError,
+    OutputExistsError,
+    SavingError,
+    oneshot,
+)
 from autoround_modifier.export.saved_config import changed_fields, with_changes
 from autoround_modifier.export.saved_files import add_to_index, tensor_files
+from autoround_modifier.export.source import find_source
 from autoround_modifier.modifiers import finishing
 from autoround_modifier.modifiers.generation import GenerationCheck
 from autoround_modifier.runs.output_folder import check_output_folder
@@ -147,18 +154,36 @@ def test_an_output_folder_inside_of_the_model_is_refused(tmp_path):
         quantize(str(tmp_path), modifier(), output_dir=tmp_path / "w4")
 
 
-def test_the_model_in_the_cache_of_the_hub_is_not_written_to(tmp_path, monkeypatch):
+@pytest.fixture
+def in_hub_cache(tmp_path, monkeypatch):
+    """:return: the folder of a model that was downloaded as ``some/model``"""
     snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / ("0" * 40)
     tiny_llama(num_layers=1).save_pretrained(snapshot)
     references = snapshot.parent.parent / "refs"
     references.mkdir()
     (references / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(
-        "huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub")
-    )
+    return snapshot
+
+
+def test_the_model_in_the_cache_of_the_hub_is_not_written_to(in_hub_cache):
     with pytest.raises(OutputExistsError, match="some--model"):
-        oneshot("some/model", modifier(), output_dir=snapshot, overwrite_output_dir=True)
+        oneshot("some/model", modifier(), output_dir=in_hub_cache, overwrite_output_dir=True)
+
+
+def test_a_source_is_read_from_the_cache_of_the_hub(in_hub_cache):
+    source = find_source("some/model")
+    assert source.config == config_of(in_hub_cache)
+    name, tensors = "model.norm.weight", saved_tensors(in_hub_cache)
+    assert set(source.files) == set(tensors)
+    assert torch.equal(source.tensor(name, torch.bfloat16), tensors[name])
+    assert source.shape(name) == (64,)
+    (in_hub_cache / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="is not on this machine"):
+        source.tensor(name, torch.bfloat16)
+    assert find_source("some/model") is None
+    assert find_source("some/other") is None
+    assert find_source("") is None
 
 
 def test_what_a_killed_process_left_does_not_count(tmp_path):

@@ -116,9 +116,36 @@ def test_killed_at_twenty_random_moments(tmp_path):
 
 
 OTHERS = {
-    "recipe": ({"num_bits": 3}, {}, {}, "another recipe"),
-    "model": ({}, {"seed": 1}, {}, "another model"),
-    "data": ({}, {}, {"seed": 5}, "other calibration data"),
+    "recipe": (
+        {"iters": 3},
+        {},
+        {},
+        r"another recipe \(iters: 6 there, 3 here\)\. To go on after its 2 finished",
+    ),
+    "model": (
+        {},
+        {"seed": 1},
+        {},
+        r"another model \(the same class and size with other weights\)\..*original model loaded",
+    ),
+    "larger model": (
+        {},
+        {"num_layers": 3},
+        {},
+        r"another model \(parameters: \d+ there, \d+ here\)",
+    ),
+    "data": (
+        {},
+        {},
+        {"seed": 5},
+        r"another calibration data\. .*same dataset, tokenizer, `num_calibration_samples`",
+    ),
+    "less data": (
+        {},
+        {},
+        {"num_samples": 8},
+        r"another calibration data \(batches: 16 there, 8 here\)",
+    ),
 }
 
 
@@ -129,13 +156,40 @@ def test_state_of_another_run_is_refused_and_kept(recipe, model, data, reason, t
     with pytest.raises(CheckpointError, match=reason) as raised:
         quantize(tiny_llama(**model), modifier(tmp_path, **recipe), token_samples(**data))
     assert str(tmp_path) in str(raised.value)
+    assert "To start anew, choose another checkpoint_dir" in str(raised.value)
+    assert "delete" not in str(raised.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_another_cut_into_groups_is_refused(tmp_path):
     quantize(tiny_llama(num_layers=4), modifier(tmp_path))
-    with pytest.raises(CheckpointError, match=r"other groups of blocks"):
+    message = r"other groups of blocks.*`sequential_targets_per_subgraph`"
+    with pytest.raises(CheckpointError, match=message):
         quantize(tiny_llama(num_layers=4), modifier(tmp_path), sequential_targets_per_subgraph=2)
+
+
+def test_a_lost_run_file_is_no_reason_to_delete_blocks(tmp_path):
+    quantize(tiny_llama(), modifier(tmp_path))
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"2 finished groups.*Put the file back") as raised:
+        quantize(tiny_llama(), modifier(tmp_path))
+    assert "delete" not in str(raised.value)
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    quantize(tiny_llama(), modifier(tmp_path))  # nothing is lost with it
+
+
+def test_a_damaged_chain_is_computed_again(tmp_path, interrupt, log):
+    whole = quantize(tiny_llama(num_layers=4), modifier(None))
+    interrupt(2)
+    with pytest.raises(Interrupted):
+        quantize(tiny_llama(num_layers=4), modifier(tmp_path))
+    (chain,) = tmp_path.glob("chain-*")
+    chain.write_bytes(chain.read_bytes()[:50])
+    interrupt(100)
+    model = quantize(tiny_llama(num_layers=4), modifier(tmp_path))
+    assert_same(all_integers(model), all_integers(whole))
+    assert any("computed again from the finished blocks" in line for line in log)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):

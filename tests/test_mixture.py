@@ -58,7 +58,9 @@ def test_sources_without_a_number_share_equally(files):
 
 def test_a_source_that_has_fewer(files, log):
     assert origins(entries(files, 31, 1)).count(10) == 30
-    assert any("a.jsonl: 30 samples" in line and "31 samples were asked" in line for line in log)
+    assert any(
+        "a.jsonl: 30 samples" in line and "up to 31 samples were wanted" in line for line in log
+    )
 
 
 def test_a_share_of_no_sample(files, log):

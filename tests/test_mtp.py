@@ -22,7 +22,7 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
-from autoround_modifier import AutoRoundModifier, SchemeError, load_model, load_recipe
+from autoround_modifier import AutoRoundModifier, SchemeError, load_recipe
 from autoround_modifier.export.mtp import mtp_expressions, mtp_names, renumbered
 from autoround_modifier.export.saved_files import tensor_files
 from autoround_modifier.modifiers import mtp
@@ -163,9 +163,8 @@ def test_dropped_layers_are_not_promised(make, field, tmp_path):
 def test_layers_in_fp8_are_dequantized(tmp_path):
     extra = deepseek(tmp_path / "original")
     meant = store_in_fp8(tmp_path / "original", lambda name: "_proj" in name)
-    model = load_model(tmp_path / "original")
     recipe = load_recipe("deepseek_r1_int2_mixed", iters=1, batch_size=4, min_expert_tokens=1)
-    quantize(model, recipe, output_dir=tmp_path / "quantized")
+    quantize(str(tmp_path / "original"), recipe, output_dir=tmp_path / "quantized")
     tensors, config = saved(tmp_path / "quantized")
     for name, tensor in extra.items():
         assert torch.equal(tensors[name], meant.get(name, tensor))
@@ -179,6 +178,8 @@ def test_layers_in_fp8_are_dequantized(tmp_path):
     name = "model.layers.2.mlp.experts.0.gate_proj"
     assert is_match(name, LINEAR, quantization["ignore"])
     assert config["num_nextn_predict_layers"] == 1
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", output_loading_info=True)
+    assert not info["missing_keys"]
 
 
 def test_a_target_of_their_own_quantizes_them(tmp_path):

@@ -287,3 +287,23 @@ def test_blocks_that_are_tuned_together_pass_it_on_with_gradients(container):
         assert output.flatten().tolist() == [5.0, 10.0, 15.0, 20.0]
         output.sum().backward()
         assert weight.grad.item() == 2 * (1 + 2 + 3 + 4)
+
+
+def test_a_writer_in_the_pipeline_that_drops_what_it_writes_is_named(log):
+    """What later blocks read is known only once they run: it is said as soon as one has written."""
+
+    class Silent(SharingBlock):
+        def forward(self, hidden_states, shared=None, **kwargs):
+            if self.self_attn.layer_idx == 0:
+                shared["own"] = self.mlp(hidden_states)
+            return LlamaDecoderLayer.forward(self, hidden_states, **kwargs)
+
+    model = sharing_llama(UserDict)
+    for block in model.model.layers:
+        block.__class__ = Silent
+    model._no_split_modules = ["Silent"]
+    groups = {"group_0": weight_scheme(2)}
+    quantize(model, AutoRoundModifier(iters=1, ignore=["lm_head"], config_groups=groups))
+    (warning,) = [line for line in log if "does not pass on" in line]
+    assert warning.startswith("WARNING model.layers.0 writes into an argument")
+    assert "pipeline='basic'" in warning

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from llmcompressor.core import reset_session
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import LlamaModel
 
 from autoround_modifier import AutoRoundModifier, CheckpointError
+from autoround_modifier.blocks import store
+from autoround_modifier.blocks.selection import KEY_SIZE
 from autoround_modifier.runs import checkpoint, digests, files, lock, sources
 from autoround_modifier.runs.block_data import describe_data
 from autoround_modifier.runs.block_report import BlockReport
@@ -127,6 +131,48 @@ def test_the_chain_of_other_bits_is_computed_again(tmp_path, monkeypatch):
     assert taken == [None]
 
 
+class ScaledLlama(LlamaModel):
+    """Computes with its embeddings before the first block, as with images or a norm."""
+
+    factor = 1.0
+
+    def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+        hidden = self.embed_tokens(input_ids) * self.factor
+        return LlamaModel.forward(self, inputs_embeds=hidden, **kwargs)
+
+
+def scaled_llama(factor: float):
+    model = tiny_llama(dtype=torch.float32, num_layers=3)
+    model.model.__class__ = type("ScaledLlama", (ScaledLlama,), {"factor": factor})
+    return model
+
+
+def test_samples_are_recognised_by_their_tokens_where_the_first_bits_differ(tmp_path, tuned, log):
+    """A factor of 1 + 1e-6 changes the last bits of all that the first block sees."""
+    fields = {"num_calibration_samples": 10}  # of 16: which ones depends on their keys
+    first = all_integers(quantize(scaled_llama(2.0), modifier(tmp_path, **fields)))
+    (tmp_path / "block-0002.safetensors").unlink()
+    tuned.clear()
+    again = all_integers(quantize(scaled_llama(2.0 * (1 + 1e-6)), modifier(tmp_path, **fields)))
+    assert len(tuned) == 1
+    for name in first:
+        if "layers.2." not in name:
+            assert torch.equal(first[name], again[name]), name
+    (warning,) = [line for line in log if "differ slightly" in line]
+    assert float(re.search(r"up to (\S+)\)", warning)[1]) < 1e-4  # of each sample, not of a mean
+
+
+def test_embeddings_themselves_are_the_key_where_the_first_block_sees_them(monkeypatch):
+    keys = []
+    original = store.sample_key
+    monkeypatch.setattr(store, "sample_key", lambda *x: keys.append(original(*x)) or keys[-1])
+    quantize(tiny_llama(), modifier(None))
+    assert {len(key) for key in keys} == {KEY_SIZE}
+    keys.clear()
+    quantize(scaled_llama(2.0), modifier(None))
+    assert {len(key) for key in keys} == {2 * KEY_SIZE}
+
+
 def describe(order=b"a", scale=1.0, positions=(0, 1), rows=(0, 1)):
     generator = torch.Generator().manual_seed(0)
     hidden = [torch.randn(1, 5, 8, generator=generator) * scale * (row + 1) for row in rows]
@@ -145,6 +191,16 @@ def test_samples_are_compared_one_by_one_within_a_hundredth():
     assert here.difference(describe(scale=1.005).facts()) == pytest.approx(0.005, rel=0.1)
     assert here.difference(describe(scale=1.02).facts()) is None
     assert here.difference({**here.facts(), "samples": here.samples[:1]}) is None
+
+
+def test_a_difference_is_explained():
+    here = describe()
+    fewer = {**here.facts(), "samples": here.samples[:1]}
+    assert here.explained(fewer) == "1 samples there, 2 here"
+    assert "differ by 33%, as with another dtype" in here.explained(describe(scale=1.5).facts())
+    others = {"order": "b", "samples": [[9, *row[1:]] for row in here.samples]}
+    assert here.explained(others) == "the samples are others, 18 tokens there, 10 here"
+    assert "masks" in here.explained({**others, "order": here.order})
 
 
 def test_samples_in_another_order_are_compared_by_their_means():

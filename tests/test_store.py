@@ -19,6 +19,7 @@ from autoround_modifier.blocks.group import BlockGroup
 from autoround_modifier.blocks.kept_tensors import KeptTensors
 from autoround_modifier.blocks.samples import content_key, fingerprint
 from autoround_modifier.blocks.store import CalibrationStore
+from autoround_modifier.errors import RecipeError
 
 
 def named_blocks(number: int) -> dict[nn.Module, str]:
@@ -103,6 +104,14 @@ def test_the_digest_is_of_all_samples_and_not_of_their_order():
     other = hidden.clone()
     other[last] += 1  # of a sample that is not used
     assert digest(other) != digest(hidden)
+
+
+def test_what_takes_no_hidden_states_is_named():
+    block = nn.Identity()
+    store = CalibrationStore({block: "model.embeddings"}, num_samples=None)
+    message = r"model\.embeddings \(Identity\) is no block that can be tuned.*sequential_targets"
+    with pytest.raises(RecipeError, match=message):
+        store.enter(block, (), {"input_ids": torch.zeros(1, 3)})
 
 
 def test_a_block_that_ran_another_number_of_times_has_no_samples():

@@ -221,7 +221,7 @@ def test_short_documents_are_joined(log):
     assert text == list(range(3, 63))
     assert "10 samples of 8 tokens; 80 tokens of 21 documents" in log[-1]
     assert "left out: 1 documents or rests of fewer than 4 tokens" in log[-1]
-    assert "100 samples were asked for" in log[-1]
+    assert "up to 100 samples were wanted" in log[-1]
     assert log[-1].startswith("WARNING")
     assert text_dataset(documents, tiny_tokenizer(), 100, 8)["input_ids"] == samples
 

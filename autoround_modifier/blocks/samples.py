@@ -29,6 +29,7 @@ __all__ = [
     "fingerprint",
     "input_hidden",
     "output_hidden",
+    "sample_key",
     "sample_part",
     "split_call",
     "stack_masks",
@@ -232,6 +233,20 @@ def content_key(hidden: Tensor, mask: Tensor | None) -> bytes:
     real = hidden if mask is None else hidden[mask]
     data = real.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
     return hashlib.blake2b(data.data, digest_size=16).digest()
+
+
+def sample_key(hidden: Tensor, mask: Tensor | None, ids: Tensor | None) -> bytes:
+    """
+    :param hidden: (1, tokens, hidden), what the first block sees of a sample
+    :param mask: (1, tokens), bool, False for tokens that do not count, or None
+    :param ids: (1, tokens), int64: token ids of the sample, where they shall be its key, because
+        its hidden states have other bits on another device; or None
+    :return: key of the sample; that of its hidden states decides between samples of equal text
+    """
+    key = content_key(hidden, mask)
+    if ids is None:
+        return key
+    return content_key(ids, None if mask is None else mask.cpu()) + key
 
 
 def fingerprint(hidden: Tensor) -> int:

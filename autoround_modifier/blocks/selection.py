@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from autoround_modifier.errors import CalibrationError
 from autoround_modifier.parallel import gathered, process_rank
 
-__all__ = ["SampleOrder", "SampleSelection"]
+# Bytes of a key that say which sample it is; what follows decides between equal ones.
+KEY_SIZE = 16
+
+__all__ = ["KEY_SIZE", "SampleOrder", "SampleSelection"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class SampleSelection:
     """
     The samples with the smallest keys among those of all processes, in the order of their keys. A
     key is of a sample's content, so that the order in which the pipeline delivers samples does not
-    count.
+    count; `sample_key` makes it.
 
     :param limit: largest number of samples of all processes together; None for all
     :ivar order: the selection, once it is decided
@@ -92,7 +95,8 @@ class SampleSelection:
         rank, _ = process_rank()
         chosen = enumerate(everywhere[: self.limit])
         mine = [(position, index) for position, (_, owner, index) in chosen if owner == rank]
-        digest = hashlib.blake2b(b"".join(key for key, _, _ in everywhere), digest_size=16)
+        contents = b"".join(key[:KEY_SIZE] for key, _, _ in everywhere)
+        digest = hashlib.blake2b(contents, digest_size=KEY_SIZE)
         self.order = SampleOrder(
             [index for _, index in mine], [position for position, _ in mine], digest.digest()
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,9 @@ from autoround_modifier.blocks.kept_tensors import KeptTensors, version_of
 from autoround_modifier.blocks.samples import (
     BlockCall,
     as_samples,
-    content_key,
     input_hidden,
     output_hidden,
+    sample_key,
     sample_part,
     split_call,
 )
@@ -153,11 +153,14 @@ class CalibrationStore:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         token_mask: Tensor | None = None,
+        token_ids: Callable[[Tensor], Tensor | None] = lambda hidden: None,
     ) -> None:
         """
         Record what a block is called with, before it runs: it may write into its arguments.
 
         :param token_mask: (batch, tokens), bool, False for tokens that shall not count
+        :param token_ids: gives the token ids by which samples are recognised, (batch, tokens), for
+            the hidden states of the first block; None where those themselves will do
         :raises RecipeError: if the block takes no hidden states
         """
         self._tensors.next_call()
@@ -178,6 +181,8 @@ class CalibrationStore:
         if self.keep_outputs:
             tensors = tensors_by_place((args, kwargs))
             call.tensors = {place: (x, version_of(x)) for place, x in tensors.items()}
+        whole = input_hidden(args, kwargs)
+        ids = token_ids(whole) if decides and whole is not None else None
         for row, (hidden, arguments) in enumerate(rows):
             if self.sort and not selection.may_select(start + row):
                 continue
@@ -187,7 +192,8 @@ class CalibrationStore:
             )
             call.samples[start + row] = sample
             if decides:
-                call.keys.append(content_key(sample.hidden, mask))
+                own_ids = None if ids is None else ids[row : row + 1]
+                call.keys.append(sample_key(sample.hidden, mask, own_ids))
         self._open[block] = call
 
     @torch.no_grad()

@@ -237,7 +237,7 @@ def _report(name: str, samples: list[Sample], rows: int, empty: int, packer: Pac
     if left_out:
         message += f"; left out: {', '.join(left_out)}"
     if len(samples) < packer.num_samples:
-        message += f"; {packer.num_samples} samples were asked for"
+        message += f"; up to {packer.num_samples} samples were wanted"
         if packer.packing and len(samples) < packer.num_documents:
             message += ", a smaller `max_seq_length` or `packing=False` would give more"
     log = logger.warning if left_out or len(samples) < packer.num_samples else logger.info

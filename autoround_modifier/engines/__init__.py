@@ -13,6 +13,7 @@ from autoround_modifier.engines.check import (
 )
 from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout, read_layout
 from autoround_modifier.engines.problem import Problem
+from autoround_modifier.engines.vllm_loader import vllm_problems
 
 __all__ = [
     "ENGINES",
@@ -23,4 +24,5 @@ __all__ = [
     "read_layout",
     "required_engines",
     "unreadable_experts",
+    "vllm_problems",
 ]

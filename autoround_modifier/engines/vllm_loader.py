@@ -8,7 +8,7 @@ Rewritten from ``vllm/model_executor/layers/quantization/compressed_tensors``: `
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.engines.fused import fused_parts
 from autoround_modifier.engines.layout import CheckpointLayout
 from autoround_modifier.engines.matching import (
+    Groups,
     compressed_tensors_group,
     groups_of,
     is_named,
@@ -33,7 +34,6 @@ _NEVER_QUANTIZED = re.compile(
     r"(^|.*\.)(\w*embed\w*|wte|wpe|shared|lm_head|relative_attention_bias|router|gate"
     r"|shared_expert_gate|\w*norm\w*)(\.\w+)?"
 )
-_EMBEDDING = re.compile(r"(^|.*\.)(\w*embed\w*|wte|wpe|shared)")
 # Model types whose own class in vLLM reads experts from fused tensors, and skips others silently
 _FUSED_EXPERTS_ONLY = ("gpt_oss", "dbrx")
 
@@ -91,13 +91,13 @@ def _layers(layout: CheckpointLayout) -> dict[str, str | None]:
             continue
         if f"{name}.weight_scale" in layout.tensors or not _NEVER_QUANTIZED.fullmatch(name):
             ignored = is_named(name, ignore)
-            found[name] = None if ignored else vllm_group(name, (_kind(name),), groups)
+            found[name] = None if ignored else _group(vllm_group, name, groups)
     return found
 
 
-def _kind(name: str) -> str:
-    """:return: the class that a target may name; of an embedding, as far as its name tells"""
-    return "Embedding" if _EMBEDDING.fullmatch(name) else "Linear"
+def _group(rule: Callable[..., str | None], name: str, groups: Groups) -> str | None:
+    """:return: what a rule says; the files do not tell whether it is an embedding"""
+    return rule(name, ("Linear",), groups) or rule(name, ("Embedding",), groups)
 
 
 def _fused_problems(layers: Mapping[str, str | None]) -> Iterator[Problem]:
@@ -130,7 +130,7 @@ def _group_problems(
                 plain.append(name)
         elif group is None:
             unread.append(name)
-        elif group != compressed_tensors_group(name, (_kind(name),), groups):
+        elif group != _group(compressed_tensors_group, name, groups):
             other.append(name)
     for names, what, remedy in (
         (unread, "takes quantized layers for layers in 16 bits", "Name them in `targets`."),

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from loguru import logger
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from autoround_modifier.engines import (
     Problem,
     find_problems,
     read_layout,
     required_engines,
+    vllm_problems,
 )
 from autoround_modifier.errors import CheckpointError, RecipeError
 from autoround_modifier.host.prediction import predict_layout
@@ -37,8 +38,14 @@ def check_checkpoint(folder: str | os.PathLike[str], engine: str = "any") -> lis
     :raises CheckpointError: if a file cannot be read, or is not there
     :raises ValueError: if there is no such engine
     """
-    problems = find_problems(read_layout(Path(folder)))
-    return [problem for name in required_engines(engine) for problem in problems[name]]
+    layout, required = read_layout(Path(folder)), required_engines(engine)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:  # code of its own, or a type that is not known here
+        logger.warning(f"not checked for Transformers: {error}")
+        return vllm_problems(layout) if "vllm" in required else []
+    problems = find_problems(layout, config=config)
+    return [problem for name in required for problem in problems[name]]
 
 
 def check_before_saving(

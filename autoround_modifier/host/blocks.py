@@ -19,7 +19,7 @@ from torch import nn
 from autoround_modifier.errors import RecipeError, listed
 from autoround_modifier.host.lifecycle import infer_sequential_targets
 
-__all__ = ["declare_blocks", "find_blocks"]
+__all__ = ["declare_blocks", "find_blocks", "input_embeddings"]
 
 Named = dict[nn.Module, str]
 
@@ -71,6 +71,14 @@ def declare_blocks(model: nn.Module, blocks: Named) -> None:
     classes = sorted({type(block).__name__ for block in blocks})
     exact = set(_matches(model, classes)) == set(blocks)
     model._no_split_modules = set(classes if exact else blocks.values())  # type: ignore[assignment]
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """:return: the token embeddings of a model; None if it has none, or does not say"""
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 # ------------------------------------------------------------------ what is asked for
@@ -197,10 +205,7 @@ def _holds_model(model: nn.Module, module: nn.Module) -> bool:
     """:return: whether a module has the model's input embeddings, so that it is called with text"""
     if module is model:
         return True
-    try:
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return False
+    embeddings = input_embeddings(model)
     return embeddings is not None and any(part is embeddings for part in module.modules())
 
 

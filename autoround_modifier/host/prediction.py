@@ -63,7 +63,7 @@ def predict_layout(
         if name in state and state[name] is state.get(source):
             del state[name]  # one copy is saved
     tensors = revert_weight_conversion(copied, state)
-    content = json.loads(copied.config.to_json_string(use_diff=False))
+    content = copied.config.to_dict()
     content["architectures"] = [type(model).__name__]
     if section is not None:
         content[QUANTIZATION_CONFIG_NAME] = section

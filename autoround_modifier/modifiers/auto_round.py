@@ -20,7 +20,7 @@ from autoround_modifier.errors import RecipeError, listed
 from autoround_modifier.export.check import check_before_saving
 from autoround_modifier.host.applied_schemes import forget_scheme, forget_schemes, modules_of
 from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_attention
-from autoround_modifier.host.blocks import declare_blocks, find_blocks
+from autoround_modifier.host.blocks import declare_blocks, find_blocks, input_embeddings
 from autoround_modifier.host.experts import routed_experts_only
 from autoround_modifier.host.layers import stored_weight
 from autoround_modifier.host.lifecycle import (
@@ -123,6 +123,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     _progress: TuningProgress = PrivateAttr(default_factory=TuningProgress)
     _only_modifier: bool = PrivateAttr(default=False)
     _stopped: bool = PrivateAttr(default=False)
+    _warned_of: set[str] = PrivateAttr(default_factory=set)
 
     @model_validator(mode="after")
     def _say_whether_data_is_needed(self) -> AutoRoundModifier:
@@ -192,12 +193,12 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         self._only_modifier = len(modifiers) <= 1
         check_processes(model)
         self.add_ignored(log_untargeted_routers(model, self.resolved_config))
-        warn_of_targets(model, self.resolved_config)
+        plan = prepare_saving(model)
+        warn_of_targets(model, self.resolved_config, plan.mtp.schemes)
         schemes = resolve_schemes(model, self.resolved_config)
         check_fit(schemes)
         check_finite({name: layer for name, (layer, _) in schemes.items()})
         check_kv_cache(model, self.kv_cache_scheme)
-        prepare_saving(model)
         self._blocks = find_blocks(model, kwargs.get("sequential_targets"))
         if self.iters:
             check_layers_in_blocks(self._blocks, schemes, self.iters)
@@ -269,6 +270,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             prepared.routing,
             prepared.quantizer.initial.importance,
             self._store,
+            input_embeddings(state.model),
+            lambda: state.current_batch_idx,
         )
         layers = layers_to_record(
             names, in_blocks, prepared.routing.layers, bool(self.scale_search)
@@ -292,6 +295,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                 ):
                     for group in groups:
                         self._block_quantizer.quantize(group)
+                if state.model not in modules:
+                    self._warn_of_dropped_state()
             self._quantize_rest(modules)
             ran = set(modules)
             calibrate_remaining([one for one in self._prepared.activations if one.module in ran])
@@ -349,6 +354,17 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                 "(`autoround_modifier.oneshot` does so by itself)"
             )
 
+    def _warn_of_dropped_state(self) -> None:
+        """The sequential pipeline calls each subgraph with copies of containers of tensors."""
+        writers = [] if self._block_quantizer is None else self._block_quantizer.writers
+        if len(writers) == 1 and writers[0] not in self._warned_of:
+            self._warned_of.add(writers[0])
+            logger.warning(
+                f"{writers[0]} writes into an argument, which LLM-Compressor's sequential pipeline "
+                "does not pass on. If later blocks read it, give `oneshot` "
+                f"`pipeline={SHARED_STATE_PIPELINE!r}`."
+            )
+
     def _why_nothing_was_tuned(self) -> str:
         failures = [str(report.failure) for report in self.block_reports]
         if failures:
@@ -396,10 +412,12 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             )
         else:
             kept = "Nothing was saved: a run with `checkpoint_dir` could go on where it stopped."
-        if done or not self._only_modifier:
+        if done:
             model = "The model in memory is partly quantized: load it again before the next attempt"
-        else:
+        elif self._only_modifier:
             model = "The model in memory is as it was"
+        else:
+            model = "Other modifiers may have changed the model in memory: load it again"
         return f"AutoRound stopped with {done} of {total} layers quantized. {model}. {kept}"
 
     def _register_cleaning_up(

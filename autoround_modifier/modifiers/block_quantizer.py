@@ -46,6 +46,7 @@ class BlockQuantizer:
     :param checkpoint: where finished blocks are kept, and found again
     :param on_iteration: called after each step with the number of blocks that took it
     :ivar reports: of the groups that were tuned
+    :ivar writers: names of the groups that wrote into their arguments what later ones may read
     :ivar num_finished: number of groups that are quantized, and kept if there is a checkpoint
     """
 
@@ -64,6 +65,7 @@ class BlockQuantizer:
     def __post_init__(self) -> None:
         self._chain = QuantizedChain()
         self.num_finished = 0
+        self.writers: list[str] = []
 
     def quantize(self, blocks: list[nn.Module]) -> None:
         """
@@ -95,6 +97,8 @@ class BlockQuantizer:
         inputs = samples[0].inputs if chained is None else chained
         written = None if chained is None else self._chain.written
         group = BlockGroup(blocks, [one.calls for one in samples], activations, written)
+        if group.writes:
+            self.writers.append(name)
         for one in samples:
             one.inputs = []  # only the inputs of the quantized chain are needed from here on
 

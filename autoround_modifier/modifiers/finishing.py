@@ -140,12 +140,13 @@ def _source_config(own: PreTrainedConfig, stored: dict[str, Any] | None) -> dict
         return None
 
 
-def prepare_saving(model: PreTrainedModel) -> None:
+def prepare_saving(model: PreTrainedModel) -> SavePlan:
     """
     Called by modifiers before the run: let the model be finished whenever it is saved, now by
     LLM-Compressor or later by the user.
 
     :param model: with the recipe of the active session
+    :return: what will be put right
     :raises SavingError: if it could not be saved
     :raises SchemeError: if layers for multi-token prediction cannot have their scheme
     """
@@ -162,3 +163,4 @@ def prepare_saving(model: PreTrainedModel) -> None:
         next((x.engine for x in reversed(modifiers) if isinstance(x, SchemeSettings)), "any"),
     )
     finish_when_saved(model, partial(finish_checkpoint, plan=plan))
+    return plan

@@ -78,12 +78,13 @@ def find_mtp_layers(model: PreTrainedModel, modifiers: Iterable[Modifier]) -> Mt
     origin, own = config._name_or_path, config.to_dict()
     source = find_source(origin, getattr(config, "_commit_hash", None))
     promised = promised_mtp_layers(own)
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     if source is None:
-        if promised:
+        if promised or (origin and any("mtp" in one for one in ignored)):
             logger.warning(
-                f"the config promises {promised} layers for multi-token prediction, and their "
-                f"weights are not on this machine ({origin or 'the model names no source'}): they "
-                "will be missing, and the saved config will say so"
+                "if this model is released with layers for multi-token prediction, they will be "
+                f"missing: its files ({origin or 'it names none'}) are not on this machine. The "
+                "saved config will promise none"
             )
         return MtpLayers()
     own_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -94,7 +95,7 @@ def find_mtp_layers(model: PreTrainedModel, modifiers: Iterable[Modifier]) -> Mt
         [name for name in source.files if not source.is_scale(name) and name not in known],
         num_layers,
         bool(promised or promised_mtp_layers(source.config)),
-        getattr(model, "_keys_to_ignore_on_load_unexpected", None) or (),
+        ignored,
     )
     if found and _vocabulary_changed(source, own) and any(map(_is_vocabulary, found)):
         logger.warning(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autoround_modifier.activations import ActivationQuantizer
+from autoround_modifier.blocks.embedded_tokens import EmbeddedTokens
 from autoround_modifier.blocks.experts import ExpertRouting
 from autoround_modifier.blocks.importance import Importance
 from autoround_modifier.blocks.samples import call_token_mask
@@ -31,6 +32,8 @@ class CalibrationRecorder:
     :param routing: which tokens each expert receives
     :param importance: of input channels, which the recorder adds to
     :param store: keeps inputs and outputs of blocks; None where nobody needs them
+    :param embeddings: of the tokens of the model, or None
+    :param batch: gives the number of the batch that runs
     """
 
     def __init__(
@@ -40,12 +43,17 @@ class CalibrationRecorder:
         routing: ExpertRouting,
         importance: Importance,
         store: CalibrationStore | None,
+        embeddings: nn.Module | None = None,
+        batch: Callable[[], int] = lambda: 0,
     ):
         self.blocks = list(blocks)
         self.loss_mask = loss_mask
         self.routing = routing
         self.importance = importance
         self.store = store
+        self.embeddings = embeddings
+        self.batch = batch
+        self._tokens = EmbeddedTokens()
         self._token_mask: Tensor | None = None
 
     def install(
@@ -59,6 +67,8 @@ class CalibrationRecorder:
         :param layers: whose importance is recorded
         :param activations: whose statistics are recorded
         """
+        if self.store is not None and self.embeddings is not None:
+            register(self.embeddings, self._leave_embeddings, "forward")
         for block in self.blocks:
             register(block, self._enter_block, "forward_pre", with_kwargs=True)
             if self.store is not None:
@@ -73,7 +83,13 @@ class CalibrationRecorder:
     def _enter_block(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self._token_mask = call_token_mask(block, args, kwargs, self.loss_mask(block))
         if self.store is not None:
-            self.store.enter(block, args, kwargs, self._token_mask)
+            self.store.enter(block, args, kwargs, self._token_mask, self._token_ids)
+
+    def _leave_embeddings(self, embeddings: nn.Module, args: Any, output: Any) -> None:
+        self._tokens.record(self.batch(), args, output)
+
+    def _token_ids(self, hidden: Tensor) -> Tensor | None:
+        return self._tokens.ids_of(self.batch(), hidden)
 
     def _leave_block(self, block: nn.Module, args: Any, output: Any) -> None:
         assert self.store is not None

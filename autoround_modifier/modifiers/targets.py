@@ -16,11 +16,14 @@ from autoround_modifier.host.schemes import QuantizationConfig
 __all__ = ["unmatched_hint", "warn_of_targets"]
 
 
-def warn_of_targets(model: nn.Module, config: QuantizationConfig) -> None:
+def warn_of_targets(
+    model: nn.Module, config: QuantizationConfig, beside: Iterable[str] = ()
+) -> None:
     """
     Log entries of ``ignore`` and ``targets`` that match no linear layer or embedding, groups that
     get no layer, and layers that targets of several groups match.
 
+    :param beside: names of layers that are quantized beside the model (multi-token prediction)
     :raises RecipeError: if an expression is not valid
     """
     layers = {
@@ -45,7 +48,7 @@ def warn_of_targets(model: nn.Module, config: QuantizationConfig) -> None:
         if found:
             first[name] = found[0]
     for target, group in owners.items():
-        if target not in matched and len(owners) > 1:
+        if target not in matched and len(owners) > 1 and not any(_named(target, x) for x in beside):
             logger.warning(
                 f"`targets` of {group}: `{target}` matches no layer"
                 + unmatched_hint(target, layers)
@@ -103,6 +106,10 @@ def unmatched_hint(entry: str, names: Iterable[str]) -> str:
             return f"; layers are named like {listed(list(leaves), 6)}" if leaves else ""
         return f"; the nearest layers are named {' and '.join(f'`{x}`' for x in near)}"
     return f"; did you mean `{meant}`?"
+
+
+def _named(target: str, name: str) -> bool:
+    return is_match(name, nn.Linear(1, 1, device="meta"), target)
 
 
 def _is_expression(target: str) -> bool:

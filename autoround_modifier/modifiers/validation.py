@@ -217,8 +217,8 @@ def check_not_quantized(model: nn.Module, checkpoint_dir: str | None = None) -> 
     )
     raise RecipeError(
         f"the model is quantized already, at least in part: {listed(names, 4)}. Its weights are no "
-        "longer the original ones: load the original again, and put all that is to be quantized "
-        f"into one recipe.{going_on}"
+        "longer the original ones: load the original again, and do everything in one recipe."
+        f"{going_on}"
     )
 
 

@@ -45,16 +45,14 @@ def calibration_digest(batches: object) -> str:
     return hashlib.blake2b(b"".join(everywhere), digest_size=16).hexdigest()
 
 
-def calibration_size(batches: object) -> str:
+def calibration_size(batches: object) -> int | None:
     """
     :param batches: see `calibration_digest`
-    :return: how much data that is, of all processes, for messages
+    :return: number of batches of all processes; None if it is not known
     """
-    size = len(batches) if _can_be_read_twice(batches) else None  # type: ignore[arg-type]
-    sizes = gathered(size)
-    if any(size is None for size in sizes):
-        return NOT_READ
-    return f"{sum(size or 0 for size in sizes)} batches"
+    sizes = gathered(len(batches) if _can_be_read_twice(batches) else None)  # type: ignore[arg-type]
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
 
 
 def _can_be_read_twice(batches: object) -> bool:

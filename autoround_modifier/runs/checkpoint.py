@@ -245,10 +245,10 @@ class RunCheckpoint:
             return None
         try:
             chain = _read(path)
-        except CheckpointError as error:
+        except CheckpointError:
             if path.is_symlink():
                 raise
-            logger.warning(f"{error}. It is computed again from the finished blocks.")
+            logger.warning(f"{path} is damaged; it is computed again from the finished blocks")
             return None
         names = [str(sample) for sample in range(len(chain.tensors))]
         if set(names) != set(chain.tensors):

@@ -36,7 +36,7 @@ Described = dict[str, dict[str, Any]]
 SAMPLED_ELEMENTS = 2**14
 QPARAM_SUFFIXES = ("_scale", "_zero_point", "_g_idx")
 # Fields of recipes that do not change the result.
-WITHOUT_EFFECT = ("checkpoint_dir", "enable_torch_compile", "engine")
+WITHOUT_EFFECT = ("checkpoint_dir", "enable_torch_compile", "engine", "mtp")
 # The code that computes integers and scales. The rest of the package (lifecycle, messages, files)
 # may change between two halves of a run.
 COMPUTING_ROOMS = ("activations", "blocks", "formats", "search", "tuning")
@@ -83,7 +83,7 @@ def run_description(model: nn.Module, modifiers: list[Any], batches: object = No
             "parameters": sum(x.numel() for x in parameters),
             "dtypes": sorted({str(x.dtype).removeprefix("torch.") for x in parameters}),
         },
-        DATA: {"size": calibration_size(batches)},
+        DATA: {"batches": calibration_size(batches)},
     }
 
 

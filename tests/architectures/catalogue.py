@@ -436,7 +436,7 @@ CATALOGUE = [
         ignore=("re:.*altup.*", "re:.*per_layer_model_projection"),
         pipeline="basic",
         untraced="not traced: Gemma3nTextDecoderLayer",
-        note='the last two blocks share keys and values; needs `pipeline="basic"`',
+        note="the last two blocks share keys and values, so `oneshot` takes the pipeline `basic`",
     ),
     hybrid(
         "Jamba",

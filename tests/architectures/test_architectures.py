@@ -10,7 +10,7 @@ from catalogue import CATALOGUE
 from checks import Outcome, check, collate
 from conftest import tiny_tokenizer, weight_scheme
 
-from autoround_modifier import AutoRoundModifier, oneshot
+from autoround_modifier import AutoRoundModifier, RecipeError, oneshot
 from autoround_modifier.blocks.store import CalibrationStore
 
 
@@ -30,9 +30,9 @@ def test_a_loss_mask_of_the_text_leaves_images_alone(tmp_path):
     counted = {}
     original = CalibrationStore.enter
 
-    def enter(self, block, args, kwargs, token_mask=None):
+    def enter(self, block, args, kwargs, token_mask=None, *rest):
         counted[self.names[block]] = None if token_mask is None else int(token_mask.sum())
-        original(self, block, args, kwargs, token_mask)
+        original(self, block, args, kwargs, token_mask, *rest)
 
     with mock.patch.object(CalibrationStore, "enter", enter):
         oneshot(
@@ -59,5 +59,5 @@ def test_shared_keys_and_values_need_the_basic_pipeline(tmp_path):
     gives each subgraph a copy of its own.
     """
     (gemma,) = (one for one in CATALOGUE if one.name == "Gemma 3n")
-    with pytest.raises(KeyError):
+    with pytest.raises(RecipeError, match="`sequential` does not pass on"):
         check(replace(gemma, pipeline="sequential"), tmp_path)
