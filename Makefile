@@ -16,7 +16,7 @@ export AUTO_ROUND_PYTHON = $(abspath $(AUTO_ROUND_VENV))/bin/python
 
 .PHONY: install auto-round quickstart test lint typecheck test-slow test-vllm test-vllm-architectures bench-accuracy \
 	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
-	gpu-wheels gpu-check table-architectures docs build clean
+	gpu-wheels gpu-check table-architectures sweep-architectures docs build clean
 
 install: $(VENV)/.installed
 
@@ -130,6 +130,12 @@ gpu-check:
 # Which architectures work, from the checks of tests/architectures.
 table-architectures: install
 	$(RUN) tests/architectures/table.py $(OUTPUT)/architectures.md
+
+# Every causal and image-text class of Transformers, half an hour on two cores. Results are kept, so
+# an interrupted sweep goes on where it stopped; ARGS="--retry crashed,silent" runs those again.
+sweep-architectures: install
+	OMP_NUM_THREADS=1 $(RUN) tests/architectures/sweep.py --results $(OUTPUT)/sweep.json \
+		--table docs/architectures-sweep.md $(ARGS)
 
 # The site, in $(OUTPUT)/site. Its reference is made from the installed package.
 docs: install

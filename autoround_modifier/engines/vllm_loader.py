@@ -181,10 +181,10 @@ def _expert_problems(
     if used and layout.config.get("model_type") in _FUSED_EXPERTS_ONLY:
         yield Problem(
             NAME,
-            "skips experts that are saved one by one in its own class of this architecture",
+            "skips experts that are saved one by one, without a message, in its own class of this "
+            'architecture, and refuses them with `model_impl="transformers"`',
             tuple(by_block),
-            'vLLM 0.32 refuses them with `model_impl="transformers"` too.',
-            fatal=False,
+            "No engine that is known here reads them; set `engine: none` to quantize all the same.",
         )
 
 

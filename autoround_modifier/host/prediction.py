@@ -114,7 +114,6 @@ def quantization_section(model: nn.Module) -> dict[str, Any] | None:
     return complete_config(section, list(named_layers(model, config)))
 
 
-
 def named_layers(model: nn.Module, config: QuantizationConfig) -> Iterator[NamedLayer]:
     """
     Yield the linear layers, and the embeddings that are quantized, with their names.
