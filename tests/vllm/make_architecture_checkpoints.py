@@ -127,7 +127,7 @@ def quantize(architecture: Architecture, folder: Path) -> PreTrainedModel:
             min_expert_tokens=0,
             ignore=["re:.*lm_head", *architecture.ignore],
             config_groups={"group_0": weight_scheme(4)},
-            engine="vllm",
+            engine="none",
         ),
         dataset=architecture.samples(),
         processor=tiny_tokenizer(),
