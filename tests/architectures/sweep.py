@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -63,6 +64,11 @@ VERDICTS = {
     "crashed": "an error without advice",
     "hung": f"stopped after {CPU_LIMIT:.0f} seconds of processor time",
     "not made": "no model: Transformers cannot make, run or reload it unquantized here",
+}
+# What errors advise, and the option that it means. The sweep tries it.
+ADVICE = {
+    "`engine: transformers`": ("engine", "transformers"),
+    'pipeline="basic"': ("pipeline", "basic"),
 }
 GOOD = {"right", "refused", "not made"}
 VARIANTS = ("w4", "two schemes")
@@ -362,13 +368,18 @@ def quantize(name: str, variant: str, folder: Path) -> Result:
             return {**result, "verdict": "right", "reason": "one kind of layer: as in W4"}
         groups = found
     result |= {"ignore": ignored, "groups": {key: one["targets"] for key, one in groups.items()}}
-    for engine in ("any", "transformers"):
-        attempt = attempted(prepared, ignored, groups, engine, folder)
-        if engine == "any" and "vLLM: " in attempt["reason"] and attempt["verdict"] == "refused":
-            result["vllm"] = attempt["reason"]  # what Transformers makes of it is another question
-            reset_session()
-            continue
-        break
+    options: dict[str, str] = {}
+    while True:
+        attempt = attempted(prepared, ignored, groups, options, folder)
+        advised = None
+        if attempt["verdict"] == "refused":
+            advised = next((one for one in ADVICE if one in attempt["reason"]), None)
+        if advised is None or ADVICE[advised][0] in options:
+            break
+        name_of_option, value = ADVICE[advised]
+        options[name_of_option] = value
+        result.setdefault("advice", []).append([advised, attempt["reason"]])
+        reset_session()
     result |= attempt
     result["warnings"] = [str(message).strip() for message in messages]
     result["seconds"] = round(time.time() - started, 1)
@@ -376,19 +387,21 @@ def quantize(name: str, variant: str, folder: Path) -> Result:
 
 
 def attempted(
-    prepared: Prepared, ignored: list[str], groups: dict[str, Any], engine: str, folder: Path
+    prepared: Prepared,
+    ignored: list[str],
+    groups: dict[str, Any],
+    options: dict[str, str],
+    folder: Path,
 ) -> Result:
     """
-    :param engine: which must load the checkpoint
+    :param options: that an error advised: ``engine`` of the recipe, ``pipeline`` of `oneshot`
     :return: verdict ``saved`` if all went well
     """
     model = prepared.model
     state: dict[str, Any] = {"ran": False, "finished": False}
 
     def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A module without children got numbers: neither a tracer's proxies nor meta tensors."""
-        if args and type(args[0]) is Tensor and args[0].device.type != "meta":
-            state["ran"] = state["ran"] or next(module.children(), None) is None
+        state["ran"] = state["ran"] or is_calibrating()
 
     def with_logits(*args: Any, **kwargs: Any) -> Any:
         state["finished"] = True
@@ -419,12 +432,13 @@ def attempted(
                     min_expert_tokens=0,
                     ignore=ignored,
                     config_groups=groups,
-                    engine=engine,
+                    engine=options.get("engine", "any"),
                 ),
                 dataset=data,
                 processor=word_tokenizer(),
                 data_collator=partial(collate, dtype=model.dtype),
                 output_dir=folder / "quantized",
+                **{key: value for key, value in options.items() if key == "pipeline"},
             )
     except Exception as error:
         expected = type(error).__module__.startswith("autoround_modifier") or (
@@ -439,6 +453,18 @@ def attempted(
     finally:
         hook.remove()
     return {"verdict": "saved", "reason": ""}
+
+
+def is_calibrating() -> bool:
+    """:return: whether the caller is called by a pipeline of LLM-Compressor that runs the model"""
+    frame: FrameType | None = sys._getframe()
+    inside = False
+    while frame is not None:
+        if frame.f_code.co_name == "trace_subgraphs":
+            return False
+        inside |= "llmcompressor/pipelines/" in frame.f_code.co_filename
+        frame = frame.f_back
+    return inside
 
 
 def moment(state: dict[str, Any]) -> str:
@@ -655,8 +681,12 @@ def table(results: dict[str, dict[str, Result]]) -> str:
         for variant in VARIANTS:
             if variant in of_class:
                 counts[variant][of_class[variant]["verdict"]] += 1
-        reasons = [one["reason"] for one in found] + [one.get("vllm", "") for one in found]
-        notes = list(dict.fromkeys(filter(None, map(brief, reasons))))
+        advice = [
+            f"with {option}, as advised: {brief(reason)}"
+            for one in found
+            for option, reason in one.get("advice", [])
+        ]
+        notes = list(dict.fromkeys(filter(None, [*(brief(o["reason"]) for o in found), *advice])))
         kind = next((one["kind"] for one in found if "kind" in one), "")
         cells = [cell(of_class.get(variant)) for variant in VARIANTS]
         rows.append([name, kind, *cells, "; ".join(notes)])
