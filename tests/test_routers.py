@@ -6,11 +6,12 @@ import pytest
 from compressed_tensors.quantization import QuantizationConfig
 from conftest import VOCABULARY, quantize, weight_scheme
 from helpers import quantized_layers
+from tiny_mixtures import tiny_mixture
 from torch import nn
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from autoround_modifier import AutoRoundModifier
-from autoround_modifier.modifiers.routers import untargeted_routers
+from autoround_modifier import AutoRoundModifier, RecipeError
+from autoround_modifier.modifiers.routers import ignored_layers, untargeted_routers
 from autoround_modifier.modifiers.validation import layers_to_choose_for
 from autoround_modifier.schemes import resolve_options
 
@@ -86,3 +87,55 @@ def test_a_mixture_of_experts(named, log, tmp_path):
     name = "model.layers.0.mlp.shared_expert_gate"
     assert (name in quantized_layers(moe)) == named
     assert any("1 routers" in line and name in line for line in log) != named
+
+
+class Chooses(nn.Linear):
+    """Like `PhimoeTopKRouter`."""
+
+    def forward(self, x):
+        return super().forward(x).topk(2)
+
+
+class ByGroups(nn.Linear):
+    """Like `DeepseekV4GroupedLinear`."""
+
+    def forward(self, x):
+        return super().forward(x.view(*x.shape[:-2], -1))
+
+
+class Plain(nn.Linear):
+    """Like `FalconLinear`."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+def test_classes_that_compute_something_else_stay_as_they_are(log):
+    odd = nn.ModuleDict(
+        {"chooses": Chooses(64, 4), "by_groups": ByGroups(64, 64), "plain": Plain(64, 64)}
+    )
+    scheme = weight_scheme(targets=["Linear", "re:.*chooses"])
+    config = QuantizationConfig(config_groups={"group_0": scheme})
+    assert ignored_layers(odd, config) == ["chooses", "by_groups"]
+    (warning,) = (line for line in log if line.startswith("WARNING"))
+    assert "(ByGroups, Chooses) is derived from Linear and computes something else" in warning
+
+
+def test_experts_that_do_not_run_are_refused(tmp_path, monkeypatch):
+    mixture = tiny_mixture(tmp_path)
+
+    def fail(x):
+        raise AttributeError("no attribute `swiglu_alpha`")
+
+    monkeypatch.setattr(mixture.model.layers[0].mlp.experts[0], "_apply_gate", fail)
+    with pytest.raises(RecipeError, match=r"mlp\.experts: LLM-Compressor does not know .*swiglu"):
+        quantize(mixture, AutoRoundModifier(iters=2, config_groups={"group_0": weight_scheme(4)}))
+
+
+def test_a_model_of_conv1d_is_refused_by_name():
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    recipe = AutoRoundModifier(
+        iters=2, ignore=["lm_head"], config_groups={"group_0": weight_scheme(4)}
+    )
+    with pytest.raises(RecipeError, match="class Conv1D of Transformers, which compressed-tensors"):
+        quantize(GPT2LMHeadModel(config), recipe)

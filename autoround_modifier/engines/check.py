@@ -17,8 +17,8 @@ from autoround_modifier.engines.vllm_loader import vllm_experts, vllm_problems
 
 __all__ = ["ENGINES", "find_problems", "required_engines", "unreadable_experts"]
 
-# What `engine` may be: one of them, or all
-ENGINES = ("any", "vllm", "transformers")
+# What `engine` may be: all of them, one, or none
+ENGINES = ("any", "vllm", "transformers", "none")
 
 
 def required_engines(engine: str) -> tuple[str, ...]:
@@ -29,7 +29,7 @@ def required_engines(engine: str) -> tuple[str, ...]:
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine `{engine}`; use one of {', '.join(ENGINES)}")
-    return tuple(name for name in ENGINES if name != "any") if engine == "any" else (engine,)
+    return {"any": ("vllm", "transformers"), "none": ()}.get(engine, (engine,))
 
 
 def unreadable_experts(group: Mapping[str, Any], engine: str) -> list[Problem]:

@@ -28,6 +28,8 @@ __all__ = ["EXPERT", "NamedLayer", "complete_config"]
 # The number of an expert in the name of one of its layers
 EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
 SEPARATOR = r"\."
+# A name below another one, without the number of a block
+_OUTSIDE_BLOCKS = re.compile(r"(?!.*\.\d+\.).*\..*")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -82,10 +84,14 @@ def _ignored(layers: Sequence[NamedLayer]) -> Iterator[str]:
     """Yield names of the layers that are not quantized; one expression for many experts."""
     patterns = {layer: EXPERT.sub("*", layer.path) for layer in layers}
     mixed = {patterns[layer] for layer in layers if layer.group is not None}
+    quantized = _by_shape(x for layer in layers if layer.group is not None for x in layer.names)
     for layer in layers:
         if layer.group is None:
             for name in layer.names:
-                if layer.is_expert and patterns[layer] not in mixed:
+                if _OUTSIDE_BLOCKS.fullmatch(name):  # vLLM moves some of them (Gemma 3n)
+                    yield name
+                    yield _expression(_shortest(_NUMBER.sub("#", name), quantized), _block(name))
+                elif layer.is_expert and patterns[layer] not in mixed:
                     yield _expression(_shortest(_NUMBER.sub("#", name), ()), _block(name))
                 else:
                     yield name

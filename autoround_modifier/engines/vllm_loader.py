@@ -36,6 +36,8 @@ _NEVER_QUANTIZED = re.compile(
 )
 # Model types whose own class in vLLM reads experts from fused tensors, and skips others silently
 _FUSED_EXPERTS_ONLY = ("gpt_oss", "dbrx")
+# Model types whose state-space layers are those of Mamba 1 -> what these are called
+_MAMBA_1 = {"jamba": "mamba", "mamba": "mixer", "falcon_mamba": "mixer"}
 
 
 def vllm_problems(layout: CheckpointLayout) -> list[Problem]:
@@ -50,6 +52,7 @@ def vllm_problems(layout: CheckpointLayout) -> list[Problem]:
         *_fused_problems(layers),
         *_group_problems(layers, layout),
         *_expert_problems(layers, layout),
+        *_mamba_problems(layers, layout),
     ]
 
 
@@ -178,8 +181,24 @@ def _expert_problems(
     if used and layout.config.get("model_type") in _FUSED_EXPERTS_ONLY:
         yield Problem(
             NAME,
-            "skips experts that are saved one by one in its own class of this architecture",
+            "skips experts that are saved one by one, without a message, in its own class of this "
+            'architecture, and refuses them with `model_impl="transformers"`',
             tuple(by_block),
-            'Start it with `model_impl="transformers"`, whose experts were not run here.',
-            fatal=False,
+            "No engine that is known here reads them; set `engine: none` to quantize all the same.",
+        )
+
+
+def _mamba_problems(
+    layers: Mapping[str, str | None], layout: CheckpointLayout
+) -> Iterator[Problem]:
+    mixer = _MAMBA_1.get(str(layout.config.get("model_type")))
+    names = [
+        name for name in layers if f".{mixer}." in name and f"{name}.weight_scale" in layout.tensors
+    ]
+    if names:
+        yield Problem(
+            NAME,
+            "has the linear layers of Mamba 1 in 16 bits only",
+            tuple(names),
+            rf"Put `re:.*\.{mixer}\..*` into `ignore`. {OR_ELSE}",
         )

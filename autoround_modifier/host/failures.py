@@ -7,6 +7,7 @@ import traceback
 __all__ = ["explain_failure"]
 
 _TRACING = "llmcompressor/pipelines/sequential/helpers.py"
+_INTERMEDIATES = "llmcompressor/pipelines/cache.py"
 _EXPERTS = "llmcompressor/modeling/moe/"
 
 
@@ -21,9 +22,14 @@ def explain_failure(error: BaseException, model_name: str) -> str | None:
         for frame in traceback.extract_tb(error.__traceback__)
     ]
     reason = _reason(error)
-    if any(path.endswith(_TRACING) and name == "trace_subgraphs" for path, name in frames):
+    if any(
+        (path.endswith(_TRACING) and name == "trace_subgraphs")
+        or "Autowrapped" in path
+        or path.endswith(_INTERMEDIATES)
+        for path, name in frames
+    ) or _in_generated_code(frames):
         return (
-            f"LLM-Compressor's sequential pipeline cannot cut {model_name} into its blocks "
+            f"LLM-Compressor's sequential pipeline cannot run {model_name} block by block "
             f'({reason}). Pass `pipeline="basic"`, which runs the whole model at once and keeps '
             "the inputs and outputs of all blocks in memory."
         )
@@ -33,6 +39,13 @@ def explain_failure(error: BaseException, model_name: str) -> str | None:
             f"({reason}). It knows other mixtures; a later release of it may know this one."
         )
     return None
+
+
+def _in_generated_code(frames: list[tuple[str, str]]) -> bool:
+    """:return: whether the error was raised by code that the pipeline made of the model's"""
+    return frames[-1:] == [("<string>", "forward")] and any(
+        path.endswith(_TRACING) for path, _ in frames
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -49,7 +49,7 @@ from autoround_modifier.modifiers.recorder import (
     layers_to_record,
     loss_mask_of,
 )
-from autoround_modifier.modifiers.routers import log_untargeted_routers
+from autoround_modifier.modifiers.routers import ignored_layers
 from autoround_modifier.modifiers.settings import (
     SchemeSettings,
     TuningSettings,
@@ -58,6 +58,7 @@ from autoround_modifier.modifiers.settings import (
 from autoround_modifier.modifiers.targets import warn_of_targets
 from autoround_modifier.modifiers.validation import (
     check_calibration_data,
+    check_experts,
     check_finite,
     check_fit,
     check_kv_cache,
@@ -192,7 +193,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         forget_schemes(model, modules_of(model, before))
         self._only_modifier = len(modifiers) <= 1
         check_processes(model)
-        self.add_ignored(log_untargeted_routers(model, self.resolved_config))
+        check_experts(model)
+        self.add_ignored(ignored_layers(model, self.resolved_config))
         plan = prepare_saving(model)
         warn_of_targets(model, self.resolved_config, plan.mtp.schemes)
         schemes = resolve_schemes(model, self.resolved_config)

@@ -94,7 +94,7 @@ class AutoSchemeModifier(PlainDataModifier):
         default_factory=list,
         description="further groups of layers that get one scheme, each a list of targets",
     )
-    engine: Literal["any", "vllm", "transformers"] | None = Field(
+    engine: Literal["any", "vllm", "transformers", "none"] | None = Field(
         default=None,
         description="which engine must load the checkpoint, as in `AutoRoundModifier`, whose field "
         "is the default. vLLM allows a scheme for the experts of each block, Transformers one for "

@@ -156,11 +156,11 @@ class TuningSettings(BaseModel):
 class SchemeSettings(QuantizationMixin):
     """What layers are quantized to: the fields of LLM-Compressor's `QuantizationMixin`."""
 
-    engine: Literal["any", "vllm", "transformers"] = Field(
+    engine: Literal["any", "vllm", "transformers", "none"] = Field(
         default="any",
-        description="which engine must load the checkpoint: `vllm`, `transformers`, or `any` of "
-        "them. A recipe whose checkpoint it would not load, or would load as another model, is "
-        "refused before the run; problems of an engine that is not named are logged",
+        description="which engine must load the checkpoint: `vllm`, `transformers`, `any` of them, "
+        "or `none`. A recipe whose checkpoint it would not load, or would load as another model, "
+        "is refused before the run; problems of an engine that is not named are logged",
     )
 
     @field_validator("scheme", mode="before")

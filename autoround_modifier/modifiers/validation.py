@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from loguru import logger
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from autoround_modifier.activations import unsupported_activations, unsupported_kv_cache
 from autoround_modifier.calibration import check_samples
@@ -20,6 +21,7 @@ from autoround_modifier.errors import (
     listed,
 )
 from autoround_modifier.host.applied_schemes import quantized_names
+from autoround_modifier.host.experts import LinearExperts2D
 from autoround_modifier.host.layers import Layer, is_on_disk, stored_weight
 from autoround_modifier.host.lifecycle import is_module_quantized
 from autoround_modifier.host.matching import is_match, match_named_modules, match_targets
@@ -32,12 +34,13 @@ from autoround_modifier.host.schemes import (
     is_microscaling,
     unsupported_weights,
 )
-from autoround_modifier.modifiers.routers import untargeted_routers
+from autoround_modifier.modifiers.routers import unlike_linear, untargeted_routers
 from autoround_modifier.parallel import gathered, is_distributed
 
 __all__ = [
     "Schemes",
     "check_calibration_data",
+    "check_experts",
     "check_finite",
     "check_fit",
     "check_kv_cache",
@@ -81,12 +84,44 @@ def resolve_schemes(model: nn.Module, config: QuantizationConfig) -> Schemes:
     if not matched:
         raise RecipeError(
             f"no module matches targets {list(by_target)} after ignoring {config.ignore}. Modules "
-            f"of this model are named like {listed(_example_names(model))}."
+            f"of this model are named like {listed(_example_names(model))}." + _conv1d_hint(model)
         )
     return {
         name: (module, by_target[match_targets(name, module, by_target)[0]])
         for name, module in matched.items()
     }
+
+
+def _conv1d_hint(model: nn.Module) -> str:
+    if not any(isinstance(module, Conv1D) for module in model.modules()):
+        return ""
+    return (
+        " Its layers are of the class Conv1D of Transformers, which compressed-tensors does not "
+        "quantize."
+    )
+
+
+@torch.no_grad()
+def check_experts(model: nn.Module) -> None:
+    """
+    :raises RecipeError: if LLM-Compressor has split experts into linear layers that do not run
+    """
+    tried = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, LinearExperts2D) or type(module) in tried:
+            continue
+        tried.add(type(module))
+        expert = module[0]
+        first = next(x for x in expert.modules() if isinstance(x, nn.Linear))
+        weight = first.weight
+        try:
+            expert(torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device))
+        except Exception as error:
+            raise RecipeError(
+                f"{name}: LLM-Compressor does not know how these experts compute "
+                f"({type(error).__name__}: {error}), so they cannot be calibrated. A later release "
+                "of it may."
+            ) from error
 
 
 def check_finite(layers: dict[str, Layer]) -> None:
@@ -146,7 +181,8 @@ def layers_to_choose_for(
     for option, scheme in options.items():
         groups = {"group_0": scheme.model_copy(update={"targets": targets})}
         config = QuantizationConfig(config_groups=groups, ignore=ignore)
-        config.ignore = [*ignore, *untargeted_routers(model, config)]
+        left_alone = [*untargeted_routers(model, config), *unlike_linear(model, config)]
+        config.ignore = [*ignore, *left_alone]
         resolved = resolve_schemes(model, config)
         first = not layers
         layers = {name: layer for name, (layer, _) in resolved.items()}

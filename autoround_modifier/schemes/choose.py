@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 from torch import nn
 
-from autoround_modifier.engines import unreadable_experts
+from autoround_modifier.engines import required_engines, unreadable_experts
 from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.errors import CalibrationError, SchemeError, listed
 from autoround_modifier.host.layers import Layer, disable_onloading, stored_weight
@@ -120,7 +120,7 @@ def _readable_for_experts(options: dict[str, QuantizationScheme], engine: str) -
     for name, scheme in options.items():
         if scheme.weights is None:
             # Transformers finds no experts in 16 bits in a checkpoint of which others are quantized
-            unread = engine != "vllm"
+            unread = "transformers" in required_engines(engine)
         else:
             group = saved_group(scheme)
             problems = unreadable_experts(group, engine)

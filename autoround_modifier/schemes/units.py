@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from autoround_modifier.engines import required_engines
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.host.layers import stored_weight
 from autoround_modifier.host.matching import FUSED_LAYER_NAMES, match_named_modules
@@ -45,7 +46,7 @@ def find_units(
 
     :param layers: names of the layers that get a scheme, in the order of the model
     :param shared: further groups, each given by targets (names, ``re:`` patterns, classes)
-    :param engine: that must load the checkpoint: ``vllm``, ``transformers``, or ``any`` of them
+    :param engine: that must load the checkpoint: one of `ENGINES`
     :return: units in the order of their first layers; every layer is in one
     :raises RecipeError: if a target of ``shared`` matches none of the layers
     """
@@ -92,7 +93,8 @@ def _experts(names: list[str], engine: str) -> Iterator[list[str]]:
     for name in names:
         match = _EXPERTS.fullmatch(name)
         if match is not None:
-            together = match["experts"] if engine == "vllm" else ""
+            by_block = "transformers" not in required_engines(engine)
+            together = match["experts"] if by_block else ""
             experts.setdefault(together, []).append(name)
     yield from experts.values()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from conftest import quantize, tiny_llama, weight_scheme
 from tiny_mixtures import tiny_mixture
@@ -54,3 +56,10 @@ def test_mixtures(prefix, tmp_path):
 
 def test_nothing_is_said_of_a_model_that_is_not_quantized():
     assert quantization_section(tiny_llama()) is None
+
+
+def test_infinity_in_the_configuration():
+    """As in Bamba's ``time_step_limit``; Transformers writes it as a dict."""
+    model = tiny_llama()
+    model.config.time_step_limit = [0.0, math.inf]
+    assert predict_layout(model, []).config["time_step_limit"] == [0.0, math.inf]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,14 @@ os.environ.update(
 )
 
 TABLE = pytest.StashKey[list[tuple[str, ...]]]()
+ARCHITECTURES = pytest.StashKey[list[tuple[str, ...]]]()
 HEADER = (
     *("row", "dtype", "loaded", "vLLM's own CPU kernel", "kernel used"),
     *("mean gap (allowed)", "max gap (allowed)", "same greedy tokens", "text"),
+)
+ARCHITECTURES_HEADER = (
+    *("architecture", "family", "runs", "vLLM's class", "gap in float32"),
+    *("gap in bfloat16 (of Transformers)", "kernels, or why not"),
 )
 
 
@@ -39,12 +45,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TABLE] = []
+    config.stash[ARCHITECTURES] = []
 
 
 @pytest.fixture(scope="session")
 def table(request: pytest.FixtureRequest) -> list[tuple[str, ...]]:
     """Lines to print when the session ends."""
     return request.config.stash[TABLE]
+
+
+@pytest.fixture(scope="session")
+def architectures(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, ...]]]:
+    """Lines of a Markdown table, written beside the checkpoints when the session ends."""
+    found = request.config.stash[ARCHITECTURES]
+    yield found
+    lines = [ARCHITECTURES_HEADER, ("---",) * len(ARCHITECTURES_HEADER), *found]
+    path = request.config.getoption("--checkpoints") / "architectures.md"
+    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
@@ -24,8 +25,10 @@ class Answers:
     :param texts: the same, as text
     :param weights: per linear layer of the blocks asked for, its weight as the engine applies
         it, shape [out, in]; q, k, v and gate, up are fused
+    :param model: class name of the engine's model
     """
 
+    model: str
     kernels: set[str]
     logprobs: list[list[float]]
     continuations: list[list[int]]
@@ -77,30 +80,37 @@ def token_logprobs(positions: list, token_ids: list[int]) -> list[float]:
 
 
 def ask_engine(
-    checkpoint: Path, dtype: str, prompts: list[list[int]], blocks: Iterable[int]
+    checkpoint: Path,
+    dtype: str,
+    prompts: list[list[int]],
+    blocks: Iterable[int] = (),
+    new_tokens: int = NEW_TOKENS,
+    **arguments: Any,
 ) -> Answers:
     """
     :param prompts: token ids
     :param blocks: the decoder blocks whose weights to return
+    :param arguments: of the engine, beside those that are always the same
     """
     llm = LLM(
         str(checkpoint),
         dtype=dtype,
         enforce_eager=True,
-        max_model_len=512,
         max_num_seqs=len(prompts),
         enable_prefix_caching=False,
+        **{"max_model_len": 512, **arguments},
     )
     try:
         outputs = llm.generate(
             [{"prompt_token_ids": token_ids} for token_ids in prompts],
             SamplingParams(
-                temperature=0, prompt_logprobs=1, max_tokens=NEW_TOKENS, ignore_eos=True
+                temperature=0, prompt_logprobs=1, max_tokens=new_tokens, ignore_eos=True
             ),
             use_tqdm=False,
         )
         prefixes = tuple(f"model.layers.{block}." for block in blocks)
         return Answers(
+            model=llm.apply_model(lambda model: type(model).__name__)[0],
             kernels=llm.apply_model(kernels_in_use)[0],
             logprobs=[
                 token_logprobs(output.prompt_logprobs, token_ids)
