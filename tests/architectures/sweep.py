@@ -371,15 +371,17 @@ def quantize(name: str, variant: str, folder: Path) -> Result:
     options: dict[str, str] = {}
     while True:
         attempt = attempted(prepared, ignored, groups, options, folder)
-        advised = None
-        if attempt["verdict"] == "refused":
-            advised = next((one for one in ADVICE if one in attempt["reason"]), None)
-        if advised is None or ADVICE[advised][0] in options:
+        advised = next((one for one in ADVICE if one in attempt["reason"]), None)
+        if "RecipeError" not in attempt["reason"] or advised is None:
             break
         name_of_option, value = ADVICE[advised]
+        if name_of_option in options:
+            break
         options[name_of_option] = value
         result.setdefault("advice", []).append([advised, attempt["reason"]])
         reset_session()
+        model_class = type(prepared.model)
+        prepared.model = model_class.from_pretrained(folder / "original", dtype=model.dtype).eval()
     result |= attempt
     result["warnings"] = [str(message).strip() for message in messages]
     result["seconds"] = round(time.time() - started, 1)
