@@ -671,48 +671,57 @@ def cell(result: Result | None) -> str:
 
 def table(results: dict[str, dict[str, Result]]) -> str:
     """:param results: by class and variant"""
-    rows = [["class", "kind", *VARIANTS, "note"], ["---"] * (3 + len(VARIANTS))]
-    counts = {variant: Counter[str]() for variant in VARIANTS}
+    rows = []
     not_made = []
+    counts = {variant: Counter[str]() for variant in VARIANTS}
+    advised = 0
     for name in sorted(results):
-        of_class = results[name]
-        found = [of_class[variant] for variant in VARIANTS if variant in of_class]
-        if any(one["verdict"] == "not made" for one in found):
-            not_made.append([name, next(o["reason"] for o in found if o["verdict"] == "not made")])
+        found = {one: results[name][one] for one in VARIANTS if one in results[name]}
+        reasons = [result["reason"] for result in found.values()]
+        if any(result["verdict"] == "not made" for result in found.values()):
+            not_made.append([f"`{name}`", brief(reasons[0])])
             continue
-        for variant in VARIANTS:
-            if variant in of_class:
-                counts[variant][of_class[variant]["verdict"]] += 1
-        advice = [
+        for variant, result in found.items():
+            counts[variant][result["verdict"]] += 1
+        advice = {
             f"with {option}, as advised: {brief(reason)}"
-            for one in found
-            for option, reason in one.get("advice", [])
-        ]
-        notes = list(dict.fromkeys(filter(None, [*(brief(o["reason"]) for o in found), *advice])))
-        kind = next((one["kind"] for one in found if "kind" in one), "")
-        cells = [cell(of_class.get(variant)) for variant in VARIANTS]
-        rows.append([name, kind, *cells, "; ".join(notes)])
+            for result in found.values()
+            for option, reason in result.get("advice", [])
+        }
+        advised += bool(advice)
+        notes = dict.fromkeys(filter(None, [*map(brief, reasons), *sorted(advice)]))
+        kind = next((result["kind"] for result in found.values() if "kind" in result), "")
+        cells = [found[one]["verdict"] if one in found else "" for one in VARIANTS]
+        rows.append([f"`{name}`", kind, *cells, "; ".join(notes)])
     lines = [
         "# Sweep of the architectures",
         "",
         f"Every causal and image-text class of Transformers {transformers.__version__}, as a tiny "
-        "model with random weights: quantized, saved and loaded again by "
-        "`make sweep-architectures`.",
+        "model with random weights: quantized, saved, loaded again and compared. "
+        "`make sweep-architectures` writes this page.",
         "",
-        *(
-            f"- {variant}: "
-            + ", ".join(f"{number} {verdict}" for verdict, number in counts[variant].most_common())
-            for variant in VARIANTS
-        ),
-        f"- {len(rows) - 2} classes; {len(not_made)} more could not be made",
+        "- *w4*: all linear layers in four bits, in groups of 32",
+        "- *two schemes*: attention in eight bits and the rest in four, by expressions",
+        "- Image-text classes are calibrated with text alone, and their towers are in `ignore`, "
+        "where their forward method allows that.",
         "",
         *(f"- *{verdict}*: {meaning}" for verdict, meaning in VERDICTS.items()),
         "",
-        *(markdown_row(row) for row in rows),
+        f"{len(rows)} classes. "
+        + " ".join(
+            f"{variant}: "
+            + ", ".join(f"{number} {verdict}" for verdict, number in counts[variant].most_common())
+            + "."
+            for variant in VARIANTS
+        )
+        + f" In {advised} of them an error named an option that was needed, and the sweep took it. "
+        f"{len(not_made)} more could not be made.",
+        "",
+        *map(markdown_row, [["class", "kind", *VARIANTS, "note"], ["---"] * 5, *rows]),
         "",
         "## Not made",
         "",
-        *(markdown_row(row) for row in [["class", "reason"], ["---", "---"], *not_made]),
+        *map(markdown_row, [["class", "reason"], ["---", "---"], *not_made]),
         "",
     ]
     return "\n".join(lines)
@@ -720,12 +729,14 @@ def table(results: dict[str, dict[str, Result]]) -> str:
 
 def brief(reason: str) -> str:
     """:return: what a refusal or an error says, without what all of them begin with"""
-    text = re.sub(r"^\w+Error: (this recipe would save a checkpoint that [^:]*: )?", "", reason)
+    text = re.sub(r"^(running: )?RecipeError: (this recipe would save a [^:]*: )?", "", reason)
+    text = re.sub(r"/\S*/sweep_\w+/\S*", "the folder", text)
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def markdown_row(cells: list[str]) -> str:
-    return "| " + " | ".join(one.replace("|", "\\|").replace("\n", " ") for one in cells) + " |"
+    escaped = (re.sub(r"([|<])", r"\\\1", one.replace("\n", " ")) for one in cells)
+    return f"| {' | '.join(escaped)} |"
 
 
 def main() -> None:
