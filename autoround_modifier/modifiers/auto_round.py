@@ -379,8 +379,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             )
         return (
             f"`iters` is {self.iters}, but no block was tuned: {reason}. Give `sequential_targets` "
-            "of `oneshot` the class of blocks that run one after the other, or ask for no tuning "
-            "(`preset: opt_rtn`)."
+            "of `oneshot` the class of blocks that run one after the other, pass "
+            '`pipeline="basic"`, or ask for no tuning (`preset: opt_rtn`).'
         )
 
     # ------------------------------------------------------------------ failures

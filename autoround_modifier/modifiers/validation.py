@@ -112,10 +112,14 @@ def check_experts(model: nn.Module) -> None:
             continue
         tried.add(type(module))
         expert = module[0]
+        apply_gate = getattr(expert, "_apply_gate", None)  # a method of the model's own experts
+        if apply_gate is None:
+            continue
         first = next(x for x in expert.modules() if isinstance(x, nn.Linear))
-        weight = first.weight
         try:
-            expert(torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device))
+            apply_gate(torch.zeros(1, 2 * first.out_features, device="meta"))
+        except NotImplementedError:
+            continue  # it got as far as a layer that takes no meta tensors
         except Exception as error:
             raise RecipeError(
                 f"{name}: LLM-Compressor does not know how these experts compute "
