@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -63,6 +64,11 @@ VERDICTS = {
     "crashed": "an error without advice",
     "hung": f"stopped after {CPU_LIMIT:.0f} seconds of processor time",
     "not made": "no model: Transformers cannot make, run or reload it unquantized here",
+}
+# What errors advise, and the option that it means. The sweep tries it.
+ADVICE = {
+    "`engine: transformers`": ("engine", "transformers"),
+    'pipeline="basic"': ("pipeline", "basic"),
 }
 GOOD = {"right", "refused", "not made"}
 VARIANTS = ("w4", "two schemes")
@@ -362,13 +368,20 @@ def quantize(name: str, variant: str, folder: Path) -> Result:
             return {**result, "verdict": "right", "reason": "one kind of layer: as in W4"}
         groups = found
     result |= {"ignore": ignored, "groups": {key: one["targets"] for key, one in groups.items()}}
-    for engine in ("any", "transformers"):
-        attempt = attempted(prepared, ignored, groups, engine, folder)
-        if engine == "any" and "vLLM: " in attempt["reason"] and attempt["verdict"] == "refused":
-            result["vllm"] = attempt["reason"]  # what Transformers makes of it is another question
-            reset_session()
-            continue
-        break
+    options: dict[str, str] = {}
+    while True:
+        attempt = attempted(prepared, ignored, groups, options, folder)
+        advised = next((one for one in ADVICE if one in attempt["reason"]), None)
+        if "RecipeError" not in attempt["reason"] or advised is None:
+            break
+        name_of_option, value = ADVICE[advised]
+        if name_of_option in options:
+            break
+        options[name_of_option] = value
+        result.setdefault("advice", []).append([advised, attempt["reason"]])
+        reset_session()
+        model_class = type(prepared.model)
+        prepared.model = model_class.from_pretrained(folder / "original", dtype=model.dtype).eval()
     result |= attempt
     result["warnings"] = [str(message).strip() for message in messages]
     result["seconds"] = round(time.time() - started, 1)
@@ -376,19 +389,21 @@ def quantize(name: str, variant: str, folder: Path) -> Result:
 
 
 def attempted(
-    prepared: Prepared, ignored: list[str], groups: dict[str, Any], engine: str, folder: Path
+    prepared: Prepared,
+    ignored: list[str],
+    groups: dict[str, Any],
+    options: dict[str, str],
+    folder: Path,
 ) -> Result:
     """
-    :param engine: which must load the checkpoint
+    :param options: that an error advised: ``engine`` of the recipe, ``pipeline`` of `oneshot`
     :return: verdict ``saved`` if all went well
     """
     model = prepared.model
     state: dict[str, Any] = {"ran": False, "finished": False}
 
     def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A module without children got numbers: neither a tracer's proxies nor meta tensors."""
-        if args and type(args[0]) is Tensor and args[0].device.type != "meta":
-            state["ran"] = state["ran"] or next(module.children(), None) is None
+        state["ran"] = state["ran"] or is_calibrating()
 
     def with_logits(*args: Any, **kwargs: Any) -> Any:
         state["finished"] = True
@@ -419,13 +434,14 @@ def attempted(
                     min_expert_tokens=0,
                     ignore=ignored,
                     config_groups=groups,
-                    engine=engine,
+                    engine=options.get("engine", "any"),
                 ),
                 dataset=data,
                 processor=word_tokenizer(),
                 data_collator=partial(collate, dtype=model.dtype),
                 output_dir=folder / "quantized",
                 check_generation=False,  # which runs the original first
+                **{key: value for key, value in options.items() if key == "pipeline"},
             )
     except Exception as error:
         expected = type(error).__module__.startswith("autoround_modifier") or (
@@ -440,6 +456,18 @@ def attempted(
     finally:
         hook.remove()
     return {"verdict": "saved", "reason": ""}
+
+
+def is_calibrating() -> bool:
+    """:return: whether the caller is called by a pipeline of LLM-Compressor that runs the model"""
+    frame: FrameType | None = sys._getframe()
+    inside = False
+    while frame is not None:
+        if frame.f_code.co_name == "trace_subgraphs":
+            return False
+        inside |= "llmcompressor/pipelines/" in frame.f_code.co_filename
+        frame = frame.f_back
+    return inside
 
 
 def moment(state: dict[str, Any]) -> str:
@@ -644,44 +672,57 @@ def cell(result: Result | None) -> str:
 
 def table(results: dict[str, dict[str, Result]]) -> str:
     """:param results: by class and variant"""
-    rows = [["class", "kind", *VARIANTS, "note"], ["---"] * (3 + len(VARIANTS))]
-    counts = {variant: Counter[str]() for variant in VARIANTS}
+    rows = []
     not_made = []
+    counts = {variant: Counter[str]() for variant in VARIANTS}
+    advised = 0
     for name in sorted(results):
-        of_class = results[name]
-        found = [of_class[variant] for variant in VARIANTS if variant in of_class]
-        if any(one["verdict"] == "not made" for one in found):
-            not_made.append([name, next(o["reason"] for o in found if o["verdict"] == "not made")])
+        found = {one: results[name][one] for one in VARIANTS if one in results[name]}
+        reasons = [result["reason"] for result in found.values()]
+        if any(result["verdict"] == "not made" for result in found.values()):
+            not_made.append([f"`{name}`", brief(reasons[0])])
             continue
-        for variant in VARIANTS:
-            if variant in of_class:
-                counts[variant][of_class[variant]["verdict"]] += 1
-        reasons = [one["reason"] for one in found] + [one.get("vllm", "") for one in found]
-        notes = list(dict.fromkeys(filter(None, map(brief, reasons))))
-        kind = next((one["kind"] for one in found if "kind" in one), "")
-        cells = [cell(of_class.get(variant)) for variant in VARIANTS]
-        rows.append([name, kind, *cells, "; ".join(notes)])
+        for variant, result in found.items():
+            counts[variant][result["verdict"]] += 1
+        advice = {
+            f"with {option}, as advised: {brief(reason)}"
+            for result in found.values()
+            for option, reason in result.get("advice", [])
+        }
+        advised += bool(advice)
+        notes = dict.fromkeys(filter(None, [*map(brief, reasons), *sorted(advice)]))
+        kind = next((result["kind"] for result in found.values() if "kind" in result), "")
+        cells = [found[one]["verdict"] if one in found else "" for one in VARIANTS]
+        rows.append([f"`{name}`", kind, *cells, "; ".join(notes)])
     lines = [
         "# Sweep of the architectures",
         "",
         f"Every causal and image-text class of Transformers {transformers.__version__}, as a tiny "
-        "model with random weights: quantized, saved and loaded again by "
-        "`make sweep-architectures`.",
+        "model with random weights: quantized, saved, loaded again and compared. "
+        "`make sweep-architectures` writes this page.",
         "",
-        *(
-            f"- {variant}: "
-            + ", ".join(f"{number} {verdict}" for verdict, number in counts[variant].most_common())
-            for variant in VARIANTS
-        ),
-        f"- {len(rows) - 2} classes; {len(not_made)} more could not be made",
+        "- *w4*: all linear layers in four bits, in groups of 32",
+        "- *two schemes*: attention in eight bits and the rest in four, by expressions",
+        "- Image-text classes are calibrated with text alone, and their towers are in `ignore`, "
+        "where their forward method allows that.",
         "",
         *(f"- *{verdict}*: {meaning}" for verdict, meaning in VERDICTS.items()),
         "",
-        *(markdown_row(row) for row in rows),
+        f"{len(rows)} classes. "
+        + " ".join(
+            f"{variant}: "
+            + ", ".join(f"{number} {verdict}" for verdict, number in counts[variant].most_common())
+            + "."
+            for variant in VARIANTS
+        )
+        + f" In {advised} of them an error named an option that was needed, and the sweep took it. "
+        f"{len(not_made)} more could not be made.",
+        "",
+        *map(markdown_row, [["class", "kind", *VARIANTS, "note"], ["---"] * 5, *rows]),
         "",
         "## Not made",
         "",
-        *(markdown_row(row) for row in [["class", "reason"], ["---", "---"], *not_made]),
+        *map(markdown_row, [["class", "reason"], ["---", "---"], *not_made]),
         "",
     ]
     return "\n".join(lines)
@@ -689,12 +730,14 @@ def table(results: dict[str, dict[str, Result]]) -> str:
 
 def brief(reason: str) -> str:
     """:return: what a refusal or an error says, without what all of them begin with"""
-    text = re.sub(r"^\w+Error: (this recipe would save a checkpoint that [^:]*: )?", "", reason)
+    text = re.sub(r"^(running: )?RecipeError: (this recipe would save a [^:]*: )?", "", reason)
+    text = re.sub(r"/\S*/sweep_\w+/\S*", "the folder", text)
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def markdown_row(cells: list[str]) -> str:
-    return "| " + " | ".join(one.replace("|", "\\|").replace("\n", " ") for one in cells) + " |"
+    escaped = (re.sub(r"([|<])", r"\\\1", one.replace("\n", " ")) for one in cells)
+    return f"| {' | '.join(escaped)} |"
 
 
 def main() -> None:

@@ -104,6 +104,13 @@ def test_the_table_has_a_row_for_each_class_and_the_reasons_of_the_others():
             "BForCausalLM": {"w4": {"verdict": "not made", "reason": "cannot make: timm"}},
         }
     )
-    assert "| AForCausalLM | dense | right | refused |  |" in made
-    assert "| BForCausalLM | cannot make: timm |" in made
-    assert "1 classes; 1 more could not be made" in made
+    assert "| `AForCausalLM` | dense | right | refused |  |" in made
+    assert "| `BForCausalLM` | cannot make: timm |" in made
+    assert "1 classes. w4: 1 right. two schemes: 1 refused." in made
+    assert "1 more could not be made." in made
+
+
+def test_a_refusal_is_brief_and_does_not_break_the_table():
+    reason = "RecipeError: this recipe would save a checkpoint that does not load: vLLM: a|b <c>"
+    assert sweep.brief(reason) == "vLLM: a|b <c>"
+    assert sweep.markdown_row(["x", sweep.brief(reason)]) == r"| x | vLLM: a\|b \<c> |"
