@@ -21,6 +21,7 @@ from autoround_modifier.blocks.samples import (
     stack_masks,
     stackable,
 )
+from autoround_modifier.errors import CalibrationError
 from autoround_modifier.host.layers import parameters_frozen
 
 __all__ = ["BlockGroup"]
@@ -58,6 +59,7 @@ class BlockGroup:
         :param hidden: (len(samples), tokens, hidden), the input of the first block
         :param samples: which samples these are; all of one signature
         :return: output of the last block, same shape
+        :raises CalibrationError: if a block does not run again on what it was called with
         """
         return self._run(hidden, samples)[0]
 
@@ -77,7 +79,9 @@ class BlockGroup:
             if written or self.written:
                 rows = [call.exchanged(instead) for call in rows]
             args, kwargs = BlockCall.stack(rows, hidden)
-            hidden = as_samples(output_hidden(block(*args, **kwargs)))
+            with _naming(block, len(rows)):
+                output = block(*args, **kwargs)
+            hidden = as_samples(output_hidden(output))
             if not any(call.written for call in rows):
                 continue
             after = tensors_by_place((args, kwargs))
@@ -185,3 +189,25 @@ class BlockGroup:
     def frozen(self) -> AbstractContextManager[None]:
         """No gradients for the parameters of the blocks; only tuned values are trained."""
         return parameters_frozen(self.blocks)
+
+
+@contextmanager
+def _naming(block: nn.Module, num_samples: int) -> Iterator[None]:
+    """Say which block failed on recorded arguments; not where memory is short."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if type(error).__module__ == CalibrationError.__module__:
+            raise  # it says what is wrong already
+        alone = (
+            " It may not know that several samples were joined: try `batch_size: 1`."
+            if num_samples > 1
+            else ""
+        )
+        raise CalibrationError(
+            f"{type(block).__name__} ran in the calibration pass, and fails when it runs again on "
+            f"the same arguments, to be tuned ({type(error).__name__}: {error}).{alone} Without "
+            "tuning (`preset: opt_rtn`) it does not have to."
+        ) from error

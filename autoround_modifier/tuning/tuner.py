@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from autoround_modifier.blocks.forwards import quantized_forwards
 from autoround_modifier.blocks.group import BlockGroup
 from autoround_modifier.blocks.samples import stack_masks
+from autoround_modifier.errors import CalibrationError
 from autoround_modifier.formats import QuantizedWeight, TunedWeight
 from autoround_modifier.parallel import summed
 from autoround_modifier.tuning.loss import LOSSES
@@ -170,6 +171,12 @@ class Tuner:
             mask = stack_masks(self.masks, indices, target)
             loss = self._loss_function(group.forward(hidden, indices), target, mask)
             if backward_scale is not None:
+                if not loss.requires_grad:
+                    raise CalibrationError(
+                        f"{', '.join(type(block).__name__ for block in group.blocks)}: no gradient "
+                        "of the output reaches the weights, so that they cannot be tuned. Quantize "
+                        "without tuning (`preset: opt_rtn`)."
+                    )
                 (loss * backward_scale).backward()
             total += loss.detach()
         return total

@@ -69,7 +69,10 @@ VERDICTS = {
 ADVICE = {
     "`engine: transformers`": ("engine", "transformers"),
     'pipeline="basic"': ("pipeline", "basic"),
+    "`batch_size: 1`": ("batch_size", 1),
+    "`preset: opt_rtn`": ("preset", "opt_rtn"),
 }
+ADVISING = re.compile("RecipeError|CalibrationError")
 GOOD = {"right", "refused", "not made"}
 VARIANTS = ("w4", "two schemes")
 GROUP_SIZE = 32
@@ -368,15 +371,20 @@ def quantize(name: str, variant: str, folder: Path) -> Result:
             return {**result, "verdict": "right", "reason": "one kind of layer: as in W4"}
         groups = found
     result |= {"ignore": ignored, "groups": {key: one["targets"] for key, one in groups.items()}}
-    options: dict[str, str] = {}
+    options: dict[str, Any] = {}
     while True:
         attempt = attempted(prepared, ignored, groups, options, folder)
-        advised = next((one for one in ADVICE if one in attempt["reason"]), None)
-        if "RecipeError" not in attempt["reason"] or advised is None:
+        advised = next(
+            (
+                one
+                for one, (option, _) in ADVICE.items()
+                if one in attempt["reason"] and option not in options
+            ),
+            None,
+        )
+        if advised is None or not ADVISING.search(attempt["reason"]):
             break
         name_of_option, value = ADVICE[advised]
-        if name_of_option in options:
-            break
         options[name_of_option] = value
         result.setdefault("advice", []).append([advised, attempt["reason"]])
         reset_session()
@@ -392,11 +400,11 @@ def attempted(
     prepared: Prepared,
     ignored: list[str],
     groups: dict[str, Any],
-    options: dict[str, str],
+    options: dict[str, Any],
     folder: Path,
 ) -> Result:
     """
-    :param options: that an error advised: ``engine`` of the recipe, ``pipeline`` of `oneshot`
+    :param options: that an error advised: fields of the recipe, and ``pipeline`` of `oneshot`
     :return: verdict ``saved`` if all went well
     """
     model = prepared.model
@@ -424,17 +432,16 @@ def attempted(
     data = Dataset.from_list(
         [{key: value.tolist() for key, value in one.items()} for one in prepared.inputs]
     )
+    fields = {"iters": 2, "batch_size": 2}
+    fields |= {key: value for key, value in options.items() if key != "pipeline"}
+    if "preset" in options:
+        del fields["iters"]
     try:
         with mock.patch.object(host_entrypoint, "post_process", with_logits):
             oneshot(
                 model=model,
                 recipe=AutoRoundModifier(
-                    iters=2,
-                    batch_size=2,
-                    min_expert_tokens=0,
-                    ignore=ignored,
-                    config_groups=groups,
-                    engine=options.get("engine", "any"),
+                    min_expert_tokens=0, ignore=ignored, config_groups=groups, **fields
                 ),
                 dataset=data,
                 processor=word_tokenizer(),
