@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -182,7 +183,13 @@ def _loading_problems(
         )
     except Exception as error:  # whatever its loader raises, the user would meet
         lines = str(error).strip().splitlines() or [""]
-        what = f"does not load the checkpoint: {type(error).__name__}: {lines[0]}"
+        if re.search("has no attribute .weight", lines[0]):
+            what = (
+                "does not load the checkpoint: it initializes the weights of layers that are "
+                f"packed in this architecture ({lines[0]})"
+            )
+        else:
+            what = f"does not load the checkpoint: {type(error).__name__}: {lines[0]}"
         yield Problem(NAME, what, (), ONLY_VLLM)
         return
     missing = sorted(name for name in info["missing_keys"] if not _is_tied(model, name))

@@ -103,6 +103,10 @@ def _group(rule: Callable[..., str | None], name: str, groups: Groups) -> str | 
     return rule(name, ("Linear",), groups) or rule(name, ("Embedding",), groups)
 
 
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _fused_problems(layers: Mapping[str, str | None]) -> Iterator[Problem]:
     different = [
         (fused, parts)
@@ -125,11 +129,12 @@ def _group_problems(
 ) -> Iterator[Problem]:
     groups = groups_of(layout.quantization)
     unread, plain, other = [], [], []
+    quantized = {_leaf(x) for x in layers if f"{x}.weight_scale" in layout.tensors}
     for name, group in layers.items():
         if EXPERT.search(name):
             continue
         if f"{name}.weight_scale" not in layout.tensors:
-            if group is not None:
+            if group is not None and _leaf(name) in quantized:  # others may be no linear layers
                 plain.append(name)
         elif group is None:
             unread.append(name)

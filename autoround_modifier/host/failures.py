@@ -24,7 +24,7 @@ def explain_failure(error: BaseException, model_name: str) -> str | None:
     reason = _reason(error)
     if any(
         (path.endswith(_TRACING) and name == "trace_subgraphs")
-        or "Autowrapped" in path
+        or name == "append_autowrap_source_on_fail"
         or path.endswith(_INTERMEDIATES)
         for path, name in frames
     ) or _in_generated_code(frames):
