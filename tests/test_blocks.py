@@ -45,7 +45,7 @@ def modifier(**fields) -> AutoRoundModifier:
         "batch_size": 4,
         "ignore": ["lm_head"],
         "config_groups": groups,
-        "engine": "vllm",  # Transformers loads no packed layers of Mamba and ModernBERT
+        "engine": "none",  # no engine loads packed layers of Mamba
     }
     return AutoRoundModifier(**{**defaults, **fields})
 

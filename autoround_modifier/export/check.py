@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from autoround_modifier.engines import (
     vllm_problems,
 )
 from autoround_modifier.errors import CheckpointError, RecipeError
+from autoround_modifier.host.layers import as_single_threaded
 from autoround_modifier.host.prediction import predict_layout
 from autoround_modifier.host.saved_names import name_experts_as_released
 from autoround_modifier.host.schemes import QuantizationConfig
@@ -64,8 +66,11 @@ def check_before_saving(
         return
     name_experts_as_released(model)
     layout = predict_layout(model, configs)
-    fields = {name: x for name, x in layout.config.items() if name != "quantization_config"}
-    problems = find_problems(layout, type(model), type(model.config).from_dict(fields))
+    config = copy.deepcopy(model.config)
+    if "tie_word_embeddings" in layout.config:  # no more, if one of them is quantized
+        config.tie_word_embeddings = layout.config["tie_word_embeddings"]
+    with as_single_threaded():
+        problems = find_problems(layout, type(model), config)
     required = required_engines(engine)
     refused = [x for name in required for x in problems[name] if x.fatal]
     if refused:
@@ -88,7 +93,8 @@ def check_saved(model: PreTrainedModel, folder: Path, engine: str) -> None:
     """
     try:
         layout = read_layout(folder)
-        problems = find_problems(layout, type(model), model.config)
+        with as_single_threaded():  # one process checks, and others wait
+            problems = find_problems(layout, type(model), model.config)
     except (CheckpointError, OSError, json.JSONDecodeError) as error:
         logger.error(f"the saved checkpoint could not be checked: {error}")
         return

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from compressed_tensors.offload import (
+    as_single_threaded,
     disable_offloading,
     disable_onloading,
     get_execution_device,
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Layer",
+    "as_single_threaded",
     "disable_offloading",
     "disable_onloading",
     "get_execution_device",

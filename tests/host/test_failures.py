@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo  # loaded while a model is traced, it would know patched functions only
 from conftest import quantize, tiny_llama, weight_scheme
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from tiny_mixtures import tiny_mixture
