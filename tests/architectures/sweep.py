@@ -87,8 +87,7 @@ FIRST_OF_FUSED = re.compile(
 # The part is what follows the number of a block.
 IN_BLOCK = re.compile(r".*?\.\d+\.(?P<part>[^.]+)(\..*)?")
 STATE_SPACE = re.compile(
-    r"[MB]amba|GatedDelta|LinearAttention|Lightning|Recurrent|Rwkv|xLSTM|ShortConv|DeltaAttention|SSM",
-    re.IGNORECASE,
+    r"[MB]amba|GatedDelta|LinearAttention|Lightning|Recurrent|Rwkv|xLSTM|ShortConv|DeltaAttention"
 )
 
 Result = dict[str, Any]
