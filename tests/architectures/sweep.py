@@ -90,8 +90,7 @@ FIRST_OF_FUSED = re.compile(
 # The part is what follows the number of a block.
 IN_BLOCK = re.compile(r".*?\.\d+\.(?P<part>[^.]+)(\..*)?")
 STATE_SPACE = re.compile(
-    r"Mamba|GatedDelta|LinearAttention|Lightning|Recurrent|Rwkv|xLSTM|ShortConv|DeltaAttention|SSM",
-    re.IGNORECASE,
+    r"[MB]amba|GatedDelta|LinearAttention|Lightning|Recurrent|Rwkv|xLSTM|ShortConv|DeltaAttention"
 )
 
 Result = dict[str, Any]
@@ -447,7 +446,6 @@ def attempted(
                 processor=word_tokenizer(),
                 data_collator=partial(collate, dtype=model.dtype),
                 output_dir=folder / "quantized",
-                check_generation=False,  # which runs the original first
                 **{key: value for key, value in options.items() if key == "pipeline"},
             )
     except Exception as error:

@@ -149,6 +149,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
     },
+    "Lfm2Config": {
+        "num_hidden_layers": 2,
+        "full_attn_idxs": [1],
+        "layer_types": ["conv", "full_attention"],
+    },
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "NemotronConfig": {"num_key_value_heads": 2},
     "Qwen4ExpTextConfig": {
