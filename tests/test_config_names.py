@@ -8,12 +8,7 @@ from torch import nn
 
 from autoround_modifier.engines.config_names import NamedLayer, complete_config
 from autoround_modifier.engines.fused import fused_parts
-from autoround_modifier.engines.matching import (
-    compressed_tensors_group,
-    groups_of,
-    is_named,
-    vllm_group,
-)
+from autoround_modifier.engines.matching import Names, Targets, groups_of
 
 ATTENTION, MLP = r"re:.*self_attn\..*_proj$", r"re:.*mlp\..*_proj$"
 
@@ -44,8 +39,8 @@ def check(quantization: dict, named: list[NamedLayer]) -> None:
                 if name in layer.names:
                     assert name in quantization["ignore"]
                 continue
-            for rule in (compressed_tensors_group, vllm_group):
-                found = rule(name, (layer.kind,), groups)
+            for rule in (Targets(groups).compressed_tensors, Targets(groups).vllm):
+                found = rule(name, layer.kind)
                 assert old_group.setdefault(found, layer.group) == layer.group, name
                 assert found is not None
 
@@ -70,9 +65,10 @@ def test_layers_outside_of_blocks_are_ignored_wherever_an_engine_has_them():
     result = complete_config(
         section({"a": ["Linear"]}), layers({**DENSE, "model.altup_projections.0": None})
     )
-    assert is_named("model.self_decoder.altup_projections.0", result["ignore"])
-    assert not is_named("model.self_decoder.altup_projections.1", result["ignore"])
-    assert not any(is_named(name, result["ignore"]) for name in DENSE)
+    ignored = Names(result["ignore"])
+    assert "model.self_decoder.altup_projections.0" in ignored
+    assert "model.self_decoder.altup_projections.1" not in ignored
+    assert not any(name in ignored for name in DENSE)
 
 
 def test_targets_that_hold_are_kept():
@@ -101,7 +97,7 @@ def test_overlapping_expressions_are_written_apart():
     """compressed-tensors takes `re:.*down_proj`, vLLM the first in the file."""
     named = layers({x: "b" if "down_proj" in x else "a" for x in DENSE})
     quantization = section({"a": ["re:.*proj"], "b": ["re:.*down_proj"]})
-    assert vllm_group("model.layers.0.mlp.down_proj", ("Linear",), groups_of(quantization)) == "a"
+    assert Targets(groups_of(quantization)).vllm("model.layers.0.mlp.down_proj", "Linear") == "a"
     check(complete_config(quantization, named), named)
 
 
@@ -111,8 +107,8 @@ def test_an_expression_for_a_fused_name_does_not_win_over_names():
     named = layers({**dict.fromkeys(DENSE, "a"), **first})
     quantization = section({"b": list(first), "a": [ATTENTION, MLP]})
     groups = groups_of(quantization)
-    assert compressed_tensors_group("model.layers.0.self_attn.q_proj", (), groups) == "b"
-    assert vllm_group("model.layers.0.self_attn.q_proj", (), groups) == "a"
+    assert Targets(groups).compressed_tensors("model.layers.0.self_attn.q_proj", "Linear") == "b"
+    assert Targets(groups).vllm("model.layers.0.self_attn.q_proj", "Linear") == "a"
     check(complete_config(quantization, named), named)
 
 
@@ -132,8 +128,8 @@ def test_the_same_names_in_two_towers():
     result = complete_config(quantization, named)
     groups = groups_of(result)
     for layer in named:
-        for rule in (compressed_tensors_group, vllm_group):
-            found = rule(layer.path, (layer.kind,), groups)
+        for rule in (Targets(groups).compressed_tensors, Targets(groups).vllm):
+            found = rule(layer.path, layer.kind)
             assert any(layer.path.split(".")[1] in x for x in groups[found])
 
 
@@ -174,12 +170,13 @@ def test_experts_are_named_as_in_the_files_too():
     check(result, named)
     groups = groups_of(result)
     name = "model.layers.0.block_sparse_moe.experts.2.w1"  # under which vLLM looks
-    assert vllm_group(name, (), groups) == vllm_group(named[-1].path, (), groups)
+    assert Targets(groups).vllm(name, "Linear") == Targets(groups).vllm(named[-1].path, "Linear")
 
 
 def test_ignored_experts_are_one_expression_for_each_block_and_layer():
     named = layers({**DENSE, **experts(None)})
-    result = complete_config(section({"a": [ATTENTION], "b": [MLP]}), named)
+    host = tuple(experts(None))  # which lists each of them
+    result = complete_config(section({"a": [ATTENTION], "b": [MLP]}, host), named)
     assert len(result["ignore"]) == 6
     assert r"re:(?:.*\.)?layers\.(?:1)\.mlp\.experts\.\d+\.up_proj$" in result["ignore"]
 
@@ -201,7 +198,7 @@ def test_ignored_experts_are_one_expression_for_each_block_and_layer():
 def test_the_rule_of_compressed_tensors_is_its_own(targets, name):
     groups = {f"group_{i}": [target] for i, target in enumerate(targets)}
     expected = match_targets(name, nn.Linear(1, 1), targets)
-    found = compressed_tensors_group(name, ("Linear", "Module"), groups)
+    found = Targets(groups).compressed_tensors(name, "Linear")
     assert found == (f"group_{targets.index(expected[0])}" if expected else None)
 
 

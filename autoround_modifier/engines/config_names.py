@@ -15,13 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from autoround_modifier.engines.matching import (
-    Groups,
-    compressed_tensors_group,
-    groups_of,
-    is_named,
-    vllm_group,
-)
+from autoround_modifier.engines.matching import Groups, Names, Targets, groups_of
 
 __all__ = ["EXPERT", "NamedLayer", "complete_config"]
 
@@ -69,14 +63,22 @@ def complete_config(quantization: dict[str, Any], layers: Sequence[NamedLayer]) 
     """
     groups = _experts_first(groups_of(quantization), layers)
     quantized = [layer for layer in layers if layer.group is not None]
-    if not all(_holds(layer, groups) for layer in quantized) or not _experts_found(groups, layers):
+    found = Targets(groups)
+    if not all(_holds(layer, found) for layer in quantized) or not _experts_found(groups, layers):
         groups = dict(_written_targets(quantized, groups))
     named = {
         f"group_{index}": {**quantization["config_groups"][name], "targets": targets}
         for index, (name, targets) in enumerate(groups.items())
     }
-    ignore = list(quantization.get("ignore") or [])
-    ignore += [x for x in _ignored(layers) if not is_named(x, ignore)]
+    own = dict.fromkeys(_ignored(layers))
+    of_experts = Names(x for x in own if x.startswith("re:"))
+    ignore = [
+        entry
+        for entry in quantization.get("ignore") or []
+        if not (EXPERT.search(entry) and entry in of_experts)
+    ]
+    known = Names(ignore)
+    ignore += [entry for entry in own if entry not in known]
     return {**quantization, "config_groups": named, "ignore": list(dict.fromkeys(ignore))}
 
 
@@ -97,12 +99,12 @@ def _ignored(layers: Sequence[NamedLayer]) -> Iterator[str]:
                     yield name
 
 
-def _holds(layer: NamedLayer, groups: Groups) -> bool:
+def _holds(layer: NamedLayer, targets: Targets) -> bool:
     """:return: whether every engine gives a layer its own scheme, under both spellings"""
     return all(
-        rule(name, (layer.kind,), groups) == layer.group
+        rule(name, layer.kind) == layer.group
         for name in layer.names
-        for rule in (compressed_tensors_group, vllm_group)
+        for rule in (targets.compressed_tensors, targets.vllm)
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from autoround_modifier.engines.fused import fused_name
 
-__all__ = ["Groups", "compressed_tensors_group", "groups_of", "is_named", "vllm_group"]
+__all__ = ["Groups", "Names", "Targets", "groups_of"]
 
 # Group name -> its targets, in the order of the file
 Groups = Mapping[str, Sequence[str]]
@@ -31,46 +31,71 @@ def groups_of(quantization: Mapping) -> dict[str, list[str]]:
     return {name: list(group.get("targets") or []) for name, group in groups.items()}
 
 
-def is_named(name: str, targets: Iterable[str]) -> bool:
-    """:return: whether one of the targets is this name, or an expression that matches it"""
-    return any(_matches(name, target) for target in targets)
+class Names:
+    """
+    Names and expressions; ``in`` tells whether one of them is a name, or matches it.
+
+    :param entries: of ``ignore``, or targets
+    """
+
+    def __init__(self, entries: Iterable[str]):
+        entries = list(entries)
+        self._exact = {entry for entry in entries if not _is_expression(entry)}
+        self._expressions = [_compiled(entry) for entry in entries if _is_expression(entry)]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._exact or any(x.match(name) for x in self._expressions)
 
 
-def compressed_tensors_group(name: str, classes: Iterable[str], groups: Groups) -> str | None:
+class Targets:
     """
-    :param name: of a layer
-    :param classes: its class and their bases, by name
-    :return: the group whose scheme compressed-tensors gives it
+    Finds the config group of a layer.
+
+    :param groups: of a config
     """
-    by_target = {target: group for group, targets in groups.items() for target in targets}
-    for target in sorted(by_target, key=lambda target: ("re:" in target, target)):
-        if _matches(name, target):
-            return by_target[target]
-    by_class = [target for target in sorted(by_target) if target in set(classes)]
-    return by_target[by_class[0]] if by_class else None
+
+    def __init__(self, groups: Groups):
+        self._pairs = [(target, group) for group, targets in groups.items() for target in targets]
+        self._owners = dict(self._pairs)
+        expressions = [target for target in self._owners if _is_expression(target)]
+        self._sorted = [(_compiled(x), self._owners[x]) for x in sorted(expressions)]
+        self._in_order = [
+            (_compiled(target) if _is_expression(target) else None, target, group)
+            for target, group in self._pairs
+        ]
+        self._places = {target: i for i, (target, _) in reversed(list(enumerate(self._pairs)))}
+
+    def compressed_tensors(self, name: str, kind: str) -> str | None:
+        """
+        :param name: of a layer
+        :param kind: its class, or that from which its class is derived
+        :return: the group whose scheme compressed-tensors gives it
+        """
+        if name in self._owners:
+            return self._owners[name]
+        matched = (group for expression, group in self._sorted if expression.match(name))
+        return next(matched, self._owners.get(kind))
+
+    def vllm(self, name: str, kind: str) -> str | None:
+        """
+        :return: the group whose scheme vLLM gives a layer of this name. Its own linear layers
+            contain ``Linear`` in their class, whatever that of the model is called
+        """
+        fused = fused_name(name)
+        for known in (fused, name) if fused else (name,):
+            exact = self._places.get(known, len(self._pairs))
+            for expression, _, group in self._in_order[:exact]:
+                if expression is not None and expression.match(known):
+                    return group
+            if exact < len(self._pairs):
+                return self._pairs[exact][1]
+        return next((group for target, group in self._pairs if target in ("Linear", kind)), None)
 
 
-def vllm_group(name: str, classes: Iterable[str], groups: Groups) -> str | None:
-    """
-    :return: the group whose scheme vLLM gives a layer of this name. Its own linear layers contain
-        ``Linear`` in their class, whatever that of the model is called
-    """
-    pairs = [(target, group) for group, targets in groups.items() for target in targets]
-    fused = fused_name(name)
-    for known in (fused, name) if fused else (name,):
-        for target, group in pairs:
-            if _matches(known, target):
-                return group
-    kinds = {"Linear", *classes}
-    return next((group for target, group in pairs if target in kinds), None)
+def _is_expression(entry: str) -> bool:
+    return entry.startswith("re:")
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled(expression: str) -> re.Pattern[str]:
-    return re.compile(expression)
-
-
-def _matches(name: str, target: str) -> bool:
-    if target.startswith("re:"):
-        return _compiled(target.removeprefix("re:")).match(name) is not None
-    return target == name
+def _compiled(entry: str) -> re.Pattern[str]:
+    return re.compile(entry.removeprefix("re:"))

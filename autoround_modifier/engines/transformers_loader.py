@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.engines.layout import CheckpointLayout
-from autoround_modifier.engines.matching import compressed_tensors_group, groups_of, is_named
+from autoround_modifier.engines.matching import Names, Targets, groups_of
 from autoround_modifier.engines.problem import Problem
 
 __all__ = ["NAME", "fuses_experts", "transformers_experts", "transformers_problems"]
@@ -105,7 +105,8 @@ def _expert_problems(
     layout: CheckpointLayout, model_class: type[PreTrainedModel], config: PretrainedConfig
 ) -> Iterator[Problem]:
     groups = groups_of(layout.quantization)
-    ignore = layout.quantization.get("ignore") or []
+    targets = Targets(groups)
+    ignore = Names(layout.quantization.get("ignore") or [])
     experts = {
         name.rpartition(".weight")[0]
         for name in layout.tensors
@@ -116,7 +117,7 @@ def _expert_problems(
     quantized = {name for name in experts if f"{name}{SCALE}" in layout.tensors}
     by_group: dict[str | None, set[str]] = {}
     for name in quantized:
-        group = None if is_named(name, ignore) else _group(name, groups)
+        group = None if name in ignore else targets.compressed_tensors(name, "Linear")
         by_group.setdefault(group, set()).add(EXPERT.sub("*", name))
     settings = layout.quantization["config_groups"]
     if len(by_group) > 1:
@@ -139,10 +140,6 @@ def _expert_problems(
             tuple(sorted({EXPERT.sub("*", name) for name in plain})),
             f"Quantize all experts, to 8 bits if they are to stay precise. {OR_ELSE}",
         )
-
-
-def _group(name: str, groups: Mapping[str, list[str]]) -> str | None:
-    return compressed_tensors_group(name, ("Linear",), groups)
 
 
 def _reads_plain_experts(settings: Mapping[str, Any]) -> bool:

@@ -15,13 +15,7 @@ from typing import Any
 from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.engines.fused import fused_parts
 from autoround_modifier.engines.layout import CheckpointLayout
-from autoround_modifier.engines.matching import (
-    Groups,
-    compressed_tensors_group,
-    groups_of,
-    is_named,
-    vllm_group,
-)
+from autoround_modifier.engines.matching import Names, Targets, groups_of
 from autoround_modifier.engines.problem import Problem
 
 __all__ = ["vllm_experts", "vllm_problems"]
@@ -86,21 +80,21 @@ def _layers(layout: CheckpointLayout) -> dict[str, str | None]:
     :return: layer -> config group by which vLLM reads it; None for 16 bits. Embeddings, heads and
         routers are left out where they are not quantized
     """
-    groups, ignore = groups_of(layout.quantization), layout.quantization.get("ignore") or []
+    targets = Targets(groups_of(layout.quantization))
+    ignore = Names(layout.quantization.get("ignore") or [])
     found: dict[str, str | None] = {}
     for tensor, x in layout.tensors.items():
         name, _, part = tensor.rpartition(".")
         if part not in ("weight", "weight_packed") or len(x.shape) != 2:
             continue
         if f"{name}.weight_scale" in layout.tensors or not _NEVER_QUANTIZED.fullmatch(name):
-            ignored = is_named(name, ignore)
-            found[name] = None if ignored else _group(vllm_group, name, groups)
+            found[name] = None if name in ignore else _group(targets.vllm, name)
     return found
 
 
-def _group(rule: Callable[..., str | None], name: str, groups: Groups) -> str | None:
+def _group(rule: Callable[[str, str], str | None], name: str) -> str | None:
     """:return: what a rule says; the files do not tell whether it is an embedding"""
-    return rule(name, ("Linear",), groups) or rule(name, ("Embedding",), groups)
+    return rule(name, "Linear") or rule(name, "Embedding")
 
 
 def _leaf(name: str) -> str:
@@ -127,7 +121,7 @@ def _fused_problems(layers: Mapping[str, str | None]) -> Iterator[Problem]:
 def _group_problems(
     layers: Mapping[str, str | None], layout: CheckpointLayout
 ) -> Iterator[Problem]:
-    groups = groups_of(layout.quantization)
+    targets = Targets(groups_of(layout.quantization))
     unread, plain, other = [], [], []
     quantized = {_leaf(x) for x in layers if f"{x}.weight_scale" in layout.tensors}
     for name, group in layers.items():
@@ -138,7 +132,7 @@ def _group_problems(
                 plain.append(name)
         elif group is None:
             unread.append(name)
-        elif group != _group(compressed_tensors_group, name, groups):
+        elif group != _group(targets.compressed_tensors, name):
             other.append(name)
     for names, what, remedy in (
         (unread, "takes quantized layers for layers in 16 bits", "Name them in `targets`."),
