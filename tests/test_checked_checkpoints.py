@@ -29,6 +29,8 @@ from autoround_modifier import (
     quantized_weights,
 )
 from autoround_modifier.blocks.store import CalibrationStore
+from autoround_modifier.export import check
+from autoround_modifier.modifiers import finishing
 
 ATTENTION, MLP = r"re:.*self_attn\..*_proj$", r"re:.*mlp\..*_proj$"
 
@@ -312,3 +314,17 @@ def test_a_group_that_gets_no_layer_is_said(log):
 def test_a_recipe_without_doubt_says_nothing(log):
     quantize(tiny_llama(), rounding(config_groups=groups(a=(8, ATTENTION), b=(4, MLP))))
     assert [x for x in log if re.match("WARNING.*(match|checkpoint)", x)] == []
+
+
+def test_a_check_that_fails_stops_no_run(tmp_path, monkeypatch, log):
+    def fail(*args, **kwargs):
+        raise KeyError("unknown")
+
+    monkeypatch.setattr(check, "find_problems", fail)
+    monkeypatch.setattr(finishing, "quantization_section", fail)
+    quantize(
+        tiny_llama(), rounding(config_groups={"group_0": weight_scheme(4)}), output_dir=tmp_path
+    )
+    assert AutoModelForCausalLM.from_pretrained(tmp_path) is not None
+    said = [line for line in log if "KeyError" in line]
+    assert [line.split()[0] for line in said] == ["WARNING", "ERROR", "ERROR"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ from autoround_modifier.engines import (
     required_engines,
     vllm_problems,
 )
-from autoround_modifier.errors import CheckpointError, RecipeError
+from autoround_modifier.errors import RecipeError
 from autoround_modifier.host.layers import as_single_threaded
 from autoround_modifier.host.prediction import predict_layout
 from autoround_modifier.host.saved_names import name_experts_as_released
@@ -65,12 +64,14 @@ def check_before_saving(
     if not isinstance(model, PreTrainedModel):
         return
     name_experts_as_released(model)
-    layout = predict_layout(model, configs)
-    config = copy.deepcopy(model.config)
-    if "tie_word_embeddings" in layout.config:  # no more, if one of them is quantized
-        config.tie_word_embeddings = layout.config["tie_word_embeddings"]
-    with as_single_threaded():
-        problems = find_problems(layout, type(model), config)
+    try:
+        problems = _expected_problems(model, configs)
+    except Exception as error:  # a run that could succeed is not stopped by what only checks it
+        logger.warning(
+            "what this recipe will save could not be checked before the run "
+            f"({type(error).__name__}: {error})"
+        )
+        return
     required = required_engines(engine)
     refused = [x for name in required for x in problems[name] if x.fatal]
     if refused:
@@ -95,10 +96,21 @@ def check_saved(model: PreTrainedModel, folder: Path, engine: str) -> None:
         layout = read_layout(folder)
         with as_single_threaded():  # one process checks, and others wait
             problems = find_problems(layout, type(model), model.config)
-    except (CheckpointError, OSError, json.JSONDecodeError) as error:
-        logger.error(f"the saved checkpoint could not be checked: {error}")
+    except Exception as error:
+        logger.error(f"the saved checkpoint could not be checked: {error!r}")
         return
     for name in required_engines(engine):
         for problem in problems[name]:
             if problem.fatal:
                 logger.error(f"the saved checkpoint: {problem}")
+
+
+def _expected_problems(
+    model: PreTrainedModel, configs: Iterable[QuantizationConfig]
+) -> dict[str, list[Problem]]:
+    layout = predict_layout(model, configs)
+    config = copy.deepcopy(model.config)
+    if "tie_word_embeddings" in layout.config:  # no more, if one of them is quantized
+        config.tie_word_embeddings = layout.config["tie_word_embeddings"]
+    with as_single_threaded():
+        return find_problems(layout, type(model), config)

@@ -82,14 +82,20 @@ def write_own_config(saved: SavedModel) -> None:
 
 
 def write_names(saved: SavedModel) -> None:
-    """Layers are named in ``quantization_config`` so that every engine finds the same ones."""
-    section = quantization_section(saved.model)
+    """
+    Layers are named in ``quantization_config`` so that every engine finds the same ones. Where that
+    fails, the names that LLM-Compressor wrote stay, with an error in the log.
+    """
+    config = read_json(saved.folder / CONFIG)
+    try:
+        section = quantization_section(saved.model)
+    except Exception as error:  # the run is over, and its files are worth more than their names
+        logger.error(f"layers are named in config.json as LLM-Compressor does: {error!r}")
+        return
     if section is None:
         return
-    config = read_json(saved.folder / CONFIG)
     written = config.get("quantization_config") or {}
-    ignore = dict.fromkeys([*(written.get("ignore") or []), *section["ignore"]])
-    config["quantization_config"] = {**written, **section, "ignore": list(ignore)}
+    config["quantization_config"] = {**written, **section}
     write_json(saved.folder / CONFIG, config)
 
 
