@@ -7,7 +7,7 @@ from compressed_tensors.utils.match import match_targets
 from torch import nn
 
 from autoround_modifier.engines.config_names import NamedLayer, complete_config
-from autoround_modifier.engines.fused import fused_parts
+from autoround_modifier.engines.fused import fused_names, fused_parts
 from autoround_modifier.engines.matching import Names, Targets, groups_of
 
 ATTENTION, MLP = r"re:.*self_attn\..*_proj$", r"re:.*mlp\..*_proj$"
@@ -216,3 +216,74 @@ def test_fused_layers():
         "a.qkv_proj": ["a.q_proj", "a.k_proj", "a.v_proj"],
         "b.gate_up_proj": ["b.gate_proj", "b.up_proj"],
     }
+
+
+# ------------------------------------------------------------------------- what went wrong once
+
+
+def test_layers_that_are_numbers_keep_their_numbers():
+    """Those of an `nn.Sequential`."""
+    named = layers({**DENSE, "model.visual.merger.mlp.0": "c", "model.visual.merger.mlp.2": "c"})
+    quantization = section({"a": [ATTENTION], "b": ["re:.*mlp"], "c": ["re:.*merger"]})
+    check(complete_config(quantization, named), named)
+
+
+def test_layers_of_experts_in_two_schemes_are_told_apart():
+    named = layers({x: "a" if "down" in x else "b" for x in experts("b")})
+    check(complete_config(section({"a": ["re:.*"], "b": ["re:.*_proj"]}), named), named)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "quantized"),
+    [
+        (
+            "model.stages.0.blocks.0.experts.{}.up_proj",
+            "model.stages.0.blocks.1.experts.{}.up_proj",
+        ),
+        ("vision.layers.0.mlp.experts.{}.up_proj", "model.layers.0.mlp.experts.{}.up_proj"),
+        ("model.vision.pool.qkv_proj", "model.layers.{}.self_attn.q_proj"),
+        ("lm_head", "draft.{}.lm_head"),
+    ],
+)
+def test_what_is_ignored_takes_no_quantized_layer_along(ignored, quantized):
+    groups = {ignored.format(i): None for i in range(2)}
+    groups |= {quantized.format(i): "a" for i in range(2)}
+    named = layers(groups)
+    result = complete_config(section({"a": ["Linear"]}), named)
+    ignore = Names(result["ignore"])
+    for layer in named:
+        found = any(name in ignore for name in (*fused_names(layer.path), layer.path))
+        assert found == (layer.group is None), layer.path
+
+
+def test_a_head_is_named_because_no_class_reaches_it_in_vllm():
+    named = [*layers(dict.fromkeys(DENSE, "a")), NamedLayer("lm_head", "lm_head", "a", "Head")]
+    assert Targets({"a": ["Linear"]}).vllm("lm_head", "Head") is None
+    result = complete_config(section({"a": ["Linear"]}), named)
+    check(result, named)
+    assert "Linear" in result["config_groups"]["group_0"]["targets"]
+
+
+def test_expressions_that_hold_under_one_prefix_only_are_written_anew():
+    """vLLM calls `model.language_model.layers` `language_model.model.layers`."""
+    named = layers({x.replace("model.", "model.language_model."): "a" for x in DENSE})
+    result = complete_config(section({"a": [r"re:model\.language_model\.layers.*"]}), named)
+    assert Targets(groups_of(result)).vllm(
+        "language_model.model.layers.0.mlp.up_proj", "Linear"
+    ) == next(iter(result["config_groups"]))
+
+
+def test_groups_of_attention_are_kept():
+    named = layers({x: "b" if "down_proj" in x else "a" for x in DENSE})
+    quantization = section({"a": ["re:.*proj"], "b": ["re:.*down_proj"], "c": ["LlamaAttention"]})
+    result = complete_config(quantization, named)
+    assert ["LlamaAttention"] in groups_of(result).values()
+
+
+def test_names_that_end_like_others_are_written_out():
+    named = layers({**DENSE, **{f"talker.{x}": "c" for x in DENSE}})
+    result = complete_config(section({"a": [ATTENTION], "b": [MLP], "c": ["re:talker.*"]}), named)
+    groups, owner = groups_of(result), {}
+    for layer in named:
+        for rule in Targets(groups).rules:
+            assert owner.setdefault(rule(layer.path, layer.kind), layer.group) == layer.group

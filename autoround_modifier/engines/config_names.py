@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from autoround_modifier.engines.fused import fused_names
 from autoround_modifier.engines.matching import Groups, Names, Targets, groups_of
 
 __all__ = ["EXPERT", "NamedLayer", "complete_config"]
@@ -35,13 +36,14 @@ class NamedLayer:
     :param path: of the module in the model
     :param saved: its name in the files
     :param group: config group of its scheme; None where it is not quantized
-    :param kind: the class by which engines know it, whatever that of the model is called
+    :param kind: what it is to engines, whatever its class is called; ``Head`` for the linear layer
+        that predicts tokens
     """
 
     path: str
     saved: str
     group: str | None
-    kind: Literal["Linear", "Embedding"] = "Linear"
+    kind: Literal["Linear", "Embedding", "Head"] = "Linear"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,9 +65,11 @@ def complete_config(quantization: dict[str, Any], layers: Sequence[NamedLayer]) 
     """
     groups = _experts_first(groups_of(quantization), layers)
     quantized = [layer for layer in layers if layer.group is not None]
-    found = Targets(groups)
-    if not all(_holds(layer, found) for layer in quantized) or not _experts_found(groups, layers):
-        groups = dict(_written_targets(quantized, groups))
+    if not _all_hold(quantized, groups, True) or not _experts_found(groups, layers):
+        written = dict(_written_targets(quantized, groups))
+        if not _all_hold(quantized, written):
+            written = {name: _exact(quantized, name, groups) for name in groups}
+        groups = written
     named = {
         f"group_{index}": {**quantization["config_groups"][name], "targets": targets}
         for index, (name, targets) in enumerate(groups.items())
@@ -83,29 +87,60 @@ def complete_config(quantization: dict[str, Any], layers: Sequence[NamedLayer]) 
 
 
 def _ignored(layers: Sequence[NamedLayer]) -> Iterator[str]:
-    """Yield names of the layers that are not quantized; one expression for many experts."""
-    patterns = {layer: EXPERT.sub("*", layer.path) for layer in layers}
-    mixed = {patterns[layer] for layer in layers if layer.group is not None}
-    quantized = _by_shape(x for layer in layers if layer.group is not None for x in layer.names)
+    """
+    Yield names of the layers that are not quantized; for experts one expression for all of a block,
+    if it matches no layer that is quantized.
+    """
+    quantized = [name for layer in layers if layer.group is not None for name in layer.names]
+    shapes = _by_shape(quantized)
+    # one for all experts of a module, and the names under which vLLM fuses them
+    taken = {EXPERT.sub("0", name) for name in quantized}
+    taken |= {fused for name in taken for fused in fused_names(name)}
+    usable: dict[str, bool] = {}
     for layer in layers:
-        if layer.group is None:
-            for name in layer.names:
-                if _OUTSIDE_BLOCKS.fullmatch(name):  # vLLM moves some of them (Gemma 3n)
-                    yield name
-                    yield _expression(_shortest(_NUMBER.sub("#", name), quantized), _block(name))
-                elif layer.is_expert and patterns[layer] not in mixed:
-                    yield _expression(_shortest(_NUMBER.sub("#", name), ()), _block(name))
-                else:
-                    yield name
+        if layer.group is not None:
+            continue
+        for name in layer.names:
+            outside = _OUTSIDE_BLOCKS.fullmatch(name) is not None  # vLLM moves some (Gemma 3n)
+            if not outside and not layer.is_expert:
+                yield name
+                continue
+            expression = _expression(_shortest(_NUMBER.sub("#", name), shapes), _block(name))
+            if expression not in usable:
+                matches = re.compile(expression.removeprefix("re:")).match
+                usable[expression] = not any(matches(other) for other in taken)
+            if outside or not usable[expression]:
+                yield name
+            if usable[expression]:
+                yield expression
 
 
-def _holds(layer: NamedLayer, targets: Targets) -> bool:
-    """:return: whether every engine gives a layer its own scheme, under both spellings"""
-    return all(
-        rule(name, layer.kind) == layer.group
-        for name in layer.names
-        for rule in (targets.compressed_tensors, targets.vllm)
-    )
+def _all_hold(layers: Iterable[NamedLayer], groups: Groups, anywhere: bool = False) -> bool:
+    """
+    :param anywhere: under another prefix as well, where an expression decides
+    :return: whether every engine gives each layer its own scheme, under both spellings
+    """
+    targets, exact = Targets(groups), {x for targets in groups.values() for x in targets}
+    for layer in layers:
+        names = [(name, rule) for name in layer.names for rule in targets.rules]
+        if anywhere and not exact.intersection(layer.names):
+            names.append((f"prefix.{_from_blocks(layer.path)}", targets.vllm))
+        if any(rule(name, layer.kind) != layer.group for name, rule in names):
+            return False
+    return True
+
+
+def _from_blocks(name: str) -> str:
+    """:return: the end of a name from the list of its blocks on"""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[max(first - 1, 0) :])
+
+
+def _exact(layers: Iterable[NamedLayer], group: str, groups: Groups) -> list[str]:
+    """:return: targets of a group: the names of its layers; of no layer, what it had"""
+    names = [name for layer in layers if layer.group == group for name in layer.names]
+    return names or list(groups[group])
 
 
 def _experts_first(
@@ -146,6 +181,8 @@ def _written_targets(
         if own:
             classes = [x for x in groups[group] if x in ("Linear", "Embedding")]
             yield group, [*_expressions(own, others), *classes]
+        else:  # of attention
+            yield group, list(groups[group])
 
 
 def _expressions(own: list[str], others: list[str]) -> list[str]:
@@ -171,15 +208,23 @@ def _expressions(own: list[str], others: list[str]) -> list[str]:
             end = _shortest(shape, [x for x in taken if x != shape])
             numbers = "|".join(sorted(blocks, key=int))
             expressions.append(_expression(end, numbers))
-    joined = [_expression(*_joined(stem, leaves)) for stem, leaves in stems.items()]
+    shared = {x.rpartition(".")[0] for x in taken}
+    joined = [
+        _expression(*_joined(stem, leaves, any(x.endswith(stem) for x in shared)))
+        for stem, leaves in stems.items()
+    ]
     return [*dict.fromkeys([*joined, *expressions]), *single]
 
 
-def _joined(stem: str, leaves: list[str]) -> tuple[str, str | None, str]:
-    """:return: arguments of `_expression` for several layers of one module"""
-    if stem.endswith("experts.#"):  # all of them; engines know them under several names
+def _joined(stem: str, leaves: list[str], shared: bool) -> tuple[str, str | None, str]:
+    """
+    :param shared: whether another group has layers of the same module
+    :return: arguments of `_expression` for several layers of one module
+    """
+    if stem.endswith("experts.#") and not shared:  # engines know them under several names
         return stem, None, ".+"
-    last = "|".join(re.escape(leaf) for leaf in dict.fromkeys(leaves))
+    escaped = dict.fromkeys(r"\d+" if leaf == "#" else re.escape(leaf) for leaf in leaves)
+    last = "|".join(escaped)
     return stem, None, last if len(leaves) == 1 else f"(?:{last})"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-__all__ = ["FUSED_NAMES", "fused_name", "fused_parts"]
+__all__ = ["FUSED_NAMES", "fused_names", "fused_parts"]
 
 # What vLLM 0.32 calls the fused layer, and its parts: `packed_modules_mapping` of its models.
 FUSED_NAMES: dict[str, tuple[str, ...]] = {
@@ -23,22 +23,25 @@ FUSED_NAMES: dict[str, tuple[str, ...]] = {
     "c_fc": ("c_fc_0", "c_fc_1"),
     "fused_wqa_wkv": ("wq_a", "wkv"),
 }
+# Which of them a module that has the parts does not always fuse
+_SOMETIMES = ("qkvb_proj", "in_proj_qkvg", "wk_weights_proj", "fc13", "fused_wqa_wkv")
 
 
-def fused_name(name: str) -> str | None:
+def fused_names(name: str) -> list[str]:
     """
     :param name: of a layer
-    :return: that of the layer into which vLLM may fuse it: q/k/v, gate/up; None for others
+    :return: names of the layers into which vLLM may fuse it, as far as its own name tells
     """
     stem, _, leaf = name.rpartition(".")
-    for fused in ("qkv_proj", "gate_up_proj"):
-        if leaf in FUSED_NAMES[fused]:
-            return f"{stem}.{fused}" if stem else fused
-    return None
+    prefix = f"{stem}." if stem else ""
+    return [f"{prefix}{fused}" for fused, parts in FUSED_NAMES.items() if leaf in parts]
 
 
 def fused_parts(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield what is fused, as ``model.layers.0.self_attn.qkv_proj``, and its layers, if several."""
+    """
+    Yield what is fused, as ``model.layers.0.self_attn.qkv_proj``, and its layers, if there are
+    several: what every model of vLLM that has them fuses.
+    """
     by_parent: dict[str, set[str]] = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
@@ -46,6 +49,8 @@ def fused_parts(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     for parent, leaves in by_parent.items():
         found: dict[str, list[str]] = {}
         for fused, parts in FUSED_NAMES.items():
+            if fused in _SOMETIMES:
+                continue
             present = [part for part in parts if part in leaves]
             if len(present) > 1 and present not in found.values():
                 found[fused] = present

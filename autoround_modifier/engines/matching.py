@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from autoround_modifier.engines.fused import fused_name
+from autoround_modifier.engines.fused import fused_names
 
 __all__ = ["Groups", "Names", "Targets", "groups_of"]
 
@@ -59,18 +59,26 @@ class Targets:
         self._owners = dict(self._pairs)
         expressions = [target for target in self._owners if _is_expression(target)]
         self._sorted = [(_compiled(x), self._owners[x]) for x in sorted(expressions)]
-        self._in_order = [
-            (_compiled(target) if _is_expression(target) else None, target, group)
-            for target, group in self._pairs
+        self._placed = [
+            (place, _compiled(target), group)
+            for place, (target, group) in enumerate(self._pairs)
+            if _is_expression(target)
         ]
         self._places = {target: i for i, (target, _) in reversed(list(enumerate(self._pairs)))}
+
+    @property
+    def rules(self) -> tuple[Callable[[str, str], str | None], ...]:
+        """That of compressed-tensors, and that of vLLM."""
+        return self.compressed_tensors, self.vllm
 
     def compressed_tensors(self, name: str, kind: str) -> str | None:
         """
         :param name: of a layer
-        :param kind: its class, or that from which its class is derived
+        :param kind: ``Linear``, ``Embedding`` or ``Head``: its class, or that from which its class
+            is derived; a head that predicts tokens is linear here
         :return: the group whose scheme compressed-tensors gives it
         """
+        kind = "Linear" if kind == "Head" else kind
         if name in self._owners:
             return self._owners[name]
         matched = (group for expression, group in self._sorted if expression.match(name))
@@ -78,18 +86,19 @@ class Targets:
 
     def vllm(self, name: str, kind: str) -> str | None:
         """
-        :return: the group whose scheme vLLM gives a layer of this name. Its own linear layers
-            contain ``Linear`` in their class, whatever that of the model is called
+        :return: the group whose scheme vLLM gives a layer of this name. Its linear layers contain
+            ``Linear`` in their class, whatever that of the model is called; its heads do not
         """
-        fused = fused_name(name)
-        for known in (fused, name) if fused else (name,):
-            exact = self._places.get(known, len(self._pairs))
-            for expression, _, group in self._in_order[:exact]:
-                if expression is not None and expression.match(known):
+        for known in (*fused_names(name), name):
+            exact = self._places.get(known)
+            for place, expression, group in self._placed:
+                if exact is not None and place > exact:
+                    break
+                if expression.match(known):
                     return group
-            if exact < len(self._pairs):
+            if exact is not None:
                 return self._pairs[exact][1]
-        return next((group for target, group in self._pairs if target in ("Linear", kind)), None)
+        return self._owners.get(kind)
 
 
 def _is_expression(entry: str) -> bool:

@@ -76,6 +76,8 @@ def transformers_experts(group: Mapping[str, Any]) -> Problem | None:
     """
     weights = group["weights"]
     what = remedy = None
+    if weights is None:
+        return None
     if weights["type"] == "int" and not weights["symmetric"]:
         what, remedy = "does not read experts with zero points", "Use symmetric weights for them."
     elif weights["type"] == "int" and group.get("format") not in (None, "pack-quantized"):
@@ -156,7 +158,7 @@ def _reads_plain_experts(settings: Mapping[str, Any]) -> bool:
         ),
     )
     weights = chosen["weights"]
-    return bool(weights["type"] == "float" and weights["num_bits"] == 8)
+    return bool(weights and weights["type"] == "float" and weights["num_bits"] == 8)
 
 
 def _loading_problems(

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from autoround_modifier.engines.config_names import EXPERT
-from autoround_modifier.engines.fused import fused_parts
+from autoround_modifier.engines.fused import fused_names, fused_parts
 from autoround_modifier.engines.layout import CheckpointLayout
 from autoround_modifier.engines.matching import Names, Targets, groups_of
 from autoround_modifier.engines.problem import Problem
@@ -28,6 +28,7 @@ _NEVER_QUANTIZED = re.compile(
     r"(^|.*\.)(\w*embed\w*|wte|wpe|shared|lm_head|relative_attention_bias|router|gate"
     r"|shared_expert_gate|\w*norm\w*)(\.\w+)?"
 )
+_HEADS = ("lm_head", "embed_out")
 # Model types whose own class in vLLM reads experts from fused tensors, and skips others silently
 _FUSED_EXPERTS_ONLY = ("gpt_oss", "dbrx")
 # Model types whose state-space layers are those of Mamba 1 -> what these are called
@@ -57,6 +58,8 @@ def vllm_experts(group: Mapping[str, Any]) -> Problem | None:
     """
     weights, inputs = group["weights"], group.get("input_activations")
     what = remedy = None
+    if weights is None:
+        return None
     if weights["type"] == "float":
         if inputs is None and weights["num_bits"] == 8 and not _is_power_of_two(weights):
             what = "has no FP8 experts with 16-bit activations"
@@ -88,12 +91,15 @@ def _layers(layout: CheckpointLayout) -> dict[str, str | None]:
         if part not in ("weight", "weight_packed") or len(x.shape) != 2:
             continue
         if f"{name}.weight_scale" in layout.tensors or not _NEVER_QUANTIZED.fullmatch(name):
-            found[name] = None if name in ignore else _group(targets.vllm, name)
+            ignored = any(known in ignore for known in (*fused_names(name), name))
+            found[name] = None if ignored else _group(targets.vllm, name)
     return found
 
 
 def _group(rule: Callable[[str, str], str | None], name: str) -> str | None:
     """:return: what a rule says; the files do not tell whether it is an embedding"""
+    if _leaf(name) in _HEADS:
+        return rule(name, "Head")
     return rule(name, "Linear") or rule(name, "Embedding")
 
 
@@ -165,6 +171,17 @@ def _expert_problems(
             "quantized",
             tuple(mixed),
             f"Give all layers of the experts of a block one scheme. {OR_ELSE}",
+        )
+    unread = [
+        x for x, group in layers.items() if group is None and f"{x}.weight_scale" in layout.tensors
+    ]
+    unread = [name for name in unread if EXPERT.search(name)]
+    if unread and not mixed:
+        yield Problem(
+            NAME,
+            "takes quantized experts for experts in 16 bits",
+            tuple(unread),
+            f"Name them in `targets`, and not in `ignore`. {OR_ELSE}",
         )
     used = {
         group

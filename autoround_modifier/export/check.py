@@ -42,7 +42,7 @@ def check_checkpoint(folder: str | os.PathLike[str], engine: str = "any") -> lis
     layout, required = read_layout(Path(folder)), required_engines(engine)
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:  # code of its own, or a type that is not known here
+    except Exception as error:  # code of its own, or a type that is not known here
         logger.warning(f"not checked for Transformers: {error}")
         return vllm_problems(layout) if "vllm" in required else []
     problems = find_problems(layout, config=config)

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from compressed_tensors.base import QUANTIZATION_CONFIG_NAME, QUANTIZATION_METHOD
@@ -122,6 +122,7 @@ def named_layers(model: nn.Module, config: QuantizationConfig) -> Iterator[Named
     """
     schemes = list(config.config_groups.items())
     renamed = saved_name(model)
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for path, module in model.named_modules():
         quantized = is_module_quantized(module)
         is_linear = isinstance(module, nn.Linear)
@@ -129,7 +130,8 @@ def named_layers(model: nn.Module, config: QuantizationConfig) -> Iterator[Named
             continue
         group = None
         if quantized:
-            group = next(name for name, x in schemes if x == module.quantization_scheme)
+            group = next((name for name, x in schemes if x == module.quantization_scheme), None)
         part = next((x for x in ("weight", "weight_packed") if x in module._parameters), "weight")
         saved = renamed(f"{path}.{part}").rpartition(".")[0]
-        yield NamedLayer(path, saved, group, "Linear" if is_linear else "Embedding")
+        kind = "Embedding" if not is_linear else "Head" if module is head else "Linear"
+        yield NamedLayer(path, saved, group, cast(Any, kind))
