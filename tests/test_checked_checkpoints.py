@@ -12,6 +12,8 @@ from conftest import quantize, tiny_llama, weight_scheme
 from tiny_mixtures import tiny_mixture
 from transformers import (
     AutoModelForCausalLM,
+    CTRLConfig,
+    CTRLLMHeadModel,
     FalconConfig,
     FalconForCausalLM,
     MambaConfig,
@@ -219,6 +221,14 @@ def test_state_space_layers_that_vllm_has_in_16_bits_are_refused(tmp_path, nothi
     model = MambaForCausalLM(config).bfloat16()
     with pytest.raises(RecipeError, match=r"Mamba 1 in 16 bits only.*re:\.\*\\\.mixer\\"):
         quantize(model, rounding(config_groups={"group_0": weight_scheme(4)}, engine="vllm"))
+
+
+def test_an_architecture_that_does_not_run_quantized_is_refused(tmp_path, nothing_runs):
+    config = CTRLConfig(vocab_size=128, n_positions=32, n_embd=64, dff=64, n_layer=1, n_head=4)
+    CTRLLMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = CTRLLMHeadModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with pytest.raises(RecipeError, match="runs no quantized CTRL"):
+        quantize(model, rounding(config_groups={"group_0": weight_scheme(4)}))
 
 
 # ------------------------------------------------------------------------- saved checkpoints

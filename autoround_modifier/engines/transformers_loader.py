@@ -28,6 +28,10 @@ NAME = f"Transformers {transformers.__version__}"
 ONLY_VLLM = "Set `engine: vllm` if the checkpoint is for vLLM only."
 OR_ELSE = "Or set `engine: vllm`, if the checkpoint is for vLLM only."
 SCALE = ".weight_scale"
+# Architectures that load and stop in their first forward pass, by model type: docs/upstream
+_DOES_NOT_RUN = {
+    "ctrl": "runs no quantized CTRL: its layer norms get hidden states of another dtype",
+}
 
 
 def transformers_problems(
@@ -48,6 +52,9 @@ def transformers_problems(
     if config is None:
         fields = {k: v for k, v in layout.config.items() if k != "quantization_config"}
         config = AutoConfig.for_model(**fields)
+    reason = _DOES_NOT_RUN.get(str(layout.config.get("model_type")))
+    if reason is not None and layout.quantization:
+        return [Problem(NAME, reason, (), ONLY_VLLM)]
     with _quiet(), _own_conversions():
         problems = list(_expert_problems(layout, model_class, config))
         if not any(problem.fatal for problem in problems):
