@@ -11,7 +11,7 @@ from autoround_modifier.engines.check import (
     required_engines,
     unreadable_experts,
 )
-from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout, read_layout
+from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout
 from autoround_modifier.engines.problem import Problem
 from autoround_modifier.engines.vllm_loader import vllm_problems
 
@@ -21,7 +21,6 @@ __all__ = [
     "Problem",
     "TensorLayout",
     "find_problems",
-    "read_layout",
     "required_engines",
     "unreadable_experts",
     "vllm_problems",

@@ -156,14 +156,17 @@ def _group_problems(
 def _expert_problems(
     layers: Mapping[str, str | None], layout: CheckpointLayout
 ) -> Iterator[Problem]:
-    by_block: dict[str, dict[str, set[str | None]]] = {}
+    by_block: dict[str, set[str | None]] = {}
+    unread = []
     for name, group in layers.items():
         match = EXPERT.search(name)
         if match is not None:
-            read = group if f"{name}.weight_scale" in layout.tensors else None
-            block = by_block.setdefault(name[: match.start() - 1], {})
-            block.setdefault(name[match.end() + 1 :], set()).add(read)
-    mixed = [block for block, leaves in by_block.items() if len(set().union(*leaves.values())) > 1]
+            quantized = f"{name}.weight_scale" in layout.tensors
+            read = group if quantized else None
+            by_block.setdefault(name[: match.start() - 1], set()).add(read)
+            if quantized and group is None:
+                unread.append(name)
+    mixed = [block for block, groups in by_block.items() if len(groups) > 1]
     if mixed:
         yield Problem(
             NAME,
@@ -172,10 +175,6 @@ def _expert_problems(
             tuple(mixed),
             f"Give all layers of the experts of a block one scheme. {OR_ELSE}",
         )
-    unread = [
-        x for x, group in layers.items() if group is None and f"{x}.weight_scale" in layout.tensors
-    ]
-    unread = [name for name in unread if EXPERT.search(name)]
     if unread and not mixed:
         yield Problem(
             NAME,
@@ -183,13 +182,7 @@ def _expert_problems(
             tuple(unread),
             f"Name them in `targets`, and not in `ignore`. {OR_ELSE}",
         )
-    used = {
-        group
-        for leaves in by_block.values()
-        for found in leaves.values()
-        for group in found
-        if group is not None
-    }
+    used = {group for groups in by_block.values() for group in groups if group is not None}
     for group in sorted(used):
         problem = vllm_experts(layout.quantization["config_groups"][group])
         if problem is not None:

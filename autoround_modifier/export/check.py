@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from loguru import logger
@@ -14,11 +15,11 @@ from transformers import AutoConfig, PreTrainedModel
 from autoround_modifier.engines import (
     Problem,
     find_problems,
-    read_layout,
     required_engines,
     vllm_problems,
 )
 from autoround_modifier.errors import RecipeError
+from autoround_modifier.export.saved_files import read_layout
 from autoround_modifier.host.layers import as_single_threaded
 from autoround_modifier.host.prediction import predict_layout
 from autoround_modifier.host.saved_names import name_experts_as_released
@@ -81,8 +82,8 @@ def check_before_saving(
         )
     for name, found in problems.items():
         for problem in found:
-            without_remedy = Problem(problem.engine, problem.what, problem.names)
-            logger.warning(f"the checkpoint: {problem if name in required else without_remedy}")
+            said = problem if name in required else replace(problem, remedy="")
+            logger.warning(f"the checkpoint: {said}")
 
 
 def check_saved(model: PreTrainedModel, folder: Path, engine: str) -> None:

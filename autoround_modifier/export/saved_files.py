@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
+from autoround_modifier.engines import CheckpointLayout, TensorLayout
 from autoround_modifier.errors import CheckpointError
 
 __all__ = [
     "CONFIG",
     "INDEX",
     "add_to_index",
+    "opened",
     "read_json",
+    "read_layout",
     "tensor_files",
     "write_json",
 ]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+# What safetensors calls the dtypes of PyTorch, in the headers of its files
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -35,6 +56,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return found
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """
+    :param path: of a safetensors file, which is yielded open for reading
+    :raises CheckpointError: if it cannot be read
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -52,12 +86,33 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         return {name: folder / file for name, file in weight_map.items()}
     files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                files.update(dict.fromkeys(file.keys(), path))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        with opened(path) as file:
+            files.update(dict.fromkeys(file.keys(), path))
     return files
+
+
+def read_layout(folder: Path) -> CheckpointLayout:
+    """
+    :param folder: of a checkpoint in safetensors files
+    :return: what their headers and ``config.json`` say; no weight is read
+    :raises CheckpointError: if a file cannot be read, or is not there
+    """
+    config, files = read_json(folder / CONFIG), tensor_files(folder)
+    tensors: dict[str, TensorLayout] = {}
+    for path in sorted(set(files.values())):
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                dtype = _DTYPES.get(part.get_dtype()) or file.get_tensor(name).dtype
+                tensors[name] = TensorLayout(tuple(part.get_shape()), dtype)
+    if not tensors:
+        raise CheckpointError(f"{folder}: there are no safetensors files")
+    if set(files) != set(tensors):
+        different = min(set(files) ^ set(tensors))
+        raise CheckpointError(
+            f"{folder / INDEX}: the index and the files have different tensors, such as {different}"
+        )
+    return CheckpointLayout(config, tensors)
 
 
 def add_to_index(folder: Path, file: str, names: Iterable[str]) -> None:

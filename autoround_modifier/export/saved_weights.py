@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from autoround_modifier.errors import CheckpointError, listed
-from autoround_modifier.export.saved_files import CONFIG, read_json, tensor_files
+from autoround_modifier.export.saved_files import CONFIG, opened, read_json, tensor_files
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.matching import match_targets
 from autoround_modifier.host.quantized_weights import matches_saved_layer, read_saved_layer
@@ -95,12 +94,8 @@ class SavedWeights(Mapping[str, QuantizedWeight]):
         )
 
     def _tensor(self, name: str) -> Tensor:
-        path = self._files[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        with opened(self._files[name]) as file:
+            return file.get_tensor(name)
 
 
 def dtype_named(name: Any) -> torch.dtype:

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autoround_modifier.errors import CheckpointError
 from autoround_modifier.export.saved_config import text_part
-from autoround_modifier.export.saved_files import CONFIG, INDEX, read_json, tensor_files
+from autoround_modifier.export.saved_files import CONFIG, INDEX, opened, read_json, tensor_files
 from autoround_modifier.formats.fp8_blocks import dequantize_fp8_blocks
 
 __all__ = ["SourceCheckpoint", "cached_config", "find_source"]
@@ -80,11 +79,8 @@ class SourceCheckpoint:
         path = self.locate(self.files[name])
         if path is None:
             raise CheckpointError(f"{self.files[name]}, which holds {name}, is not on this machine")
-        try:
-            with safe_open(path, framework="pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        with opened(path) as file:
+            yield file
 
 
 def cached_config(name: str, revision: str | None = None) -> dict[str, Any] | None:

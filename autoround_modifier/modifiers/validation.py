@@ -21,6 +21,7 @@ from autoround_modifier.errors import (
     listed,
 )
 from autoround_modifier.host.applied_schemes import quantized_names
+from autoround_modifier.host.blocks import input_embeddings
 from autoround_modifier.host.experts import LinearExperts2D
 from autoround_modifier.host.layers import Layer, is_on_disk, stored_weight
 from autoround_modifier.host.lifecycle import is_module_quantized
@@ -385,11 +386,8 @@ def check_calibration_data(dataloader: object, reason: str, model: nn.Module) ->
 
 def _vocabulary_size(model: nn.Module) -> int | None:
     """:return: number of token ids that the model embeds, if it says so"""
-    try:
-        weight = model.get_input_embeddings().weight  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return len(weight) if weight.ndim == 2 else None
+    weight = getattr(input_embeddings(model), "weight", None)
+    return None if weight is None or weight.ndim != 2 else len(weight)
 
 
 def _example_names(model: nn.Module) -> list[str]:
