@@ -7,7 +7,7 @@ import functools
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -69,10 +69,10 @@ def tiny_llama(
     return LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """The words ``w3`` to ``w127``, each with its number as token id."""
+def tiny_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerBase:
+    """The words ``w3`` to ``w127``, or up to another size, each with its number as token id."""
     special = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
-    vocabulary = special | {f"w{index}": index for index in range(3, VOCABULARY)}
+    vocabulary = special | {f"w{index}": index for index in range(3, size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -92,7 +92,7 @@ def weight_scheme(
     num_bits: int = 4,
     symmetric: bool = True,
     group_size: int | None = 32,
-    targets: tuple[str, ...] = ("Linear",),
+    targets: Iterable[str] = ("Linear",),
 ) -> dict:
     """One entry of ``config_groups``; strategy ``channel`` if there is no group size."""
     weights: dict = {"num_bits": num_bits, "type": "int", "symmetric": symmetric}

@@ -138,12 +138,12 @@ def why_not_reloaded(
     return expected(loaded)
 
 
-def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+def collate(batch: list[dict[str, Any]], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """The data collator of LLM-Compressor's examples of vision-language models."""
     (sample,) = batch
     tensors = {name: torch.tensor(value) for name, value in sample.items()}
     return {
-        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
 

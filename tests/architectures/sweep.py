@@ -38,14 +38,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import datasets
 import torch
 import transformers
+from checks import collate
+from conftest import tiny_tokenizer, weight_scheme
 from datasets import Dataset
 from llmcompressor.core import reset_session
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from loguru import logger
 from tiny import VOCABULARY, tiny_config, tiny_inputs
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
@@ -264,17 +265,6 @@ def is_ignored(name: str, ignored: list[str]) -> bool:
     )
 
 
-def scheme(num_bits: int, targets: list[str]) -> dict[str, Any]:
-    weights = {
-        "num_bits": num_bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": GROUP_SIZE,
-    }
-    return {"targets": targets, "weights": weights}
-
-
 def two_schemes(model: PreTrainedModel, ignored: list[str]) -> dict[str, dict[str, Any]] | None:
     """
     Attention in eight bits and the rest in four, by expressions on the part of a block that a layer
@@ -301,12 +291,16 @@ def two_schemes(model: PreTrainedModel, ignored: list[str]) -> dict[str, dict[st
         eight = first & set(in_blocks)
     four = set(names) - eight
     if not names:
-        return {"group_0": scheme(4, ["Linear"])}
+        return {"group_0": weight_scheme(4, group_size=GROUP_SIZE)}
     if not (eight and four):
         return None
     return {
-        "attention": scheme(8, expressions(eight, in_blocks, separate)),
-        "rest": scheme(4, expressions(four, in_blocks, separate)),
+        "attention": weight_scheme(
+            8, group_size=GROUP_SIZE, targets=expressions(eight, in_blocks, separate)
+        ),
+        "rest": weight_scheme(
+            4, group_size=GROUP_SIZE, targets=expressions(four, in_blocks, separate)
+        ),
     }
 
 
@@ -363,7 +357,7 @@ def quantize(name: str, variant: str, folder: Path) -> Result:
     model = prepared.model
     result: Result = {"kind": kind_of(name, model)}
     ignored = ignored_parts(prepared)
-    groups = {"group_0": scheme(4, ["Linear"])}
+    groups = {"group_0": weight_scheme(4, group_size=GROUP_SIZE)}
     if variant == "two schemes":
         found = two_schemes(model, ignored)
         if found is None:
@@ -443,7 +437,7 @@ def attempted(
                     min_expert_tokens=0, ignore=ignored, config_groups=groups, **fields
                 ),
                 dataset=data,
-                processor=word_tokenizer(),
+                processor=tiny_tokenizer(VOCABULARY),
                 data_collator=partial(collate, dtype=model.dtype),
                 output_dir=folder / "quantized",
                 **{key: value for key, value in options.items() if key == "pipeline"},
@@ -520,25 +514,6 @@ def frames(error: BaseException, number: int) -> list[str]:
         path = re.sub(r".*/autoround_modifier/", "autoround_modifier/", path)
         found.append(f"{path}:{frame.lineno} in {frame.name}")
     return found[:number] or ["no frame"]
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>"
-    )
-
-
-def collate(batch: list[dict[str, Any]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The data collator of LLM-Compressor's examples of vision-language models."""
-    (sample,) = batch
-    tensors = {name: torch.tensor(value) for name, value in sample.items()}
-    return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-    }
 
 
 # ------------------------------------------------------------------ all classes
