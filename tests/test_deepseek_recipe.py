@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, VOCABULARY, quantize, tiny_tokenizer
+from conftest import ROOT, quantize, tiny_tokenizer
 from helpers import quantized_layers, saved_integers, saved_tensors
 from llmcompressor.modeling.moe.linearize import linearize_moe
+from tiny_mixtures import DEEPSEEK
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from autoround_modifier import load_recipe
@@ -18,33 +19,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from predicted_size import DEEPSEEK_R1, RECIPE, predict
 
 EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj")
-# Groups of 128 divide the input features of every linear layer
-TINY = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 1,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 128,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 128,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "max_position_embeddings": 64,
-}
 
 
 @pytest.fixture
 def model(tmp_path):
     folder = tmp_path / "original"
-    DeepseekV3ForCausalLM(DeepseekV3Config(**TINY)).to(torch.bfloat16).save_pretrained(folder)
+    DeepseekV3ForCausalLM(DeepseekV3Config(**DEEPSEEK)).to(torch.bfloat16).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return linearize_moe(DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
 
@@ -78,7 +58,7 @@ def test_routed_experts_get_two_bits_and_all_else_four(model, written, tmp_path)
     for name in ("lm_head", "model.embed_tokens", "model.layers.1.mlp.gate"):
         assert tensors[f"{name}.weight"].dtype == torch.bfloat16
 
-    foretold = predict(DeepseekV3Config(**TINY), RECIPE)
+    foretold = predict(DeepseekV3Config(**DEEPSEEK), RECIPE)
     assert sum(part.saved for part in foretold.values()) == sum(x.nbytes for x in tensors.values())
 
 

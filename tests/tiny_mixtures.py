@@ -10,7 +10,7 @@ from conftest import VOCABULARY
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from transformers import PreTrainedModel
 
-__all__ = ["FIELDS", "tiny_mixture"]
+__all__ = ["DEEPSEEK", "FIELDS", "tiny_mixture"]
 
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -30,6 +30,28 @@ FIELDS = {
     "Phimoe": {"num_local_experts": 4},
     "GptOss": {"num_local_experts": 4, "head_dim": 32, "sliding_window": 8},
     "GraniteMoe": {"num_local_experts": 4},
+}
+
+# Of DeepSeek-V3; groups of 128 divide the input features of every linear layer
+DEEPSEEK = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "max_position_embeddings": 64,
 }
 
 

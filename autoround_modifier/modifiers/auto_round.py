@@ -16,7 +16,7 @@ from autoround_modifier.activations import (
 )
 from autoround_modifier.blocks.store import CalibrationStore
 from autoround_modifier.device import Compute, compilation_pays
-from autoround_modifier.errors import RecipeError, listed
+from autoround_modifier.errors import RecipeError
 from autoround_modifier.export.check import check_before_saving
 from autoround_modifier.host.applied_schemes import forget_scheme, forget_schemes, modules_of
 from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_attention
@@ -40,6 +40,7 @@ from autoround_modifier.host.lifecycle import (
 from autoround_modifier.host.loading import check_not_compressed
 from autoround_modifier.host.shared_state import SHARED_STATE_PIPELINE, blocks_share_state
 from autoround_modifier.modifiers.block_quantizer import BlockQuantizer, groups_to_tune
+from autoround_modifier.modifiers.failures import nothing_tuned, what_is_left
 from autoround_modifier.modifiers.finishing import prepare_saving
 from autoround_modifier.modifiers.generation import GenerationCheck
 from autoround_modifier.modifiers.preparation import PreparedModel, prepare_model
@@ -306,7 +307,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     def on_calibration_end(self, state: State, event: Event | None, **kwargs: Any) -> None:
         with self._clean_up_on_failure():
             if self.iters and not any(report.failure is None for report in self.block_reports):
-                raise RecipeError(self._why_nothing_was_tuned())
+                raise RecipeError(nothing_tuned(self.iters, self._blocks, self.block_reports))
             never_ran = list(self._prepared.quantizer.unquantized)
             self._find_shared_scales(state.model, never_ran)
             self._quantize_rest(never_ran)
@@ -367,22 +368,6 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                 f"`pipeline={SHARED_STATE_PIPELINE!r}`."
             )
 
-    def _why_nothing_was_tuned(self) -> str:
-        failures = [str(report.failure) for report in self.block_reports]
-        if failures:
-            reason = f"in every block there was NaN or infinity ({failures[0]})"
-        else:
-            kinds = sorted({type(block).__name__ for block in self._blocks})
-            reason = (
-                f"none of {len(self._blocks)} blocks ({listed(kinds)}) ran once for each sample "
-                "with a layer to tune"
-            )
-        return (
-            f"`iters` is {self.iters}, but no block was tuned: {reason}. Give `sequential_targets` "
-            "of `oneshot` the class of blocks that run one after the other, pass "
-            '`pipeline="basic"`, or ask for no tuning (`preset: opt_rtn`).'
-        )
-
     # ------------------------------------------------------------------ failures
 
     def clean_up(self) -> None:
@@ -403,24 +388,9 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             if one.statistics is not None and not one.calibrated:
                 forget_scheme(one.module)
         if total:
-            logger.error(self._account(total - left, total, groups))
-
-    def _account(self, done: int, total: int, groups: int) -> str:
-        """:return: what a run that has stopped leaves, and how to go on"""
-        if self.checkpoint_dir is not None:
-            kept = (
-                f"{groups} finished groups of blocks are kept in {self.checkpoint_dir}: the same "
-                "run (model, recipe, data) goes on after them."
+            logger.error(
+                what_is_left(total - left, total, groups, self.checkpoint_dir, self._only_modifier)
             )
-        else:
-            kept = "Nothing was saved: a run with `checkpoint_dir` could go on where it stopped."
-        if done:
-            model = "The model in memory is partly quantized: load it again before the next attempt"
-        elif self._only_modifier:
-            model = "The model in memory is as it was"
-        else:
-            model = "Other modifiers may have changed the model in memory: load it again"
-        return f"AutoRound stopped with {done} of {total} layers quantized. {model}. {kept}"
 
     def _register_cleaning_up(
         self, module: nn.Module, hook: Callable[..., Any], kind: str, **options: Any

@@ -27,7 +27,7 @@ from autoround_modifier import AutoRoundModifier, RecipeError, oneshot
 from autoround_modifier.host.saved_names import saved_name
 from autoround_modifier.tuning import Tuner
 
-__all__ = ["Outcome", "check"]
+__all__ = ["Outcome", "check", "collate", "modifier", "run"]
 
 # Linear layers that choose or weigh experts, in the architectures of the catalogue
 ROUTER = re.compile(r".*\.(router|shared_expert_gate)(\..*)?")
@@ -109,9 +109,9 @@ def modifier(architecture: Architecture, engine: str) -> AutoRoundModifier:
 
 def run(
     architecture: Architecture, model: PreTrainedModel, data: Any, recipe: AutoRoundModifier
-) -> None:
+) -> PreTrainedModel:
     targets = architecture.sequential_targets
-    oneshot(
+    return oneshot(
         model=model,
         recipe=recipe,
         dataset=data,

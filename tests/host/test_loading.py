@@ -9,6 +9,7 @@ import torch
 from conftest import VOCABULARY, quantize, tiny_llama, tiny_tokenizer, weight_scheme
 from helpers import saved_tensors
 from released import BLOCK, edit_config, fp8_blocks, store_experts_in_mxfp4, store_in_fp8
+from tiny_mixtures import DEEPSEEK
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,26 +27,7 @@ from autoround_modifier.formats.fp8_blocks import dequantize_fp8_blocks
 from autoround_modifier.host.loading import check_not_compressed, source_config, stored_format
 
 # kv_a_proj_with_mqa has 192 rows, which blocks of 128 do not divide (576 in the release)
-TINY = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 1,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 128,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 128,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 32,
-    "max_position_embeddings": 64,
-}
+TINY = {**DEEPSEEK, "hidden_size": 256, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64}
 
 
 @pytest.fixture

@@ -29,15 +29,13 @@ from llmcompressor.modeling.moe.linearize import linearize_moe
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from autoround_modifier import AutoRoundModifier, oneshot
-
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS / "architectures")]
 
 import catalogue  # noqa: E402
 from catalogue import CATALOGUE, Architecture  # noqa: E402
-from checks import collate  # noqa: E402
-from conftest import VOCABULARY, tiny_tokenizer, weight_scheme  # noqa: E402
+from checks import modifier, run  # noqa: E402
+from conftest import VOCABULARY, tiny_tokenizer  # noqa: E402
 from processor_files import write_processor  # noqa: E402
 
 WIDTHS = {
@@ -118,23 +116,7 @@ def as_released(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 def quantize(architecture: Architecture, folder: Path) -> PreTrainedModel:
     model = as_released(architecture.build(folder), folder)
-    targets = architecture.sequential_targets
-    return oneshot(
-        model=model,
-        recipe=AutoRoundModifier(
-            iters=2,
-            batch_size=2,
-            min_expert_tokens=0,
-            ignore=["re:.*lm_head", *architecture.ignore],
-            config_groups={"group_0": weight_scheme(4)},
-            engine="none",
-        ),
-        dataset=architecture.samples(),
-        processor=tiny_tokenizer(),
-        data_collator=collate,
-        sequential_targets=None if targets is None else list(targets),
-        pipeline=architecture.pipeline,
-    )
+    return run(architecture, model, architecture.samples(), modifier(architecture, "none"))
 
 
 def processor(architecture: Architecture) -> Any:
