@@ -10,7 +10,7 @@ from compressed_tensors.utils import is_match
 from conftest import VOCABULARY, quantize, tiny_llama, tiny_tokenizer, weight_scheme
 from helpers import saved_integers, saved_tensors
 from released import add_tensors, edit_config, fp8_blocks, store_in_fp8
-from test_deepseek_recipe import TINY as DEEPSEEK
+from tiny_mixtures import DEEPSEEK
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
