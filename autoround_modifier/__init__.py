@@ -8,34 +8,42 @@ name.
 What is listed in ``__all__`` is public. Everything else may change without notice.
 """
 
-from autoround_modifier.api import choose_schemes, distill, evaluate, quantize, quantized_weights
-from autoround_modifier.calibration import self_generated, text_dataset
-from autoround_modifier.distillation import DistillationResult
-from autoround_modifier.engines import Problem
-from autoround_modifier.entrypoint import oneshot
-from autoround_modifier.errors import (
-    CalibrationError,
-    CheckpointError,
-    CompressedSourceError,
-    NonFiniteError,
-    OutputExistsError,
-    RecipeError,
-    SavingError,
-    SchemeError,
-)
-from autoround_modifier.evaluation import Divergence
-from autoround_modifier.export.check import check_checkpoint
-from autoround_modifier.formats import QuantizedWeight
-from autoround_modifier.host.lifecycle import register_modifier
-from autoround_modifier.host.loading import load_model
-from autoround_modifier.modifiers.auto_round import AutoRoundModifier
-from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
-from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
-from autoround_modifier.presets import PRESETS, Preset
-from autoround_modifier.recipes import find_recipe, list_recipes, load_recipe
-from autoround_modifier.runs.block_report import BlockReport
-from autoround_modifier.schemes import Choice, Measurement
+from autoround_modifier.cli.start import runs_as_command
 from autoround_modifier.version import __version__
+
+if not runs_as_command():  # which does not wait for PyTorch before it answers `--help`
+    from autoround_modifier.api import (
+        choose_schemes,
+        distill,
+        evaluate,
+        quantize,
+        quantized_weights,
+    )
+    from autoround_modifier.calibration import self_generated, text_dataset
+    from autoround_modifier.distillation import DistillationResult
+    from autoround_modifier.engines import Problem
+    from autoround_modifier.entrypoint import oneshot
+    from autoround_modifier.errors import (
+        CalibrationError,
+        CheckpointError,
+        CompressedSourceError,
+        NonFiniteError,
+        OutputExistsError,
+        RecipeError,
+        SavingError,
+        SchemeError,
+    )
+    from autoround_modifier.evaluation import Divergence
+    from autoround_modifier.export.check import check_checkpoint
+    from autoround_modifier.formats import QuantizedWeight
+    from autoround_modifier.host.loading import load_model
+    from autoround_modifier.modifiers.auto_round import AutoRoundModifier
+    from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
+    from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
+    from autoround_modifier.presets import PRESETS, Preset
+    from autoround_modifier.recipes import find_recipe, list_recipes, load_recipe
+    from autoround_modifier.runs.block_report import BlockReport
+    from autoround_modifier.schemes import Choice, Measurement
 
 __all__ = [
     "PRESETS",
@@ -73,6 +81,3 @@ __all__ = [
     "self_generated",
     "text_dataset",
 ]
-
-for _modifier in (AutoSchemeModifier, AutoRoundModifier, ScaleDistillationModifier):
-    register_modifier(_modifier)

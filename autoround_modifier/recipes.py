@@ -13,8 +13,7 @@ from pydantic import ValidationError
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.host.lifecycle import Modifier, Recipe, known_modifiers
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
-from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
-from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
+from autoround_modifier.modifiers.registration import OWN_MODIFIERS
 from autoround_modifier.presets import PRESET_FIELDS
 
 __all__ = ["check_recipe", "find_recipe", "list_recipes", "load_recipe"]
@@ -102,8 +101,8 @@ def check_recipe(text: str, source: str) -> None:
             raise RecipeError(f"{place}: no modifier is named `{name}`{_nearest(name, known)}")
         if not isinstance(body, dict):
             raise RecipeError(f"{place}: `{name}` has no fields; write `{name}: {{}}`")
-        if name in _OURS:
-            _check_fields(place, _OURS[name], body)
+        if name in OWN_MODIFIERS:
+            _check_fields(place, OWN_MODIFIERS[name], body)
 
 
 def _check_fields(place: str, modifier: type[Modifier], body: dict[Any, Any]) -> None:
@@ -133,11 +132,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     near = [f"`{x}`" for x in difflib.get_close_matches(name, list(known), n=2)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
-
-_OURS = {
-    modifier.__name__: modifier
-    for modifier in (AutoSchemeModifier, AutoRoundModifier, ScaleDistillationModifier)
-}
 
 _LAYOUT = (
     "a recipe is `<name>_stage:`, in it `<name>_modifiers:`, in it `<Modifier>: {fields}`; "

@@ -1,0 +1,5 @@
+"""``python -m autoround_modifier``: the command line."""
+
+from autoround_modifier.cli.main import main
+
+raise SystemExit(main())
