@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from loguru import logger
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import PrivateAttr, field_validator
 from tqdm import tqdm
 
 from autoround_modifier.errors import (
     OutputExistsError,
     RecipeError,
 )
+from autoround_modifier.fields import AutoSchemeFields
 from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.lifecycle import (
     Modifier,
@@ -45,7 +46,7 @@ RECIPE_FILE = "recipe.yaml"
 PLOT_FILE = "auto_scheme.png"
 
 
-class AutoSchemeModifier(PlainDataModifier):
+class AutoSchemeModifier(AutoSchemeFields, PlainDataModifier):
     """
     Measures how much each layer loses under each of several schemes, and gives every layer one of
     them, so that the model fits a budget of bits with the least loss (AutoScheme of SignRoundV2,
@@ -71,66 +72,6 @@ class AutoSchemeModifier(PlainDataModifier):
     If the `AutoRoundModifier` has schemes already, as in the recipe saved with a model, nothing is
     measured or chosen.
     """
-
-    avg_bits: float = Field(
-        gt=0,
-        description="largest mean of bits for each weight of the layers, as saved: packed values, "
-        "scales, zero points",
-    )
-    options: list[str | dict[str, Any]] = Field(
-        description="schemes to choose from: presets of compressed-tensors such as `MXFP4`, for "
-        "integer weights also with zero points and a group size (`W2A16G64`, `W4A16_ASYM_G32`), or "
-        "fields of `QuantizationScheme` with a `name`; `UNQUANTIZED` leaves a layer alone"
-    )
-    targets: str | list[str] = Field(
-        default_factory=lambda: ["Linear"],
-        description="layers to choose for, as in `AutoRoundModifier`",
-    )
-    ignore: list[str] = Field(
-        default_factory=lambda: ["lm_head"],
-        description="layers to leave out, with those that the `AutoRoundModifier` ignores",
-    )
-    shared_layers: list[list[str]] = Field(
-        default_factory=list,
-        description="further groups of layers that get one scheme, each a list of targets",
-    )
-    engine: Literal["any", "vllm", "transformers", "none"] | None = Field(
-        default=None,
-        description="which engine must load the checkpoint, as in `AutoRoundModifier`, whose field "
-        "is the default. vLLM allows a scheme for the experts of each block, Transformers one for "
-        "all experts of the model; either reads experts under some of the schemes only",
-    )
-    whole_model: bool = Field(
-        default=False,
-        description="let `avg_bits` be a mean over all parameters of the model, embeddings and "
-        "norms included",
-    )
-    score: str = Field(
-        default="fisher",
-        description="`fisher`, the divergence to second order, or `delta_loss`, SignRoundV2's "
-        "first order of the loss on the text",
-    )
-    scale_search: bool = Field(
-        default=True,
-        description="measure with searched scales, not with those of minimum and maximum",
-    )
-    num_calibration_samples: int = Field(
-        default=32, ge=1, description="calibration samples to measure on"
-    )
-    batch_size: int = Field(
-        default=8, ge=1, description="calibration samples in each pass of a block"
-    )
-    output_dir: str | None = Field(
-        default=None,
-        description="where to write the scores (`auto_scheme.json`), the recipe without search "
-        "(`recipe.yaml`) and, where matplotlib is installed, a picture (`auto_scheme.png`)",
-    )
-    cache_dir: str | bool = Field(
-        default=True,
-        description="where scores are kept between runs, under a key of the content of weights, "
-        "data and schemes. `true`: `~/.cache/autoround_modifier/autoscheme`; `false`: nowhere",
-    )
-    seed: int = Field(default=42, description="fixes every random choice")
 
     _choice: Choice | None = PrivateAttr(default=None)
 
