@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any, cast
 
 from loguru import logger
 from pydantic import PrivateAttr, field_validator
-from tqdm import tqdm
 
 from autoround_modifier.errors import (
     OutputExistsError,
@@ -26,11 +26,13 @@ from autoround_modifier.host.lifecycle import (
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.explicit_recipe import explicit_recipe
 from autoround_modifier.modifiers.failures import say_what_is_left
+from autoround_modifier.modifiers.progress import Progress
 from autoround_modifier.modifiers.validation import (
     check_calibration_data,
     check_one_process,
     layers_to_choose_for,
 )
+from autoround_modifier.runs.events import Result, phase, publish
 from autoround_modifier.runs.files import write_atomically
 from autoround_modifier.schemes.cache import default_cache_folder
 from autoround_modifier.schemes.choose import check_budget, choose_for_layers
@@ -128,17 +130,15 @@ class AutoSchemeModifier(AutoSchemeFields, PlainDataModifier):
         batches = cast(Iterable[dict[str, Any]], state.data.calib)
         # Read once: a loader that shuffles would give other samples the next time.
         samples = list(_first_samples(batches, self.num_calibration_samples))
+        progress = Progress("choosing", len(blocks), len(blocks), "Sensitivity", "block")
         with (
-            tqdm(total=len(blocks), desc="Sensitivity", unit="block") as progress,
+            phase("choosing"),
+            contextlib.closing(progress),
             say_what_is_left(
                 "AutoSchemeModifier stopped. The model in memory is as it was. Scores are kept "
                 "when all are measured; those of earlier runs stay."
             ),
         ):
-
-            def advance() -> None:
-                progress.update()
-
             self._choice = choice = choose_for_layers(
                 model,
                 blocks,
@@ -150,9 +150,10 @@ class AutoSchemeModifier(AutoSchemeFields, PlainDataModifier):
                 self.whole_model,
                 self.shared_layers,
                 self._cache_folder(),
-                advance,
+                progress.advance,
                 engine,
             )
+        publish(Result("choosing", choice))
         logger.info(f"Chosen schemes:\n{choice.table()}")
         logger.info(
             f"{choice.avg_bits():.4f} bits per weight of these layers, "

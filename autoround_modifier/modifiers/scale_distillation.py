@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any, cast
@@ -9,7 +10,6 @@ from typing import Any, cast
 from loguru import logger
 from pydantic import PrivateAttr
 from torch import nn
-from tqdm import tqdm
 
 from autoround_modifier.distillation import (
     DistillationConfig,
@@ -32,11 +32,13 @@ from autoround_modifier.host.lifecycle import (
 )
 from autoround_modifier.modifiers.failures import say_what_is_left
 from autoround_modifier.modifiers.finishing import prepare_saving
+from autoround_modifier.modifiers.progress import Progress
 from autoround_modifier.modifiers.validation import (
     check_calibration_data,
     check_not_quantized,
     check_one_process,
 )
+from autoround_modifier.runs.events import Result, phase, publish
 
 __all__ = ["ScaleDistillationModifier"]
 
@@ -114,27 +116,24 @@ class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
         if not self.ended_:
             return True  # the run has failed, and the host only cleans up
         model = state.model
-        with tqdm(total=self.iters, desc="Scale distillation", unit="it") as progress:
-
-            def advance() -> None:
-                progress.update()
-
-            with (
-                disable_offloading(),
-                say_what_is_left(
-                    "Scale distillation stopped; scales, gains and biases are as before it. The "
-                    "model in memory is quantized: `save_pretrained` saves it, "
-                    "`autoround_modifier.distill` trains it again."
-                ),
-            ):
-                scales = [
-                    TrainedScale(layer, args) for layer, args in trainable_layers(model).items()
-                ]
-                norms = trainable_norms(model)
-                self._result = train_scales(
-                    model, self._blocks, scales, norms, teacher, self._config(), advance
-                )
+        progress = Progress("distillation", self.iters, len(self._blocks), "Scale distillation")
+        with (
+            phase("distillation"),
+            contextlib.closing(progress),
+            disable_offloading(),
+            say_what_is_left(
+                "Scale distillation stopped; scales, gains and biases are as before it. The "
+                "model in memory is quantized: `save_pretrained` saves it, "
+                "`autoround_modifier.distill` trains it again."
+            ),
+        ):
+            scales = [TrainedScale(layer, args) for layer, args in trainable_layers(model).items()]
+            norms = trainable_norms(model)
+            self._result = train_scales(
+                model, self._blocks, scales, norms, teacher, self._config(), progress.advance
+            )
         result = self._result
+        publish(Result("distillation", result))
         logger.info(
             f"Scale distillation: KL divergence on {result.judged_on} {result.initial_kl:.4f} -> "
             f"{result.final_kl:.4f}, {'kept' if result.kept else 'not better, so dropped'}; "
