@@ -37,15 +37,20 @@ for _name, _group in GROUPS.items():
     app.add_typer(_group, name=_name)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit(DONE)
+
+
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", help="print the version and exit", is_eager=True)
+        bool,
+        typer.Option("--version", help="print the version", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit(DONE)
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

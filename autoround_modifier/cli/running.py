@@ -17,7 +17,7 @@ from autoround_modifier.cli.outcome import FailedError
 from autoround_modifier.cli.progress import RunProgress
 from autoround_modifier.cli.start import COMMAND
 from autoround_modifier.entrypoint import oneshot, source_folders
-from autoround_modifier.errors import RecipeError
+from autoround_modifier.errors import OutputExistsError, RecipeError
 from autoround_modifier.host.lifecycle import Modifier, as_recipe
 from autoround_modifier.host.loading import (
     check_not_compressed,
@@ -68,8 +68,12 @@ class Run:
         if not config:
             raise FileNotFoundError(f"{self.model} has no config.json: it is no model")
         check_not_compressed(self.model, stored_format(config, self.model, self.revision))
-        if output is not None:
+        if output is None:
+            return
+        try:
             check_output_folder(output, self.overwrite, source_folders(self.model))
+        except OutputExistsError as error:
+            raise OutputExistsError(f"{error} (here: --output, --overwrite)") from error
 
     def quantize(self, output: Path, console: Console | None) -> QuantizationReport:
         """
