@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoround_modifier.cli.kernels import kernels_as_json, print_kernels
 from autoround_modifier.cli.outcome import REFUSED, UsageError
 from autoround_modifier.cli.tables import print_json, print_table
 
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect"]
 
-KNOWN = (
-    "run: a checkpoint was run; reload: it gave the logits of the model in memory; asked: the "
-    "engine's code was asked without the hardware; read: in its source"
-)
 ENGINES = ("vllm", "transformers", "any")
 
 
@@ -86,9 +83,9 @@ def _document(inspection: CheckpointInspection) -> dict[str, Any]:
                     and here.loads
                     and not inspection.misread_by(here.engine)
                 ),
-                "here": _hardware(here),
+                "here": kernels_as_json(here),
                 "known_version": elsewhere.version,
-                "elsewhere": _hardware(elsewhere),
+                "elsewhere": kernels_as_json(elsewhere),
                 "command": elsewhere.command if elsewhere.loads else None,
             }
             for here, elsewhere in zip(inspection.here, inspection.elsewhere, strict=True)
@@ -100,17 +97,6 @@ def _document(inspection: CheckpointInspection) -> dict[str, Any]:
         ],
         "loads_as_meant": {engine: inspection.loads(engine) for engine in ENGINES[:2]},
     }
-
-
-def _hardware(support: EngineSupport) -> list[dict[str, Any]]:
-    return [
-        {
-            "hardware": str(hardware),
-            "loads": support.loads_on(hardware),
-            "kernels": [asdict(choice) for choice in choices],
-        }
-        for hardware, choices in support.kernels.items()
-    ]
 
 
 def _print_contents(inspection: CheckpointInspection) -> None:
@@ -181,11 +167,7 @@ def _print_engines(inspection: CheckpointInspection) -> None:
     typer.echo()
     if inspection.contents.schemes:
         typer.echo("Elsewhere:")
-        print_table(
-            ("engine", "scheme", "kernel", "hardware", "known"),
-            [row for support in inspection.elsewhere for row in _rows(support)],
-        )
-        typer.echo(KNOWN)
+        print_kernels(inspection.elsewhere)
         typer.echo()
     typer.echo("To serve it:")
     for support in inspection.elsewhere:
@@ -208,30 +190,6 @@ def _kernels_on(support: EngineSupport, hardware: Hardware) -> str:
         for choice in support.kernels[hardware]
     ]
     return f": {', '.join(named)}" if named else ""
-
-
-def _rows(support: EngineSupport) -> list[tuple[str, str, str, str, str]]:
-    """:return: one row for each scheme and kernel, with the hardware that has it"""
-    grouped: dict[tuple[str, str, str], list[str]] = {}
-    for hardware, choices in support.kernels.items():
-        for choice in choices:
-            scheme = f"{choice.scheme}{' experts' if choice.experts else ''}"
-            notes = "; ".join(x for x in (choice.option, choice.note) if x)
-            kernel = "refused" if choice.kernel is None else choice.kernel
-            cell = f"{kernel} ({notes})" if notes else kernel
-            grouped.setdefault((scheme, cell, choice.known), []).append(str(hardware))
-    name = f"{support.engine} {support.version}"
-    return [
-        (name, scheme, cell, _joined(hardware), known)
-        for (scheme, cell, known), hardware in sorted(grouped.items(), key=lambda x: x[0][0])
-    ]
-
-
-def _joined(hardware: list[str]) -> str:
-    """:return: names of hardware, those of NVIDIA's GPUs once"""
-    gpus = [name.removeprefix("NVIDIA ") for name in hardware if name.startswith("NVIDIA ")]
-    others = [name for name in hardware if not name.startswith("NVIDIA ")]
-    return ", ".join(([f"NVIDIA {', '.join(gpus)}"] if gpus else []) + others)
 
 
 def _print_problems(inspection: CheckpointInspection) -> None:

@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import metadata
 
-from autoround_modifier.engines.sglang_table import SGLANG
-from autoround_modifier.engines.support import EngineTable, Hardware
-from autoround_modifier.engines.transformers_table import TRANSFORMERS
-from autoround_modifier.engines.vllm_table import VLLM
+from autoround_modifier.engines.support import Hardware
+from autoround_modifier.engines.tables import ENGINE_TABLES
 
-__all__ = ["ENGINE_TABLES", "Machine", "this_machine"]
-
-ENGINE_TABLES: tuple[EngineTable, ...] = (VLLM, SGLANG, TRANSFORMERS)
+__all__ = ["Machine", "this_machine"]
 
 
 @dataclass(frozen=True)

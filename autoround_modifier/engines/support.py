@@ -26,6 +26,7 @@ __all__ = [
     "cuda",
     "find_kernel",
     "find_support",
+    "in_words",
 ]
 
 # How a row is known: docs/compatibility.md
@@ -82,6 +83,19 @@ class Where:
         )
 
 
+def in_words(hardware: Iterable[Hardware]) -> str:
+    """:return: such as ``NVIDIA 7.5+, CPU``; ``+`` where all newer GPUs that are known follow"""
+    found = list(hardware)
+    gpus = [one.capability for one in found if one.platform == "cuda"]
+    known = [one.capability for one in ELSEWHERE if one.platform == "cuda"]
+    names = [str(one) for one in found if one.platform == "cuda"]
+    if len(gpus) > 1 and gpus == [x for x in known if x >= gpus[0]]:
+        names = [f"{names[0]}+"]
+    numbers = [name.removeprefix("NVIDIA ") for name in names]
+    others = [str(one) for one in found if one.platform != "cuda"]
+    return ", ".join(([f"NVIDIA {', '.join(numbers)}"] if numbers else []) + others)
+
+
 ROCM, XPU, CPU = Where("rocm"), Where("xpu"), Where("cpu")
 
 
@@ -109,7 +123,7 @@ class Row:
         (false), or both (None)
     :param option: of the command that serves the model, without which the row does not hold
     :param single_group: it holds for checkpoints of one config group alone, that targets ``Linear``
-    :param until: first version of the engine for which it does not hold any more
+    :param until: first version of the engine that refuses the scheme, as `note` says
     :param note: a condition, or why the engine refuses it
     """
 
@@ -240,12 +254,8 @@ def find_kernel(
         if not row.fits(scheme, hardware, experts) or (row.single_group and not single_group):
             continue
         if version is not None and row.until is not None and _at_least(version, row.until):
-            note = f"{table.engine} {row.until} and later refuse it"
-            return KernelChoice(scheme.label, experts, None, READ, "", note)
-        note = row.note
-        if version is None and row.until is not None:
-            note = ", ".join(x for x in (note, f"refused by {row.until} and later") if x)
-        return KernelChoice(scheme.label, experts, row.kernel, row.known, row.option, note)
+            return KernelChoice(scheme.label, experts, None, RUN, "", row.note)
+        return KernelChoice(scheme.label, experts, row.kernel, row.known, row.option, row.note)
     return KernelChoice(scheme.label, experts, None, "", "", table.refusal)
 
 

@@ -13,6 +13,7 @@ __all__ = ["TRANSFORMERS"]
 
 KNOWN = tuple(family for family in FAMILIES if family not in ("other", "mxfp4a8"))
 PACKED = ("int-int8", "int-int4", "int-fp8")
+REFUSED = "5.23 and 5.24 refuse zero points"
 KERNEL = "PyTorch, on decompressed weights"
 LOAD = """\
 from transformers import AutoModelForCausalLM
@@ -23,10 +24,19 @@ TRANSFORMERS = EngineTable(
     packages=("transformers",),
     version="5.17",
     rows=(
-        Row(("int",), (CPU,), KERNEL, RUN, symmetric=False, until="5.23"),
-        Row(("int",), (), KERNEL, READ, symmetric=False, until="5.23"),
+        Row(("int",), (CPU,), KERNEL, RUN, symmetric=False, until="5.23", note=REFUSED),
+        Row(("int",), (), KERNEL, READ, symmetric=False, until="5.23", note=REFUSED),
         Row(PACKED, (CPU,), KERNEL, RELOAD, symmetric=True, formats=("pack-quantized",)),
-        Row(PACKED, (), KERNEL, READ, symmetric=False, until="5.23", formats=("pack-quantized",)),
+        Row(
+            PACKED,
+            (),
+            KERNEL,
+            READ,
+            symmetric=False,
+            until="5.23",
+            note=REFUSED,
+            formats=("pack-quantized",),
+        ),
         Row(KNOWN, (CPU,), KERNEL, RUN),
         Row(KNOWN, (), KERNEL, READ),
         Row(("mxfp4a8",), (), KERNEL, READ),

@@ -75,8 +75,8 @@ INTEGERS_WITH_ACTIVATIONS = (
     Row(("int-int8",), (XPU,), "Triton", READ, (8,), groups=(CHANNEL,), formats=BYTES),
     Row(("int-int8",), (CPU,), "Dynamic4bit", RUN, (4,), symmetric=True, formats=BYTES),
     Row(("int-int8",), (XPU,), "XPUW4A8Int", READ, (4,), symmetric=True, formats=BYTES),
-    Row(("int-int8",), (), None, READ, formats=BYTES,
-        note="has kernels of these for CPUs and Intel GPUs only; pack the integers for others "
+    Row(("int-int8",), (), None, "", formats=BYTES,
+        note="nothing is known of integers that are saved one to a byte; GPUs read packed ones "
         "(`format: pack-quantized`)"),
     Row(("int-int8", "int-int4"), TURING, "Humming", READ, dynamic=True, formats=PACKED),
     Row(("int-int8", "int-int4"), (CPU,), None, READ, note="has no scheme of these for CPUs"),

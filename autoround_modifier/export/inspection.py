@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoround_modifier.engines.check import required_engines
-from autoround_modifier.engines.machine import ENGINE_TABLES, Machine, this_machine
+from autoround_modifier.engines.machine import Machine, this_machine
 from autoround_modifier.engines.problem import Problem
 from autoround_modifier.engines.support import EngineSupport, find_support
+from autoround_modifier.engines.tables import ENGINE_TABLES
 from autoround_modifier.export.check import problems_of_layout
 from autoround_modifier.export.contents import (
     CheckpointContents,
