@@ -10,6 +10,7 @@ import typer
 
 from autoround_modifier.cli.kernels import kernels_as_json, print_kernels
 from autoround_modifier.cli.outcome import REFUSED, UsageError
+from autoround_modifier.cli.streams import logs_to_stderr
 from autoround_modifier.cli.tables import print_json, print_table
 
 if TYPE_CHECKING:
@@ -48,9 +49,10 @@ def inspect(
     """
     if engine is not None and engine not in ENGINES:
         raise UsageError(f"--engine is `{engine}`; use one of {', '.join(ENGINES)}")
-    from autoround_modifier.export.inspection import inspect_checkpoint
+    with logs_to_stderr():
+        from autoround_modifier.export.inspection import inspect_checkpoint
 
-    inspection = inspect_checkpoint(checkpoint)
+        inspection = inspect_checkpoint(checkpoint)
     if as_json:
         print_json(_document(inspection))
     else:
@@ -95,7 +97,10 @@ def _document(inspection: CheckpointInspection) -> dict[str, Any]:
             for engine, problems in inspection.problems.items()
             for problem in problems
         ],
-        "loads_as_meant": {engine: inspection.loads(engine) for engine in ENGINES[:2]},
+        "loads_as_meant": {
+            engine: inspection.loads(engine) if engine in inspection.problems else None
+            for engine in ENGINES[:2]
+        },
     }
 
 
@@ -193,10 +198,13 @@ def _kernels_on(support: EngineSupport, hardware: Hardware) -> str:
 
 
 def _print_problems(inspection: CheckpointInspection) -> None:
-    for engine, problems in inspection.problems.items():
-        if not problems:
+    for engine in ENGINES[:2]:
+        problems = inspection.problems.get(engine)
+        if problems is None:
+            typer.echo(f"Not checked for {engine}, which does not know the model here.")
+        elif not problems:
             typer.echo(f"Checked for {engine}: no problem with names, shapes and schemes.")
-        for problem in problems:
+        for problem in problems or ():
             typer.echo(f"{'Problem' if problem.fatal else 'Note'}: {problem}")
 
 

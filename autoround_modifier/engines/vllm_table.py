@@ -41,7 +41,7 @@ WEIGHTS_ONLY = "activations stay in 16 bits"
 EXPERTS = (
     Row(("int",), TURING, "Marlin, Triton or Humming, for mixtures", READ, experts=True),
     Row(("int",), (CPU,), None, RUN, experts=True, note="has no kernel for packed experts on CPUs"),
-    Row(("int",), (ROCM,), "kernel for mixtures", READ, (4, 8), experts=True),
+    Row(("int",), (ROCM,), "RDNA3, Triton or emulation, for mixtures", READ, (4, 8), experts=True),
     Row(("int-int8", "int-int4"), (), None, READ, experts=True, bits=(2, 3, 4, 5, 6, 7),
         formats=PACKED, note="has no packed experts with quantized activations"),
     Row(("fp8a16",), (), None, READ, experts=True,
@@ -99,7 +99,7 @@ FP8 = (
     Row(("fp8",), (XPU,), "XPUW8A16FP8", READ, note=WEIGHTS_ONLY),
     Row(("fp8_block",), (cuda(90, 109),), "DeepGEMM, else CUTLASS", READ),
     Row(("fp8_block",), ADA, "CUTLASS", READ),
-    Row(("fp8_block",), BEFORE_ADA, "Humming", READ, note=WEIGHTS_ONLY),
+    Row(("fp8_block",), BEFORE_ADA, "Marlin or Humming", READ, note=WEIGHTS_ONLY),
     Row(("fp8_block",), (CPU,), None, RUN, note=NO_CPU),
     Row(("fp8_block",), (ROCM,), "AITER or Triton", READ),
     Row(("fp8_block",), (XPU,), "XPUFp8BlockScaledMM", READ),
