@@ -21,6 +21,7 @@ from autoround_modifier.engines.support import (
     RUN,
     Hardware,
     find_kernel,
+    find_support,
     in_words,
 )
 from autoround_modifier.engines.tables import ENGINE_TABLES
@@ -295,6 +296,14 @@ def test_a_humming_option_needs_one_group():
     (_, sglang, _) = supports_of([{**W4, "targets": ["re:.*attn"]}, {**W2, "targets": ["Linear"]}])
     assert not sglang.loads
     assert any("one config group that targets `Linear`" in reason for reason in sglang.reasons)
+
+
+def test_folders_are_quoted_in_commands():
+    schemes = [(integers(4, 64), False)]
+    commands = [find_support(table, schemes, "/models/my model").command for table in ENGINE_TABLES]
+    assert commands[0] == "vllm serve '/models/my model'"
+    assert commands[1].endswith("--model-path '/models/my model'")
+    assert "from_pretrained('/models/my model', " in commands[2]
 
 
 def test_packed_experts_have_no_kernel_on_cpus():

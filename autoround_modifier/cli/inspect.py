@@ -158,7 +158,7 @@ def _print_contents(inspection: CheckpointInspection) -> None:
 def _print_engines(inspection: CheckpointInspection) -> None:
     machine = inspection.machine
     typer.echo(f"On this machine ({_machine_name(inspection)}):")
-    for here in inspection.here:
+    for here, known in zip(inspection.here, inspection.elsewhere, strict=True):
         version = machine.engines.get(here.engine)
         installed = f"{version}" if version else "(not installed)"
         (hardware,) = here.kernels
@@ -168,6 +168,8 @@ def _print_engines(inspection: CheckpointInspection) -> None:
             outcome = f"{'does' if version else 'would'} not load it as it is meant: see below"
         else:
             outcome = ("loads it" if version else "would load it") + _kernels_on(here, hardware)
+        if version and not f"{version}.".startswith(f"{known.version}."):
+            outcome += f" (as far as {known.version} tells)"
         typer.echo(f"  {here.engine} {installed} {outcome}")
     typer.echo()
     if inspection.contents.schemes:

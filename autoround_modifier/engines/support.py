@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -164,7 +165,8 @@ class EngineTable:
     :param package: that installs it, or one of several
     :param version: for which the rows hold
     :param rows: in the order in which they are looked through
-    :param command: serves a checkpoint; ``{folder}`` and ``{options}`` are filled in
+    :param command: serves a checkpoint; ``{folder}``, quoted for a shell, ``{path}``, as it is, and
+        ``{options}`` are filled in
     :param refusal: what is said where no row fits
     """
 
@@ -271,7 +273,7 @@ def find_support(
     :param table: of the engine
     :param schemes: of the layers of a checkpoint, and whether they are those of experts; none for a
         checkpoint that is not quantized, which all engines load
-    :param folder: of the checkpoint, quoted for a shell
+    :param folder: of the checkpoint
     :param hardware: that is asked for
     :param single_group: whether it has one config group, that targets ``Linear``
     :param version: of the engine; None for that of the table
@@ -285,7 +287,9 @@ def find_support(
     }
     loading = [x for x in kernels.values() if all(choice.kernel is not None for choice in x)]
     options = dict.fromkeys(x.option for choices in loading for x in choices if x.option)
-    command = table.command.format(folder=folder, options="".join(f" {x}" for x in options))
+    command = table.command.format(
+        folder=shlex.quote(folder), path=folder, options="".join(f" {x}" for x in options)
+    )
     return EngineSupport(table.engine, version or table.version, kernels, command)
 
 

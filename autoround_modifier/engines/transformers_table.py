@@ -17,7 +17,7 @@ REFUSED = "5.23 and 5.24 refuse zero points"
 KERNEL = "PyTorch, on decompressed weights"
 LOAD = """\
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({folder!r}, device_map="auto")"""
+model = AutoModelForCausalLM.from_pretrained({path!r}, device_map="auto")"""
 
 TRANSFORMERS = EngineTable(
     engine="Transformers",

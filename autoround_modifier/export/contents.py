@@ -197,6 +197,8 @@ def _odd(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterator
             + ", which is not checked for vLLM"
         )
     sparsity = (quantization.get("sparsity_config") or {}).get("format")
+    if sparsity in (None, "dense") and "24" in str(quantization.get("format")):
+        sparsity = quantization["format"]
     if sparsity not in (None, "dense"):
         yield f"weights are stored sparsely as well ({sparsity}), so that some are not counted"
 

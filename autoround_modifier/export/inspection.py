@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,11 +74,10 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointInspection:
     refuse_other_formats(path)
     layout, machine = read_layout(path), this_machine()
     contents = checkpoint_contents(path, layout)
-    quoted = shlex.quote(str(path))
     here, elsewhere = [], []
     for table in ENGINE_TABLES:
         version = machine.engines.get(table.engine)
-        known = (contents.schemes, quoted)
+        known = (contents.schemes, str(path))
         here.append(
             find_support(table, *known, (machine.hardware,), contents.single_group, version)
         )
