@@ -21,7 +21,7 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
     )
     from autoround_modifier.calibration import self_generated, text_dataset
     from autoround_modifier.distillation import DistillationResult
-    from autoround_modifier.engines import Problem
+    from autoround_modifier.engines.problem import Problem
     from autoround_modifier.entrypoint import oneshot
     from autoround_modifier.errors import (
         CalibrationError,
@@ -35,6 +35,7 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
     )
     from autoround_modifier.evaluation import Divergence
     from autoround_modifier.export.check import check_checkpoint
+    from autoround_modifier.export.inspection import CheckpointInspection, inspect_checkpoint
     from autoround_modifier.formats import QuantizedWeight
     from autoround_modifier.host.loading import load_model
     from autoround_modifier.modifiers.auto_round import AutoRoundModifier
@@ -52,6 +53,7 @@ __all__ = [
     "BlockReport",
     "CalibrationError",
     "CheckpointError",
+    "CheckpointInspection",
     "Choice",
     "CompressedSourceError",
     "DistillationResult",
@@ -72,6 +74,7 @@ __all__ = [
     "distill",
     "evaluate",
     "find_recipe",
+    "inspect_checkpoint",
     "list_recipes",
     "load_model",
     "load_recipe",

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from autoround_modifier.cli import recipes
+from autoround_modifier.cli.inspect import inspect
 from autoround_modifier.cli.outcome import DONE, reported
 from autoround_modifier.cli.quantize import quantize
+from autoround_modifier.cli.schemes import schemes
 from autoround_modifier.cli.start import COMMAND
 from autoround_modifier.version import __version__
 
@@ -20,6 +22,7 @@ app = typer.Typer(
     help="Quantize language models to 2 to 8 bits with SignRound (AutoRound), and publish them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
@@ -29,7 +32,11 @@ app = typer.Typer(
 )
 
 # In the order in which they are used: a command is one function, a group is an app of its own.
-COMMANDS: dict[str, Callable[..., None]] = {"quantize": quantize}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quantize": quantize,
+    "inspect": inspect,
+    "schemes": schemes,
+}
 GROUPS: dict[str, typer.Typer] = {"recipes": recipes.app}
 for _name, _command in COMMANDS.items():
     app.command(_name)(reported(_command))
