@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from autoround_modifier.cli.streams import logs_to_stderr
+
 __all__ = ["push"]
 
 
@@ -36,17 +38,18 @@ def push(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Check a checkpoint and upload it to Hugging Face or ModelScope."""
-    from autoround_modifier.hub.upload import check_before_upload, upload_checkpoint
+    with logs_to_stderr():
+        from autoround_modifier.hub.upload import check_before_upload, upload_checkpoint
 
-    for problem in check_before_upload(checkpoint, force):
-        typer.echo(f"warning: {problem}", err=True)
-    uploaded = upload_checkpoint(
-        checkpoint,
-        repository,
-        platform=platform,
-        private=private,
-        revision=revision,
-        message=message,
-        token=token,
-    )
+        for problem in check_before_upload(checkpoint, force):
+            typer.echo(f"warning: {problem}", err=True)
+        uploaded = upload_checkpoint(
+            checkpoint,
+            repository,
+            platform=platform,
+            private=private,
+            revision=revision,
+            message=message,
+            token=token,
+        )
     typer.echo(json.dumps(asdict(uploaded)) if as_json else f"uploaded to {uploaded.url}")

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Divergence", "compare", "next_token_logits"]
+__all__ = [
+    "Divergence",
+    "TokenStatistics",
+    "compare",
+    "mean_divergence",
+    "next_token_logits",
+    "token_statistics",
+]
+
+# Rows of logits that are float32 at a time
+ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,22 @@ class Divergence:
     kl_per_sample: tuple[float, ...]
 
 
+class TokenStatistics(NamedTuple):
+    """
+    Of one sample, at each predicted token; float64 on the CPU.
+
+    :param kl: (tokens - 1,), divergence between the predictions of the token, in nats
+    :param same_top1: (tokens - 1,), 1 where both models rank the same token first, else 0
+    :param loss: (tokens - 1,), cross entropy of the quantized model, in nats
+    :param reference_loss: (tokens - 1,), of the original
+    """
+
+    kl: Tensor
+    same_top1: Tensor
+    loss: Tensor
+    reference_loss: Tensor
+
+
 @torch.no_grad()
 def next_token_logits(model: nn.Module, samples: Tensor, batch_size: int = 8) -> list[Tensor]:
     """
@@ -47,27 +75,57 @@ def next_token_logits(model: nn.Module, samples: Tensor, batch_size: int = 8) ->
 
 
 @torch.no_grad()
+def token_statistics(reference: Tensor, logits: Tensor, sample: Tensor) -> TokenStatistics:
+    """
+    :param reference: (tokens - 1, vocabulary), the original's logits, on any device
+    :param logits: (tokens - 1, vocabulary), the quantized model's; computed on their device
+    :param sample: (tokens,), token ids
+    """
+    labels = sample[1:, None].to(logits.device)
+    parts = []
+    for wanted, got, label in zip(
+        reference.split(ROWS), logits.split(ROWS), labels.split(ROWS), strict=True
+    ):
+        p, q = (F.log_softmax(x.to(logits.device).float(), dim=-1) for x in (wanted, got))
+        # A token of probability zero adds nothing, whatever the other model says of it.
+        terms = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
+        parts.append(
+            torch.stack(
+                [
+                    terms.sum(-1),
+                    (p.argmax(-1) == q.argmax(-1)).float(),
+                    -q.gather(-1, label).squeeze(-1),
+                    -p.gather(-1, label).squeeze(-1),
+                ]
+            )
+        )
+    return TokenStatistics(*torch.cat(parts, dim=1).double().cpu())
+
+
+def mean_divergence(samples: Sequence[TokenStatistics]) -> Divergence:
+    """
+    :param samples: of one length or of several
+    :return: means in which each predicted token counts the same
+    """
+    kl, top1, loss, reference_loss = (
+        torch.cat(x).mean().item() for x in zip(*samples, strict=True)
+    )
+    return Divergence(
+        kl,
+        top1,
+        math.exp(loss),
+        math.exp(reference_loss),
+        tuple(sample.kl.mean().item() for sample in samples),
+    )
+
+
 def compare(reference: nn.Module | list[Tensor], model: nn.Module, samples: Tensor) -> Divergence:
     """
-    :param reference: the original model, or its `next_token_logits` these samples
+    :param reference: the original model, or its `next_token_logits` of these samples
     :param model: the quantized model
     :param samples: (samples, tokens), token ids of text that calibration never saw
     """
     if isinstance(reference, nn.Module):
         reference = next_token_logits(reference, samples)
-    totals = torch.zeros(len(samples), 4, dtype=torch.float64)
-    rows = zip(samples, reference, next_token_logits(model, samples), strict=True)
-    for index, (sample, wanted, got) in enumerate(rows):
-        p, q = (F.log_softmax(logits.float(), dim=-1) for logits in (wanted, got))
-        labels = sample[1:, None].cpu()
-        totals[index] = torch.stack(
-            [
-                (p.exp() * (p - q)).sum(),
-                (p.argmax(-1) == q.argmax(-1)).sum(),
-                -q.gather(-1, labels).sum(),
-                -p.gather(-1, labels).sum(),
-            ]
-        ).double()
-    means = totals / (samples.shape[1] - 1)
-    kl, top1, nll, reference_nll = means.mean(0).tolist()
-    return Divergence(kl, top1, math.exp(nll), math.exp(reference_nll), tuple(means[:, 0].tolist()))
+    rows = zip(reference, next_token_logits(model, samples), samples, strict=True)
+    return mean_divergence([token_statistics(*row) for row in rows])
