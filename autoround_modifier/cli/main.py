@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from autoround_modifier.cli import recipes
+from autoround_modifier.cli.compare import compare
 from autoround_modifier.cli.evaluate import evaluate
 from autoround_modifier.cli.outcome import DONE, reported
 from autoround_modifier.cli.push import push
@@ -25,7 +26,11 @@ app = typer.Typer(
 )
 
 # In the order in which they are used: a command is one function, a group is an app of its own.
-COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate, "push": push}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "evaluate": evaluate,
+    "compare": compare,
+    "push": push,
+}
 GROUPS: dict[str, typer.Typer] = {"recipes": recipes.app}
 for _name, _command in COMMANDS.items():
     app.command(_name)(reported(_command))
