@@ -39,7 +39,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="JSON lines, CSV, Parquet or plain text that calibration did not see; without it, "
-            "a packaged text of 2,700 tokens",
+            "a packaged text of 3,000 tokens",
             rich_help_panel=TEXT,
         ),
     ] = None,
