@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
 from autoround_modifier.errors import CheckpointError
 
@@ -183,7 +183,7 @@ class TokenDivergence(Record):
 
 
 class TaskResult(Record):
-    """One metric of one lm-evaluation-harness task."""
+    """One metric of one lm-evaluation-harness task, or of a group of tasks."""
 
     task: str
     metric: str
@@ -193,11 +193,22 @@ class TaskResult(Record):
     quantized: float
     original_stderr: float | None = None
     quantized_stderr: float | None = None
+    higher_is_better: bool | None = None
+    group: str | None = Field(default=None, description="whose own result is a mean over this one")
+    engine: Literal["transformers", "vllm"] | None = Field(
+        default=None, description="that ran it here; None for results that were read from files"
+    )
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def recovery(self) -> float | None:
         """What the quantized model keeps of the original's result; 1 is all of it."""
-        return self.quantized / self.original if self.original else None
+        if self.original is None:
+            return None
+        best, part = self.original, self.quantized
+        if self.higher_is_better is False:  # perplexities and bits per byte
+            best, part = part, best
+        return part / best if best else None
 
 
 class Evaluation(Record):
@@ -205,13 +216,19 @@ class Evaluation(Record):
     versions: dict[str, str]
     original: str
     quantized: str
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description="that ran the tasks last; text and generations are those of Transformers",
+    )
     commands: list[str] = Field(description="that gave these results, in order")
     text: TextRecord | None = None
     divergence: DivergenceRecord | None = None
     generations: list[Generation] = []
     tokens: list[TokenDivergence] = Field(default=[], description="of one sample text, in order")
     tasks: list[TaskResult] = []
+    task_commands: list[str] = Field(
+        default=[], description="of lm-evaluation-harness alone, with the same results as `tasks`"
+    )
 
 
 Read = TypeVar("Read", bound=Record)
@@ -219,19 +236,20 @@ Read = TypeVar("Read", bound=Record)
 
 def read_report(checkpoint: Path) -> QuantizationReport:
     """
-    :param checkpoint: folder
+    :param checkpoint: folder, or the file itself
     :raises CheckpointError: if it holds no report, or one that cannot be read
     """
-    return _read(checkpoint / REPORT_FILE, QuantizationReport)
+    path = checkpoint / REPORT_FILE if checkpoint.is_dir() else checkpoint
+    return _read(path, QuantizationReport)
 
 
 def read_evaluation(checkpoint: Path) -> Evaluation | None:
     """
-    :param checkpoint: folder
+    :param checkpoint: folder, or the file itself
     :return: None if it was not evaluated
     :raises CheckpointError: if its evaluation cannot be read
     """
-    path = checkpoint / EVALUATION_FILE
+    path = checkpoint / EVALUATION_FILE if checkpoint.is_dir() else checkpoint
     return _read(path, Evaluation) if path.is_file() else None
 
 
