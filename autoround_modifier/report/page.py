@@ -23,6 +23,7 @@ from autoround_modifier.report.layer_table import (
 )
 from autoround_modifier.report.own_files import check_own, write_own
 from autoround_modifier.report.plots import Drawn, Plots
+from autoround_modifier.report.results_table import recovery_text
 from autoround_modifier.report.schema import (
     Evaluation,
     QuantizationReport,
@@ -109,6 +110,7 @@ def render_page(report: QuantizationReport, evaluation: Evaluation | None) -> st
         "duration": duration_text,
         "figures": figures_text,
         "percent": percent_text,
+        "recovery": recovery_text,
         "result": result_text,
         "scheme": scheme_text,
         "unbroken": unbroken,

@@ -2,7 +2,7 @@
 The figures of the page, drawn by matplotlib: AutoScheme's plot needs it already, and its SVG needs
 no script and prints well.
 
-Each is drawn 400 pixels wide in 12-pixel text, so that text stays readable on a phone.
+Each is drawn 390 pixels wide in 12-pixel text, so that text stays readable on a phone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Drawn", "Plots"]
 
-WIDTH = 400
+WIDTH = 390
 TEXT = 12
 STEPS = 6
 

@@ -11,6 +11,7 @@ __all__ = [
     "count_text",
     "duration_text",
     "figures_text",
+    "hub_name",
     "model_name",
     "percent_text",
     "result_text",
@@ -99,6 +100,15 @@ def scheme_text(scheme: str) -> str:
         else:
             words.append(_SIGNS.get(word, word))
     return " ".join(words) + group
+
+
+def hub_name(source: str) -> str | None:
+    """
+    :param source: folder or name that a model was loaded from
+    :return: ``owner/name`` of a folder of the hub's cache, else None
+    """
+    cached = _CACHED.search(source)
+    return f"{cached[1]}/{cached[2]}" if cached else None
 
 
 def model_name(source: str) -> str:
