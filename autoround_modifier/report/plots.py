@@ -312,7 +312,7 @@ class Plots:
                         continue
                     gid = f"cell-{row}-{column}"
                     labels[gid] = f"block {block}, {kind}: {written(value)}"
-                    axes.add_patch(
+                    axes.add_artist(
                         Rectangle(
                             (column - 0.5, row - 0.5),
                             1,
@@ -321,6 +321,7 @@ class Plots:
                             edgecolor=PAGE,
                             linewidth=0.8,
                             gid=gid,
+                            in_layout=False,
                         )
                     )
             axes.set_xlim(-0.5, len(grid.blocks) - 0.5)
