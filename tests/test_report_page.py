@@ -28,6 +28,7 @@ from autoround_modifier.report.words import (
     unbroken,
 )
 
+EXPERTS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -149,9 +150,19 @@ def test_both_colour_schemes_define_the_same_variables(pages: dict[str, str]) ->
     assert set(re.findall(r"var\((--[a-z0-9]+)\)", pages["dense"])) <= set(re.findall(names, light))
 
 
+def test_losses_and_errors_that_are_not_known_are_left_out() -> None:
+    unknown = {"error": None, "initial_error": None}
+    made = [x.model_copy(update=unknown) for x in sample_reports.layers(blocks=2)]
+    blocks = sample_reports.block_records(2)
+    blocks[1] = blocks[1].model_copy(update={"initial_loss": None, "best_loss": None})
+    page = render_page(sample_reports.report(layers=made, blocks=blocks, phases=[]), None)
+    assert "nan" not in page.lower()
+    assert "Error of the output of each layer." not in page
+
+
 def test_a_cell_of_a_heat_map_names_its_layer(pages: dict[str, str]) -> None:
     assert re.search(r"<title>block 29, down_proj: 0\.\d+</title>", pages["dense"])
-    assert "<title>block 0, q_proj: W8 sym G64</title>" in pages["auto_scheme"]
+    assert "<title>block 0, q_proj: W8A16 G64</title>" in pages["auto_scheme"]
 
 
 def test_text_of_models_is_escaped() -> None:
@@ -191,14 +202,14 @@ def test_tokens_are_told_apart_by_colour_title_and_line(pages: dict[str, str]) -
 def test_the_sentence() -> None:
     report, evaluation = sample_reports.report(), sample_reports.evaluation()
     assert summary(report, evaluation) == (
-        "SmolLM2-135M was quantized to 2.25 bits per weight (W2 symmetric, groups of 64) by "
+        "SmolLM2-135M was quantized to 2.25 bits per weight (W2A16 symmetric, groups of 64) by "
         "SignRound in 200 iterations per block on 128 samples of 2048 tokens; the checkpoint has "
         "86.6 MB instead of 269 MB (KL divergence 1.148, same top token 44.8 %)."
     )
     assert summary(sample_reports.auto_scheme_report(), None) == (
-        "SmolLM2-135M was quantized to 3.04 bits per weight (W2, W4 and W8 symmetric, groups of "
-        "64) by SignRound in 50 iterations per block on 128 samples of 2048 tokens, with schemes "
-        "chosen by AutoScheme, and its scales were then trained end to end; the checkpoint has "
+        "SmolLM2-135M was quantized to 3.04 bits per weight (W2A16, W4A16 and W8A16 symmetric, "
+        "groups of 64) by SignRound in 50 iterations per block on 128 samples of 2048 tokens, with "
+        "schemes chosen by AutoScheme, and its scales were then trained end to end; the checkpoint has "
         "97.1 MB instead of 269 MB."
     )
 
@@ -243,8 +254,11 @@ def test_words() -> None:
         "1234",
         "3.20e7",
     ]
-    assert scheme_text("W4 asym G128") == "W4 asymmetric, groups of 128"
-    assert scheme_text("NVFP4") == "NVFP4"
+    assert scheme_text("W4A16 asym G128") == "W4A16 asymmetric, groups of 128"
+    assert scheme_text("W8A8 channel") == "W8A8 symmetric, one scale for each channel"
+    assert scheme_text("FP8 128x128") == "FP8, blocks of 128 x 128"
+    assert scheme_text("NVFP4A16") == "NVFP4A16"
+    assert scheme_text("one of its own") == "one of its own"
     assert model_name("/home/me/cache/models--a--b-c/snapshots/0123") == "b-c"
     assert model_name("owner/name") == model_name("/folder/name/") == "name"
     assert unbroken("87 MB, 68 % less") == "87\u00a0MB, 68\u00a0% less"
@@ -253,9 +267,9 @@ def test_words() -> None:
 def test_layers_are_summed_up_by_kind_and_block() -> None:
     made = sample_reports.mixture_report().layers
     grid = grid_of(made, lambda x: x.weights)
-    assert grid.kinds == ["q_proj", "k_proj", "v_proj", "o_proj", "experts"]
+    assert grid.kinds == ["q_proj", "k_proj", "v_proj", "o_proj", *EXPERTS]
     assert grid.blocks == list(range(16))
-    assert grid.values[4] == [1024 * 512] * 16
+    assert grid.values[6] == [1024 * 512] * 16
     tokens = expert_tokens(made)
     assert [x.block for x in tokens] == list(range(16))
     assert {x.experts for x in tokens} == {32}

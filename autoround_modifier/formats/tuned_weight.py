@@ -88,6 +88,10 @@ class TunedWeight:
         self.rounding = torch.zeros_like(self.weight, dtype=torch.float16)
         self.clipping = [torch.ones_like(self.w_min) for _ in range(2)] if tune_clipping else []
 
+    def forget_training(self) -> None:
+        """Drop V, alpha and beta: the weight is rounded to nearest again."""
+        self.rounding, self.clipping = None, []
+
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """:return: the weight as it would be saved now, in tensors of its own"""

@@ -45,7 +45,7 @@ class KindRow:
     schemes: str
     error_of: str
     initial_error: float | None
-    error: float
+    error: float | None
     moved: float
 
 
@@ -114,6 +114,7 @@ def by_kind(layers: Iterable[LayerRecord]) -> list[KindRow]:
         weights = sum(x.weights for x in group)
         size = sum(map(layer_bytes, group))
         initial = [x.initial_error for x in group if x.initial_error is not None]
+        errors = [x.error for x in group if x.error is not None]
         schemes = [x.scheme for x in group]
         names = sorted(set(schemes), key=lambda name: (-schemes.count(name), name))
         rows.append(
@@ -126,22 +127,23 @@ def by_kind(layers: Iterable[LayerRecord]) -> list[KindRow]:
                 schemes=", ".join(names),
                 error_of=error_of,
                 initial_error=fmean(initial) if initial else None,
-                error=fmean(x.error for x in group),
+                error=fmean(errors) if errors else None,
                 moved=sum(x.moved for x in group) / weights if weights else 0.0,
             )
         )
     return rows
 
 
-def grid_of(layers: Iterable[LayerRecord], value: Callable[[LayerRecord], float]) -> Grid:
+def grid_of(layers: Iterable[LayerRecord], value: Callable[[LayerRecord], float | None]) -> Grid:
     """
-    :param layers: those outside of blocks are left out
+    :param layers: those outside of blocks, and those without a value, are left out
     :param value: the mean of it is taken where a block has several layers of a kind
     """
     cells: dict[tuple[str, int], list[float]] = {}
     for layer in layers:
-        if layer.block is not None:
-            cells.setdefault((layer.kind, layer.block), []).append(value(layer))
+        number = value(layer)
+        if layer.block is not None and number is not None:
+            cells.setdefault((layer.kind, layer.block), []).append(number)
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     blocks = sorted({block for _, block in cells})
     values = [

@@ -161,7 +161,7 @@ def _figures(report: QuantizationReport) -> dict[str, Drawn]:
         drawn["bits_by_depth"] = plots.bits_by_depth(depths)
     in_blocks = [layer for layer in layers if layer.block is not None]
     for error_of in ("output", "weight"):
-        measured = [layer for layer in in_blocks if layer.error_of == error_of]
+        measured = [x for x in in_blocks if x.error_of == error_of and x.error is not None]
         if measured:
             grid = grid_of(measured, lambda x: x.error)
             drawn[f"error_of_{error_of}"] = plots.heat_map(grid, f"Error of the {error_of}")

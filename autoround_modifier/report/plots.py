@@ -93,8 +93,8 @@ class Plots:
 
     def losses(self, blocks: Sequence[BlockRecord]) -> Drawn:
         """Loss of each block before and after tuning."""
-        before = [block.initial_loss for block in blocks]
-        after = [block.best_loss for block in blocks]
+        before = [math.nan if x.initial_loss is None else x.initial_loss for x in blocks]
+        after = [math.nan if x.best_loss is None else x.best_loss for x in blocks]
         depth = list(range(len(blocks)))
 
         def draw(axes: Axes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -72,8 +73,12 @@ def schemes_text(layers: list[LayerRecord]) -> str:
     if len(names) > 3:
         return f"{len(names)} schemes"
     heads, _, tails = zip(*(name.partition(" ") for name in names), strict=True)
-    if len(set(tails)) == 1 and len(names) > 1:  # W2, W4 and W8 symmetric, groups of 64
-        return scheme_text(f"{', '.join(heads[:-1])} and {heads[-1]} {tails[0]}".strip())
+    integers = all(re.match(r"W\d+A", head) for head in heads)
+    if (
+        integers and len(set(tails)) == 1 and len(names) > 1
+    ):  # W2A16 and W4A16 symmetric, groups of 64
+        others = f"{', '.join(heads[:-1])} and "
+        return others + scheme_text(f"{heads[-1]} {tails[0]}".strip())
     return "; ".join(map(scheme_text, names))
 
 

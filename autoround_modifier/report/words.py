@@ -22,7 +22,6 @@ __all__ = [
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 # The folder of a model in the cache of huggingface_hub
 _CACHED = re.compile(r"(?:^|/)models--([^/]+)--([^/]+?)(?:/|$)")
-_SIGNS = {"sym": "symmetric", "asym": "asymmetric"}
 
 
 def bytes_text(size: float) -> str:
@@ -90,16 +89,23 @@ def unbroken(text: str) -> str:
 
 def scheme_text(scheme: str) -> str:
     """
-    :param scheme: short name, such as ``W2 sym G64``
-    :return: in words, such as ``W2 symmetric, groups of 64``; names of other kinds as they are
+    :param scheme: short name, such as ``W2A16 G64``, ``W4A16 asym channel`` or ``FP8 128x128``
+    :return: in words, such as ``W2A16 symmetric, groups of 64``; names of other kinds as they are
     """
-    words, group = [], ""
-    for word in scheme.split():
-        if re.fullmatch(r"G\d+", word):
-            group = f", groups of {word[1:]}"
+    name, *details = scheme.split(" ")
+    signs, scales = ["symmetric"] if re.match(r"W\d+A", name) else [], []
+    for detail in details:
+        if detail == "asym":
+            signs = ["asymmetric"]
+        elif re.fullmatch(r"G\d+", detail):
+            scales.append(f"groups of {detail[1:]}")
+        elif re.fullmatch(r"\d+x\d+", detail):
+            scales.append(f"blocks of {detail.replace('x', ' x ')}")
+        elif detail in ("channel", "tensor"):
+            scales.append(f"one scale for each {detail}")
         else:
-            words.append(_SIGNS.get(word, word))
-    return " ".join(words) + group
+            return scheme
+    return ", ".join([" ".join([name, *signs]), *scales])
 
 
 def hub_name(source: str) -> str | None:
