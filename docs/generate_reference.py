@@ -270,7 +270,8 @@ def record_table(model: type[BaseModel]) -> list[str]:
     for name, field in model.model_fields.items():
         if not field.description:
             logger.warning("%s.%s has no description", model.__name__, name)
-        rows.append((f"`{name}`", record_type(field.annotation), field.description or ""))
+        meaning = re.sub(r"\bNone\b", "null", field.description or "")
+        rows.append((f"`{name}`", record_type(field.annotation), meaning))
     return table(("field", "type", "meaning"), rows)
 
 

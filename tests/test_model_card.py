@@ -167,6 +167,7 @@ def test_a_folder_of_the_hub_cache_names_the_original(tmp_path: Path) -> None:
     )
     card = made(write_checkpoint(tmp_path, sample_reports.report(model=model)))
     assert yaml.safe_load(card.text.split("---")[1])["base_model"] == "owner/name"
+    assert 'model="owner/name"' in card.text
 
 
 def config_with(weights: dict[str, Any], inputs: dict[str, Any] | None, form: str) -> Any:

@@ -209,8 +209,8 @@ def test_the_sentence() -> None:
     assert summary(sample_reports.auto_scheme_report(), None) == (
         "SmolLM2-135M was quantized to 3.04 bits per weight (W2A16, W4A16 and W8A16 symmetric, "
         "groups of 64) by SignRound in 50 iterations per block on 128 samples of 2048 tokens, with "
-        "schemes chosen by AutoScheme, and its scales were then trained end to end; the checkpoint has "
-        "97.1 MB instead of 269 MB."
+        "schemes chosen by AutoScheme, and its scales were then trained end to end; the checkpoint "
+        "has 97.1 MB instead of 269 MB."
     )
 
 

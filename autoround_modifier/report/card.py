@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from autoround_modifier.errors import CheckpointError
@@ -133,7 +133,7 @@ def make_card(checkpoint: Path, options: CardOptions) -> Card:
         bits=mean_bits(report),
         settings=settings,
         command=None if report.command is None else shlex.join(report.command),
-        script=_script(report, name),
+        script=_script(report, str(data.base_model or report.model.source), name),
         rows=result_rows(evaluation.tasks) if evaluation is not None else [],
     )
     _name_left_out(report, evaluation, schemes, card)
@@ -158,7 +158,7 @@ def _front_matter(
     }
     reasons = {
         "base_model": "the model was loaded from a folder; name it with `--base-model`",
-        "license": "neither the report nor the card of the original names one; use `--license`",
+        "license": "neither the report nor a card of the original names one; use `--license`",
         "language": "no card of the original names one; use `--language`",
         "pipeline_tag": "not known of this architecture",
     }
@@ -178,10 +178,14 @@ def _front_matter(
 
 
 def _source_card(report: QuantizationReport) -> ModelCardData:
-    """:return: front matter of the original's card, where it lies beside the original"""
+    """:return: front matter of the original's card, where it is on this machine"""
     path = Path(report.model.source) / CARD_FILE
     if not path.is_file():
-        return ModelCardData()
+        base_model = _base_model(report)
+        cached = base_model and try_to_load_from_cache(base_model, CARD_FILE)
+        if not isinstance(cached, str):
+            return ModelCardData()
+        path = Path(cached)
     try:
         return ModelCard.load(path, ignore_metadata_errors=True).data
     except Exception as error:  # a card of somebody else, which may be any text
@@ -213,9 +217,12 @@ def _cache_tag(config: Mapping[str, Any]) -> str | None:
     return f"{'FP' if cache.get('type') == 'float' else 'INT'}{cache.get('num_bits')}"
 
 
-def _script(report: QuantizationReport, name: str) -> str | None:
-    """:return: Python that runs the recipe again; None if its data was in memory"""
-    arguments: dict[str, Any] = {"model": report.model.source, "recipe": "recipe.yaml"}
+def _script(report: QuantizationReport, model: str, name: str) -> str | None:
+    """
+    :param model: name of the original on the hub where it has one, else its folder
+    :return: Python that runs the recipe again; None if its data was in memory
+    """
+    arguments: dict[str, Any] = {"model": model, "recipe": "recipe.yaml"}
     if report.model.revision:
         arguments["model_revision"] = report.model.revision
     if report.data is not None:

@@ -103,7 +103,7 @@ class LayerRecord(Record):
     scheme: str = Field(description="short name, such as `W2 sym G64`")
     bits_per_weight: float = Field(description="as saved, scales and zero points included")
     weights: int = Field(description="number of weights")
-    error_of: Literal["output", "weight"]
+    error_of: Literal["output", "weight"] = Field(description="what its errors are errors of")
     initial_error: float | None = Field(
         description="of the rounding that tuning started from; None where nothing was tuned"
     )

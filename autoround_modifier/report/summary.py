@@ -74,9 +74,7 @@ def schemes_text(layers: list[LayerRecord]) -> str:
         return f"{len(names)} schemes"
     heads, _, tails = zip(*(name.partition(" ") for name in names), strict=True)
     integers = all(re.match(r"W\d+A", head) for head in heads)
-    if (
-        integers and len(set(tails)) == 1 and len(names) > 1
-    ):  # W2A16 and W4A16 symmetric, groups of 64
+    if integers and len(set(tails)) == 1 and len(names) > 1:
         others = f"{', '.join(heads[:-1])} and "
         return others + scheme_text(f"{heads[-1]} {tails[0]}".strip())
     return "; ".join(map(scheme_text, names))
