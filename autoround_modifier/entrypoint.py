@@ -50,7 +50,7 @@ from autoround_modifier.recipes import check_recipe, find_recipe, list_recipes
 from autoround_modifier.report.recorder import RunRecorder, recording
 from autoround_modifier.runs.output_folder import check_output_folder
 
-__all__ = ["oneshot"]
+__all__ = ["oneshot", "source_folders"]
 
 
 def oneshot(
@@ -109,7 +109,7 @@ def oneshot(
     stored = _stored_format(model, revision)
     check_not_compressed(model, stored)
     if output_dir is not None:
-        check_output_folder(Path(output_dir), overwrite_output_dir, _source_folders(model))
+        check_output_folder(Path(output_dir), overwrite_output_dir, source_folders(model))
     recipe = _checked(recipe)
     recipe = as_recipe(recipe, kwargs.get("stage"))
     for modifier in recipe.modifiers:
@@ -240,7 +240,7 @@ def _own_share(dataset: Dataset, num_samples: int | None) -> Dataset:
     return dataset.select(range(total * rank // size, total * (rank + 1) // size))
 
 
-def _source_folders(model: str | PreTrainedModel) -> set[Path]:
+def source_folders(model: str | PreTrainedModel) -> set[Path]:
     """:return: folders on this machine from which the model was, or still is, read"""
     name = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
     named = {Path(name)} if name and Path(name).is_dir() else _snapshot(name)

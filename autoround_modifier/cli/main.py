@@ -10,6 +10,7 @@ import typer
 from autoround_modifier.cli import recipes
 from autoround_modifier.cli.card import card
 from autoround_modifier.cli.outcome import DONE, reported
+from autoround_modifier.cli.quantize import quantize
 from autoround_modifier.cli.report import report
 from autoround_modifier.cli.start import COMMAND
 from autoround_modifier.version import __version__
@@ -21,11 +22,20 @@ app = typer.Typer(
     help="Quantize language models to 2 to 8 bits with SignRound (AutoRound), and publish them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        # flags may be written with underscores, as fields are
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
 )
 
 # In the order in which they are used: a command is one function, a group is an app of its own.
-COMMANDS: dict[str, Callable[..., None]] = {"report": report, "card": card}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quantize": quantize,
+    "report": report,
+    "card": card,
+}
 GROUPS: dict[str, typer.Typer] = {"recipes": recipes.app}
 for _name, _command in COMMANDS.items():
     app.command(_name)(reported(_command))
@@ -33,15 +43,20 @@ for _name, _group in GROUPS.items():
     app.add_typer(_group, name=_name)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit(DONE)
+
+
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", help="print the version and exit", is_eager=True)
+        bool,
+        typer.Option("--version", help="print the version", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit(DONE)
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ one per group each. How they act on the weight is defined by the grid.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,9 +89,11 @@ class TunedWeight:
         self.rounding = torch.zeros_like(self.weight, dtype=torch.float16)
         self.clipping = [torch.ones_like(self.w_min) for _ in range(2)] if tune_clipping else []
 
-    def forget_training(self) -> None:
-        """Drop V, alpha and beta: the weight is rounded to nearest again."""
-        self.rounding, self.clipping = None, []
+    def untrained(self) -> TunedWeight:
+        """:return: the same without V, alpha and beta, rounded to nearest; tensors are shared"""
+        start = copy.copy(self)
+        start.rounding, start.clipping = None, []
+        return start
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:

@@ -44,7 +44,7 @@ def layer_errors(
 ) -> dict[nn.Linear, LayerError]:
     """
     :param group: the blocks, in full precision
-    :param formats: of the tuned layers; what they learned is dropped
+    :param formats: of the tuned layers
     :param weights: of the same layers, that are kept
     :param fixed: what layers that were not tuned compute
     :param inputs: what the blocks will see: (1, tokens, hidden) per sample
@@ -52,9 +52,9 @@ def layer_errors(
     """
     # squared length, squared error at the start and now, for each layer
     sums = torch.zeros(len(formats), 3, device=group.device)
+    untrained = {layer: fmt.untrained() for layer, fmt in formats.items()}
     moved = {}
-    for layer, fmt in formats.items():
-        fmt.forget_training()
+    for layer, fmt in untrained.items():
         # bfloat16 holds the values of every format
         start, kept = (x.values.bfloat16() for x in (fmt.quantized(), weights[layer]))
         moved[layer] = int((start != kept).sum())
@@ -68,7 +68,7 @@ def layer_errors(
                         F.linear(x, weight).float().square().sum()
                         for weight in (
                             layer.weight,
-                            layer.weight - formats[layer].dequantize(),
+                            layer.weight - untrained[layer].dequantize(),
                             layer.weight - kept,
                         )
                     ]
