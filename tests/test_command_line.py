@@ -15,11 +15,10 @@ from autoround_modifier.cli.outcome import (
     FAILED,
     REFUSED,
     USAGE,
-    FailedError,
     UsageError,
     reported,
 )
-from autoround_modifier.errors import SchemeError
+from autoround_modifier.errors import FailedError, SchemeError
 from autoround_modifier.version import __version__
 
 HELP = [[], *([name] for name in [*COMMANDS, *GROUPS])]

@@ -11,12 +11,14 @@ import typer
 
 from autoround_modifier.cli.flags import FieldFlags, with_fields
 from autoround_modifier.cli.outcome import UsageError
+from autoround_modifier.cli.start import COMMAND
 from autoround_modifier.fields import (
     AutoSchemeFields,
     DistillationFields,
     SchemeFields,
     TuningFields,
 )
+from autoround_modifier.report.schema import QuantizationReport
 
 __all__ = ["quantize"]
 
@@ -141,10 +143,11 @@ def quantize(
 
     console = log_to_console(quiet, verbose)  # before LLM-Compressor logs as it is imported
 
-    from autoround_modifier.cli.running import Run, summary
+    from autoround_modifier.cli.progress import RunProgress
+    from autoround_modifier.job import QuantizationJob
     from autoround_modifier.recipe_composition import compose_recipe
 
-    run = Run(
+    job = QuantizationJob(
         model=model,
         recipe=compose_recipe(
             recipe,
@@ -162,14 +165,36 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     if output is None or dry_run:
-        run.check(output)
-        typer.echo(run.recipe)
+        job.check(output)
+        typer.echo(job.recipe)
         return
-    report = run.quantize(output, None if quiet else console)
+    if quiet:
+        report = job.run(output)
+    else:
+        with RunProgress(console) as progress:
+            report = job.run(output, progress)
     if as_json:
         typer.echo(json.dumps({"output": str(output), "report": report.model_dump(mode="json")}))
     else:
-        typer.echo(summary(report, output))
+        typer.echo(_summary(report, output))
+
+
+def _summary(report: QuantizationReport, output: Path) -> str:
+    """:return: what was done, and what can be done next"""
+    lines = [f"saved in {output}"]
+    size = report.size
+    if size is not None:
+        lines[0] += (
+            f": {size.saved_bytes / 1e6:.1f} MB instead of {size.original_bytes / 1e6:.1f} MB; "
+            f"{size.quantized_weights / 1e6:.1f} million weights are quantized, to "
+            f"{size.quantized_bits:.2f} bits each"
+        )
+    lines += [
+        f"  {COMMAND} inspect {output}",
+        f"  {COMMAND} evaluate {report.model.source} {output}",
+        f"  {COMMAND} report {output}",
+    ]
+    return "\n".join(lines)
 
 
 def _check_schemes(

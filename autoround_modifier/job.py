@@ -1,4 +1,4 @@
-"""What `quantize` runs: a model is loaded, quantized and saved; or refused, or stopped half way."""
+"""A model's name, a recipe and data, to a checkpoint: refused, stopped half way, or saved."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel
 
 from autoround_modifier.calibration import self_generated
-from autoround_modifier.cli.outcome import FailedError
-from autoround_modifier.cli.progress import RunProgress
-from autoround_modifier.cli.start import COMMAND
 from autoround_modifier.entrypoint import oneshot, source_folders
-from autoround_modifier.errors import OutputExistsError, RecipeError
+from autoround_modifier.errors import FailedError, OutputExistsError, RecipeError
 from autoround_modifier.host.lifecycle import Modifier, as_recipe
 from autoround_modifier.host.loading import (
     check_not_compressed,
@@ -27,16 +23,16 @@ from autoround_modifier.host.loading import (
 )
 from autoround_modifier.report.recorder import RunRecorder, recording
 from autoround_modifier.report.schema import QuantizationReport, read_report
-from autoround_modifier.runs.events import Event, PhaseStarted, listening
+from autoround_modifier.runs.events import Event, Listener, PhaseStarted, listening
 from autoround_modifier.runs.output_folder import check_output_folder
 
-__all__ = ["Run", "summary"]
+__all__ = ["QuantizationJob"]
 
 DEFAULT_SAMPLES = 128
 
 
 @dataclass(frozen=True)
-class Run:
+class QuantizationJob:
     """
     :ivar model: name or folder
     :ivar recipe: YAML
@@ -48,13 +44,13 @@ class Run:
 
     model: str
     recipe: str
-    recipe_name: str | None
-    dataset: str | None
     max_seq_length: int
-    revision: str | None
-    device_map: str | None
-    overwrite: bool
-    trust_remote_code: bool
+    recipe_name: str | None = None
+    dataset: str | None = None
+    revision: str | None = None
+    device_map: str | None = None
+    overwrite: bool = False
+    trust_remote_code: bool = False
 
     def check(self, output: Path | None) -> None:
         """
@@ -75,21 +71,19 @@ class Run:
         except OutputExistsError as error:
             raise OutputExistsError(f"{error} (here: --output, --overwrite)") from error
 
-    def quantize(self, output: Path, console: Console | None) -> QuantizationReport:
+    def run(self, output: Path, listener: Listener | None = None) -> QuantizationReport:
         """
         :param output: folder to save in
-        :param console: where progress is shown; None for nowhere
+        :param listener: of what happens, for progress
         :return: what was done, as it was saved
         :raises FailedError: if it stops after the work has begun
         """
         self.check(output)
         recipe = as_recipe(self.recipe)
         recorder = RunRecorder(sys.argv, self.recipe_name, self.dataset or "self-generated")
-        progress = _NoProgress() if console is None else RunProgress(console)
         with (
             recording(recorder),
-            progress,
-            listening(progress),
+            listening(listener or (lambda event: None)),
             _said_what_is_kept(recipe.modifiers, self.dataset is not None),
         ):
             model = self._loaded()
@@ -132,24 +126,6 @@ class Run:
         return self_generated(model, tokenizer, _num_samples(modifiers), self.max_seq_length)
 
 
-def summary(report: QuantizationReport, output: Path) -> str:
-    """:return: what was done, for people"""
-    size = report.size
-    lines = [f"saved in {output}"]
-    if size is not None:
-        lines[0] += (
-            f": {size.saved_bytes / 1e6:.1f} MB instead of {size.original_bytes / 1e6:.1f} MB; "
-            f"{size.quantized_weights / 1e6:.1f} million weights are quantized, to "
-            f"{size.quantized_bits:.2f} bits each"
-        )
-    lines += [
-        f"  {COMMAND} inspect {output}",
-        f"  {COMMAND} evaluate {report.model.source} {output}",
-        f"  {COMMAND} report {output}",
-    ]
-    return "\n".join(lines)
-
-
 def _num_samples(modifiers: list[Modifier]) -> int:
     """:return: as many calibration samples as the modifier that wants most of them"""
     wanted = [getattr(modifier, "num_calibration_samples", None) or 0 for modifier in modifiers]
@@ -187,8 +163,3 @@ def _said_what_is_kept(modifiers: list[Modifier], same_data: bool) -> Iterator[N
             kept += " (the model writes the same text again)"
         what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         raise FailedError(f"{what}\n{kept}") from error
-
-
-class _NoProgress(contextlib.nullcontext):
-    def __call__(self, event: Event) -> None:
-        pass
