@@ -4,7 +4,10 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "CompressedSourceError",
+    "EvaluationError",
     "FailedError",
+    "HubError",
+    "MissingExtraError",
     "NonFiniteError",
     "OutputExistsError",
     "RecipeError",
@@ -35,6 +38,29 @@ class FailedError(RuntimeError):
     Work that had begun and did not end. The message says what is kept and how to go on; the cause
     is the error that ended it.
     """
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be run, or results that cannot be compared."""
+
+
+class HubError(OSError):
+    """A model that cannot be downloaded, or a checkpoint that cannot be uploaded."""
+
+
+class MissingExtraError(ImportError):
+    """
+    A package that is installed with an extra of this one.
+
+    :param what: needs the package
+    :param package: that is not installed
+    :param extra: of this package
+    """
+
+    def __init__(self, what: str, package: str, extra: str):
+        super().__init__(
+            f"{what} needs the package `{package}`: pip install 'autoround-modifier[{extra}]'"
+        )
 
 
 class NonFiniteError(ValueError):

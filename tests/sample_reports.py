@@ -288,7 +288,9 @@ def evaluation(**changes: Any) -> Evaluation:
         "quantized": "SmolLM2-135M-w2a16",
         "commands": [
             "autoround-modifier evaluate HuggingFaceTB/SmolLM2-135M SmolLM2-135M-w2a16 "
-            "--text held-out.txt",
+            "--text held-out.txt --tasks arc_challenge,gsm8k",
+        ],
+        "task_commands": [
             "lm_eval --model hf --model_args pretrained=SmolLM2-135M-w2a16,dtype=auto "
             "--tasks arc_challenge,gsm8k --batch_size auto",
         ],

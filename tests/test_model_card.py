@@ -238,6 +238,8 @@ def test_averages_are_of_whole_categories() -> None:
     ]
     for extra in (result("mmlu", "acc_norm"), result("gsm8k", original=None)):
         assert all("Average" not in x.benchmark for x in result_rows([*both, extra]))
+    part = result("mmlu_anatomy").model_copy(update={"group": "mmlu"})
+    assert len(result_rows([*both, part])) == 3
     (row,) = result_rows([result("wikitext", "word_perplexity")])
     assert (row.category, row.recovery) == ("Others", "")
 

@@ -9,7 +9,10 @@ import typer
 
 from autoround_modifier.cli import recipes
 from autoround_modifier.cli.card import card
+from autoround_modifier.cli.compare import compare
+from autoround_modifier.cli.evaluate import evaluate
 from autoround_modifier.cli.outcome import DONE, reported
+from autoround_modifier.cli.push import push
 from autoround_modifier.cli.quantize import quantize
 from autoround_modifier.cli.report import report
 from autoround_modifier.cli.start import COMMAND
@@ -33,8 +36,11 @@ app = typer.Typer(
 # In the order in which they are used: a command is one function, a group is an app of its own.
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
+    "evaluate": evaluate,
     "report": report,
     "card": card,
+    "compare": compare,
+    "push": push,
 }
 GROUPS: dict[str, typer.Typer] = {"recipes": recipes.app}
 for _name, _command in COMMANDS.items():

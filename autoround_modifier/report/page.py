@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from autoround_modifier.errors import CheckpointError
+from autoround_modifier.errors import MissingExtraError
 from autoround_modifier.report.layer_table import (
     bits_by_block,
     by_kind,
@@ -74,7 +74,8 @@ def write_page(checkpoint: Path, output: Path | None = None, overwrite: bool = F
     :param output: file; None for ``quantization_report.html`` in the folder
     :param overwrite: write over a file that is no such page
     :return: the file
-    :raises CheckpointError: if there is no report, one that cannot be read, or no matplotlib
+    :raises CheckpointError: if there is no report, or one that cannot be read
+    :raises MissingExtraError: if matplotlib is not installed
     :raises OutputExistsError: if the file is there and is no such page
     """
     path = checkpoint / PAGE_FILE if output is None else output
@@ -88,14 +89,13 @@ def write_page(checkpoint: Path, output: Path | None = None, overwrite: bool = F
 def render_page(report: QuantizationReport, evaluation: Evaluation | None) -> str:
     """
     :return: HTML; sections without data are left out
-    :raises CheckpointError: if matplotlib is not installed, or the recipe cannot be read
+    :raises MissingExtraError: if matplotlib is not installed
+    :raises CheckpointError: if the recipe in the report cannot be read
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise CheckpointError(
-            "the page needs matplotlib; `pip install 'autoround-modifier[plot]'`"
-        ) from None
+        raise MissingExtraError("the page of a report", "matplotlib", "plot") from None
     environment = Environment(
         loader=PackageLoader("autoround_modifier.report", ""),
         autoescape=True,

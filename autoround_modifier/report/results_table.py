@@ -31,7 +31,7 @@ CATEGORIES = {
     ),
 }
 OTHERS = "Others"
-# Of these, less is better: a share of the original's result would mean nothing.
+# Of these, less is better. Files of the harness do not always say so.
 LOSSES = ("perplexity", "bits_per_byte", "brier_score", "loss")
 
 
@@ -45,20 +45,23 @@ class ResultRow:
 
 
 def recovery_text(task: TaskResult) -> str:
-    """:return: empty where the original has no result, or less is better"""
-    if task.recovery is None or task.metric.endswith(LOSSES):
+    """:return: empty where the original has no result, or it is not known which is better"""
+    if task.higher_is_better is None and task.metric.endswith(LOSSES):
+        return ""
+    if task.recovery is None:
         return ""
     return percent_text(task.recovery)
 
 
 def result_rows(tasks: Sequence[TaskResult]) -> list[ResultRow]:
     """
+    :param tasks: those that are part of a group are left out; the group has a result of its own
     :return: by category, each with the average below it, where it has two tasks or more, one
         metric of each, and all results of the original
     """
     rows = []
     for category in (*CATEGORIES, OTHERS):
-        group = [x for x in tasks if _category(x.task) == category]
+        group = [x for x in tasks if x.group is None and _category(x.task) == category]
         rows += [_row(category, x) for x in group]
         originals = [x.original for x in group if x.original is not None]
         one_metric = len({x.task for x in group}) == len(group) == len(originals)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
 from autoround_modifier.errors import CheckpointError
 
@@ -193,7 +193,7 @@ class TokenDivergence(Record):
 
 
 class TaskResult(Record):
-    """One metric of one lm-evaluation-harness task."""
+    """One metric of one lm-evaluation-harness task, or of a group of tasks."""
 
     task: str = Field(description="name")
     metric: str = Field(description="name, such as `acc_norm`")
@@ -203,11 +203,22 @@ class TaskResult(Record):
     quantized: float = Field(description="of the quantized model")
     original_stderr: float | None = Field(default=None, description="standard error")
     quantized_stderr: float | None = Field(default=None, description="standard error")
+    higher_is_better: bool | None = Field(default=None, description="what the harness says of it")
+    group: str | None = Field(default=None, description="whose own result is a mean over this one")
+    engine: Literal["transformers", "vllm"] | None = Field(
+        default=None, description="that ran it here; None for results that were read from files"
+    )
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def recovery(self) -> float | None:
         """What the quantized model keeps of the original's result; 1 is all of it."""
-        return self.quantized / self.original if self.original else None
+        if self.original is None:
+            return None
+        best, part = self.original, self.quantized
+        if self.higher_is_better is False:  # perplexities and bits per byte
+            best, part = part, best
+        return part / best if best else None
 
 
 class Evaluation(Record):
@@ -216,7 +227,8 @@ class Evaluation(Record):
     original: str = Field(description="folder or name")
     quantized: str = Field(description="folder or name")
     engine: Literal["transformers", "vllm"] = Field(
-        default="transformers", description="that ran both models"
+        default="transformers",
+        description="that ran the tasks last; text and generations are those of Transformers",
     )
     commands: list[str] = Field(description="that gave these results, in order")
     text: TextRecord | None = Field(default=None, description="that divergence was measured on")
@@ -226,6 +238,9 @@ class Evaluation(Record):
     generations: list[Generation] = Field(default=[], description="by both models")
     tokens: list[TokenDivergence] = Field(default=[], description="of one sample text, in order")
     tasks: list[TaskResult] = Field(default=[], description="of both models")
+    task_commands: list[str] = Field(
+        default=[], description="of lm-evaluation-harness alone, with the same results as `tasks`"
+    )
 
 
 Read = TypeVar("Read", bound=Record)
@@ -233,19 +248,20 @@ Read = TypeVar("Read", bound=Record)
 
 def read_report(checkpoint: Path) -> QuantizationReport:
     """
-    :param checkpoint: folder
+    :param checkpoint: folder, or the file itself
     :raises CheckpointError: if it holds no report, or one that cannot be read
     """
-    return _read(checkpoint / REPORT_FILE, QuantizationReport)
+    path = checkpoint / REPORT_FILE if checkpoint.is_dir() else checkpoint
+    return _read(path, QuantizationReport)
 
 
 def read_evaluation(checkpoint: Path) -> Evaluation | None:
     """
-    :param checkpoint: folder
+    :param checkpoint: folder, or the file itself
     :return: None if it was not evaluated
     :raises CheckpointError: if its evaluation cannot be read
     """
-    path = checkpoint / EVALUATION_FILE
+    path = checkpoint / EVALUATION_FILE if checkpoint.is_dir() else checkpoint
     return _read(path, Evaluation) if path.is_file() else None
 
 

@@ -16,23 +16,26 @@ HOST_LIBRARIES = ("llmcompressor", "compressed_tensors")
 # Rooms, that is folders and single files of the package. Each may import from the lines above its
 # own, and from nothing else of the package.
 ORDER = (
-    ("errors", "version", "device", "parallel", "presets", "evaluation"),
+    ("errors", "version", "device", "parallel", "presets"),
     ("formats", "calibration", "engines"),
     ("host",),
     ("activations", "export"),
     ("blocks",),
     ("search", "tuning"),
     ("distillation", "runs"),
-    ("schemes",),
+    ("report", "hub"),
+    ("evaluation", "schemes"),
     ("modifiers",),
     ("recipes",),
     ("entrypoint",),
     ("api",),
+    ("cli",),
+    ("__main__",),
 )
 # Mathematics that can be used without the host: not even modules that these import use it.
 WITHOUT_HOST = (
     "device",
-    "evaluation",
+    "evaluation.divergence",
     "formats",
     "parallel",
     "schemes.solver",

@@ -1,0 +1,99 @@
+"""`compare`: two checkpoints side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autoround_modifier.cli.shown_evaluation import percent
+
+if TYPE_CHECKING:
+    from autoround_modifier.report.comparison import Comparison, Side
+
+__all__ = ["compare"]
+
+
+def compare(
+    first: Annotated[
+        Path,
+        typer.Argument(metavar="A", help="folder of a checkpoint, or its quantization_report.json"),
+    ],
+    second: Annotated[Path, typer.Argument(metavar="B", help="the other one")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Compare two checkpoints by their reports and evaluations; no model is loaded."""
+    from autoround_modifier.report.comparison import compare_checkpoints
+
+    found = compare_checkpoints(first, second)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        _show(found)
+
+
+def _show(found: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table("", *(side.name for side in found.sides))
+    for name, values in _rows(found.sides):
+        if any(values):
+            table.add_row(name, *values)
+    for task in found.tasks:
+        table.add_row(
+            f"{task.task}, {task.metric}" + (f" ({task.filter})" if _is_shown(task.filter) else ""),
+            *(
+                "" if value is None else f"{value:.4f}" + (f" ({percent(part)})" if part else "")
+                for value, part in zip(task.values, task.recovery, strict=True)
+            ),
+        )
+    console.print(table)
+    if all(side.divergence for side in found.sides) and not found.same_text:
+        typer.echo("The divergences are of different texts and cannot be compared.")
+    if found.kinds:
+        columns = (f"{what} {letter}" for letter in "AB" for what in ("scheme", "bits", "error"))
+        differences = Table("layers", *columns, title="Where the schemes differ")
+        for kind in found.kinds:
+            cells = []
+            for schemes, bits, error in zip(kind.schemes, kind.bits, kind.error, strict=True):
+                cells += [_counted(dict(schemes)), _number(bits, ".3f"), _number(error, ".4g")]
+            differences.add_row(kind.kind, *cells)
+        console.print(differences)
+
+
+def _rows(sides: list[Side]) -> list[tuple[str, list[str]]]:
+    found = [side.divergence for side in sides]
+    return [
+        ("made from", [side.model or "" for side in sides]),
+        ("recipe", [side.recipe or "" for side in sides]),
+        ("layers by scheme", [_counted(side.schemes) for side in sides]),
+        ("bits per quantized weight", [_number(side.quantized_bits, ".3f") for side in sides]),
+        ("size", [_gigabytes(side.saved_bytes) for side in sides]),
+        ("size of the original", [_gigabytes(side.original_bytes) for side in sides]),
+        ("seconds", [_number(side.seconds, ".0f") for side in sides]),
+        ("evaluated on", [side.text.source if side.text else "" for side in sides]),
+        ("KL divergence, nats per token", [f"{x.kl:.5f}" if x else "" for x in found]),
+        ("same first choice", [percent(x.top1) if x else "" for x in found]),
+        ("perplexity", [f"{x.perplexity:.4f}" if x else "" for x in found]),
+    ]
+
+
+def _counted(schemes: dict[str, int | None]) -> str:
+    return "\n".join(f"{name}: {n}" if n is not None else name for name, n in schemes.items())
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _gigabytes(size: int | None) -> str:
+    if size is None:
+        return ""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _is_shown(filtered: str | None) -> bool:
+    return filtered not in (None, "none")

@@ -1,0 +1,53 @@
+"""Loads one of the two models that are compared."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from autoround_modifier.host.loading import (
+    DEQUANTIZED_FORMATS,
+    auto_class,
+    load_model,
+    source_config,
+    stored_format,
+)
+
+__all__ = ["free_memory", "load", "load_tokenizer"]
+
+
+def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """
+    :param name: folder, or name on the Hub
+    :raises OSError: if there is none
+    """
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load(name: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    """
+    A model on the accelerators, if there are any. One that is released in FP8 or MXFP4 is
+    dequantized.
+
+    :param name: folder, or name on the Hub
+    :param dtype: of the weights in memory; ``auto`` for that of the checkpoint
+    :param trust_remote_code: let a model run its own code
+    :raises OSError: if there is no such model
+    """
+    config = source_config(name)
+    arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if torch.accelerator.is_available():
+        arguments["device_map"] = "auto"
+    if stored_format(config, name) in DEQUANTIZED_FORMATS:
+        return load_model(name, **arguments).eval()
+    return auto_class(config).from_pretrained(name, **arguments).eval()
+
+
+def free_memory() -> None:
+    """Let another model take the place of one that nothing refers to any more."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
