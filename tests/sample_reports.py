@@ -192,12 +192,13 @@ def report(**changes: Any) -> QuantizationReport:
     return QuantizationReport(**{**fields, **changes})
 
 
-def auto_scheme_report() -> QuantizationReport:
-    made = layers(mixed=True)
+def auto_scheme_report(blocks: int = 30) -> QuantizationReport:
+    made = layers(blocks=blocks, mixed=True)
     counts = {name: sum(x.scheme == name for x in made) for name in BITS}
     frontier = [(2.25 + 0.15 * i, 1.3 * 0.84**i + 0.002) for i in range(41)]
     return report(
         layers=made,
+        blocks=block_records(blocks),
         recipe=AUTO_SCHEME_RECIPE,
         recipe_name=None,
         auto_scheme=AutoSchemeRecord(

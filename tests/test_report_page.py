@@ -68,10 +68,13 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pages() -> dict[str, str]:
+    dense = sample_reports.report(
+        layers=sample_reports.layers(blocks=4), blocks=sample_reports.block_records(4)
+    )
     return {
-        "dense": render_page(sample_reports.report(), sample_reports.evaluation()),
-        "auto_scheme": render_page(sample_reports.auto_scheme_report(), None),
-        "mixture": render_page(sample_reports.mixture_report(), None),
+        "dense": render_page(dense, sample_reports.evaluation()),
+        "auto_scheme": render_page(sample_reports.auto_scheme_report(blocks=4), None),
+        "mixture": render_page(sample_reports.mixture_report(blocks=4), None),
         "least": render_page(
             sample_reports.report(
                 layers=[], blocks=[], phases=[], size=None, data=None, command=None, unquantized=[]
@@ -161,7 +164,7 @@ def test_losses_and_errors_that_are_not_known_are_left_out() -> None:
 
 
 def test_a_cell_of_a_heat_map_names_its_layer(pages: dict[str, str]) -> None:
-    assert re.search(r"<title>block 29, down_proj: 0\.\d+</title>", pages["dense"])
+    assert re.search(r"<title>block 3, down_proj: 0\.\d+</title>", pages["dense"])
     assert "<title>block 0, q_proj: W8A16 G64</title>" in pages["auto_scheme"]
 
 
