@@ -1,11 +1,12 @@
 """
 Makes the pages of the reference when the site is built, so that they cannot differ from the code.
 
-MkDocs calls `on_files` (see ``hooks`` in mkdocs.yml). Three pages are added, none is written to
+MkDocs calls `on_files` (see ``hooks`` in mkdocs.yml). Four pages are added, none is written to
 disk:
 
 - ``reference/fields.md``: the fields of the three modifiers and the presets, from pydantic
 - ``reference/recipes.md``: the shipped recipes, from the comments and fields of their files
+- ``reference/report-files.md``: the files beside a checkpoint, from their pydantic models
 - ``reference/api.md``: every name in ``autoround_modifier.__all__``, for mkdocstrings
 """
 
@@ -29,6 +30,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import autoround_modifier
+from autoround_modifier.report import schema
 
 # A warning ends `mkdocs build --strict`.
 logger = logging.getLogger("mkdocs.hooks.generate_reference")
@@ -42,7 +44,12 @@ BOUNDS: dict[type, tuple[str, str]] = {
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    pages = {"fields": fields_page, "recipes": recipes_page, "api": api_page}
+    pages = {
+        "fields": fields_page,
+        "recipes": recipes_page,
+        "report-files": report_files_page,
+        "api": api_page,
+    }
     for name, make in pages.items():
         files.append(File.generated(config, f"reference/{name}.md", content=make()))
     return files
@@ -228,6 +235,71 @@ def split_recipe(text: str) -> tuple[str, str]:
 def first_sentence(text: str) -> str:
     comment = " ".join(split_recipe(text)[0].split("\n\n")[0].split())
     return re.split(r"(?<=\.) (?=[A-Z0-9])", comment)[0]
+
+
+# ---------------------------------------------------------------------- report files
+
+
+def report_files_page() -> str:
+    lines = [
+        "# Report files",
+        "",
+        "What lies beside a checkpoint, as JSON. `version` is raised where a field changes its "
+        "meaning; within a version, fields may be added. `autoround_modifier.report.schema` has "
+        "the models that read these files.",
+        "",
+    ]
+    files = {
+        schema.REPORT_FILE: schema.QuantizationReport,
+        schema.EVALUATION_FILE: schema.Evaluation,
+    }
+    for file, model in files.items():
+        lines += [f"## {file}", "", *record_table(model)]
+        for nested in nested_records(model):
+            lines += ["", f"### {nested.__name__}", ""]
+            # A class without a docstring has that of its base class.
+            if nested.__doc__:
+                lines += [" ".join(inspect.cleandoc(nested.__doc__).split()), ""]
+            lines += record_table(nested)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def record_table(model: type[BaseModel]) -> list[str]:
+    rows = []
+    for name, field in model.model_fields.items():
+        if not field.description:
+            logger.warning("%s.%s has no description", model.__name__, name)
+        meaning = re.sub(r"\bNone\b", "null", field.description or "")
+        rows.append((f"`{name}`", record_type(field.annotation), meaning))
+    return table(("field", "type", "meaning"), rows)
+
+
+def record_type(annotation: Any) -> str:
+    """:return: the type as it stands in JSON; a record is a link to its table"""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if x is type(None) else record_type(x) for x in arguments)
+    if origin is list:
+        return f"list of {record_type(arguments[0])}"
+    if origin is tuple:
+        return f"[{', '.join(map(record_type, arguments))}]"
+    if origin is dict:
+        return f"mapping of {record_type(arguments[0])} to {record_type(arguments[1])}"
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
+    return written(annotation)
+
+
+def nested_records(model: type[BaseModel]) -> list[type[BaseModel]]:
+    """:return: the records in its fields, in their order"""
+    found: list[type[BaseModel]] = []
+    waiting = [field.annotation for field in model.model_fields.values()]
+    for annotation in waiting:  # which grows
+        if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+            found.append(annotation)
+        waiting.extend(typing.get_args(annotation))
+    return list(dict.fromkeys(found))
 
 
 # ---------------------------------------------------------------------- API

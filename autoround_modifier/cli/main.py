@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from autoround_modifier.cli import recipes
+from autoround_modifier.cli.card import card
 from autoround_modifier.cli.compare import compare
 from autoround_modifier.cli.evaluate import evaluate
 from autoround_modifier.cli.inspect import inspect
 from autoround_modifier.cli.outcome import DONE, reported
 from autoround_modifier.cli.push import push
 from autoround_modifier.cli.quantize import quantize
+from autoround_modifier.cli.report import report
 from autoround_modifier.cli.schemes import schemes
 from autoround_modifier.cli.start import COMMAND
 from autoround_modifier.version import __version__
@@ -38,10 +40,12 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "inspect": inspect,
-    "schemes": schemes,
     "evaluate": evaluate,
-    "compare": compare,
+    "report": report,
+    "card": card,
     "push": push,
+    "compare": compare,
+    "schemes": schemes,
 }
 GROUPS: dict[str, typer.Typer] = {"recipes": recipes.app}
 for _name, _command in COMMANDS.items():

@@ -166,7 +166,8 @@ def _mean_bits(layers: list[LayerRecord]) -> float | None:
 
 
 def _mean_error(layers: list[LayerRecord]) -> float | None:
-    return sum(layer.error for layer in layers) / len(layers) if layers else None
+    errors = [layer.error for layer in layers if layer.error is not None]
+    return sum(errors) / len(errors) if errors else None
 
 
 def _tasks(evaluations: list[Evaluation | None]) -> list[TaskComparison]:

@@ -51,12 +51,12 @@ class ModelRecord(Record):
     revision: str | None = Field(default=None, description="commit on the hub, where there is one")
     architecture: str = Field(description="class of the model")
     parameters: int = Field(description="number of parameters, tied ones once")
-    license: str | None = None
+    license: str | None = Field(default=None, description="as its card spells it")
 
 
 class DataRecord(Record):
     source: str | None = Field(description="what `dataset` was, as text; None for data in memory")
-    samples: int
+    samples: int = Field(description="number of calibration samples")
     tokens: int = Field(description="of all samples, without padding")
     max_length: int = Field(description="tokens of the longest sample")
     digest: str = Field(description="of the token ids of all samples, whatever their order")
@@ -69,7 +69,7 @@ class PhaseRecord(Record):
         description="`preparation`, `choosing`, `capture`, `search`, `rounding`, "
         "`tuning`, `advancing`, `distillation` or `saving`"
     )
-    seconds: float
+    seconds: float = Field(description="sum of its times")
     peak_host_bytes: int = Field(description="largest resident size of the process, sampled")
     peak_device_bytes: int = Field(description="largest size allocated on the device; 0 on a CPU")
 
@@ -77,13 +77,17 @@ class PhaseRecord(Record):
 class BlockRecord(Record):
     """Losses are those of tuning, per token, on calibration samples set aside."""
 
-    name: str
-    initial_loss: float | None = Field(description="None if it had NaN or infinity")
-    best_loss: float | None
+    name: str = Field(description="of the block, or of those that were tuned together")
+    initial_loss: float | None = Field(description="before tuning; None if it had NaN or infinity")
+    best_loss: float | None = Field(description="of the rounding that was kept; None likewise")
     best_iteration: int = Field(description="0 is the rounding that tuning started from")
-    seconds: float
-    scarce_experts: int = 0
-    failure: str | None = None
+    seconds: float = Field(description="of tuning")
+    scarce_experts: int = Field(
+        default=0, description="layers of experts that saw too few tokens to be tuned"
+    )
+    failure: str | None = Field(
+        default=None, description="what had NaN or infinity, so that the initial rounding was kept"
+    )
 
 
 class LayerRecord(Record):
@@ -93,13 +97,13 @@ class LayerRecord(Record):
     weight (``weight``).
     """
 
-    name: str
+    name: str = Field(description="in the model")
     kind: str = Field(description="last part of the name, such as `q_proj`; experts have one kind")
     block: int | None = Field(description="number of the block that holds it; None outside blocks")
     scheme: str = Field(description="short name, such as `W2 sym G64`")
     bits_per_weight: float = Field(description="as saved, scales and zero points included")
     weights: int = Field(description="number of weights")
-    error_of: Literal["output", "weight"]
+    error_of: Literal["output", "weight"] = Field(description="what its errors are errors of")
     initial_error: float | None = Field(
         description="of the rounding that tuning started from; None where nothing was tuned"
     )
@@ -114,8 +118,8 @@ class LayerRecord(Record):
 
 
 class SizeRecord(Record):
-    original_bytes: int
-    saved_bytes: int
+    original_bytes: int = Field(description="of the original's weights")
+    saved_bytes: int = Field(description="of the checkpoint's weights")
     quantized_weights: int = Field(description="number of weights that are quantized")
     quantized_bits: float = Field(description="bits for each of them, as saved")
 
@@ -129,71 +133,77 @@ class AutoSchemeRecord(Record):
 
 
 class DistillationRecord(Record):
-    initial_kl: float
-    final_kl: float
-    kept: bool
-    judged_on: str
-    seconds: float
+    initial_kl: float = Field(description="divergence from the original before, nats per token")
+    final_kl: float = Field(description="the same after training")
+    kept: bool = Field(description="whether the trained scales were saved")
+    judged_on: str = Field(description="`held-out samples` or `training samples`")
+    seconds: float = Field(description="of training")
 
 
 class QuantizationReport(Record):
-    version: Literal[1] = VERSION
+    version: Literal[1] = Field(default=VERSION, description="of this layout")
     versions: dict[str, str] = Field(description="of packages, Python and the operating system")
-    device: str
+    device: str = Field(description="that tuning ran on")
     started: str = Field(description="ISO 8601, UTC")
-    seconds: float
+    seconds: float = Field(description="of the whole run")
     command: list[str] | None = Field(description="the command line, where there was one")
     recipe: str = Field(description="YAML, as run")
     recipe_name: str | None = Field(default=None, description="of a shipped recipe")
-    model: ModelRecord
-    data: DataRecord | None
-    phases: list[PhaseRecord]
-    blocks: list[BlockRecord]
-    layers: list[LayerRecord]
+    model: ModelRecord = Field(description="the original")
+    data: DataRecord | None = Field(description="calibration data; None if there was none")
+    phases: list[PhaseRecord] = Field(description="in the order in which they began")
+    blocks: list[BlockRecord] = Field(description="those that were tuned, in their order")
+    layers: list[LayerRecord] = Field(description="those that are quantized")
     unquantized: list[str] = Field(description="linear layers and embeddings left in 16 bits")
     size: SizeRecord | None = Field(description="None until the model is saved")
-    auto_scheme: AutoSchemeRecord | None = None
-    distillation: DistillationRecord | None = None
+    auto_scheme: AutoSchemeRecord | None = Field(
+        default=None, description="the choice of schemes, where one was made"
+    )
+    distillation: DistillationRecord | None = Field(
+        default=None, description="training of scales, where it ran"
+    )
 
 
 class TextRecord(Record):
-    source: str
+    source: str = Field(description="file or name")
     digest: str = Field(description="SHA-256 of the token ids")
-    samples: int
+    samples: int = Field(description="number of samples")
     length: int = Field(description="tokens of each sample")
 
 
 class DivergenceRecord(Record):
     kl: float = Field(description="Kullback-Leibler divergence from the original, nats per token")
     top1: float = Field(description="share of tokens at which both models rank the same one first")
-    perplexity: float
-    original_perplexity: float
+    perplexity: float = Field(description="of the quantized model")
+    original_perplexity: float = Field(description="of the original")
 
 
 class Generation(Record):
-    prompt: str
-    original: str
-    quantized: str
+    """How both models continue a text."""
+
+    prompt: str = Field(description="the text")
+    original: str = Field(description="what the original continues it with")
+    quantized: str = Field(description="what the quantized model continues it with")
 
 
 class TokenDivergence(Record):
     text: str = Field(description="of the token, as decoded")
     kl: float = Field(description="between the predictions of this token, in nats")
-    same_top1: bool
+    same_top1: bool = Field(description="whether both models rank the same token first")
 
 
 class TaskResult(Record):
     """One metric of one lm-evaluation-harness task, or of a group of tasks."""
 
-    task: str
-    metric: str
-    filter: str | None = None
-    shots: int | None = None
-    original: float | None
-    quantized: float
-    original_stderr: float | None = None
-    quantized_stderr: float | None = None
-    higher_is_better: bool | None = None
+    task: str = Field(description="name")
+    metric: str = Field(description="name, such as `acc_norm`")
+    filter: str | None = Field(default=None, description="name, where the task has several")
+    shots: int | None = Field(default=None, description="examples before each question")
+    original: float | None = Field(description="of the original; None if it was not evaluated")
+    quantized: float = Field(description="of the quantized model")
+    original_stderr: float | None = Field(default=None, description="standard error")
+    quantized_stderr: float | None = Field(default=None, description="standard error")
+    higher_is_better: bool | None = Field(default=None, description="what the harness says of it")
     group: str | None = Field(default=None, description="whose own result is a mean over this one")
     engine: Literal["transformers", "vllm"] | None = Field(
         default=None, description="that ran it here; None for results that were read from files"
@@ -212,20 +222,22 @@ class TaskResult(Record):
 
 
 class Evaluation(Record):
-    version: Literal[1] = VERSION
-    versions: dict[str, str]
-    original: str
-    quantized: str
+    version: Literal[1] = Field(default=VERSION, description="of this layout")
+    versions: dict[str, str] = Field(description="of packages, Python and the operating system")
+    original: str = Field(description="folder or name")
+    quantized: str = Field(description="folder or name")
     engine: Literal["transformers", "vllm"] = Field(
         default="transformers",
         description="that ran the tasks last; text and generations are those of Transformers",
     )
     commands: list[str] = Field(description="that gave these results, in order")
-    text: TextRecord | None = None
-    divergence: DivergenceRecord | None = None
-    generations: list[Generation] = []
+    text: TextRecord | None = Field(default=None, description="that divergence was measured on")
+    divergence: DivergenceRecord | None = Field(
+        default=None, description="of the quantized model from the original"
+    )
+    generations: list[Generation] = Field(default=[], description="by both models")
     tokens: list[TokenDivergence] = Field(default=[], description="of one sample text, in order")
-    tasks: list[TaskResult] = []
+    tasks: list[TaskResult] = Field(default=[], description="of both models")
     task_commands: list[str] = Field(
         default=[], description="of lm-evaluation-harness alone, with the same results as `tasks`"
     )
