@@ -46,10 +46,11 @@ from autoround_modifier.host.shared_state import (
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.validation import check_not_quantized
 from autoround_modifier.parallel import gathered, is_distributed, process_rank
-from autoround_modifier.recipes import check_recipe, find_recipe
+from autoround_modifier.recipes import check_recipe, find_recipe, list_recipes
+from autoround_modifier.report.recorder import RunRecorder, recording
 from autoround_modifier.runs.output_folder import check_output_folder
 
-__all__ = ["oneshot"]
+__all__ = ["oneshot", "source_folders"]
 
 
 def oneshot(
@@ -71,7 +72,8 @@ def oneshot(
     Several processes (``torchrun``) that are given the same dataset each take a share of it. A
     model that is released in FP8 or MXFP4 is dequantized as it is loaded. Where blocks of the model
     share keys and values, ``pipeline`` is ``basic`` unless another is given, which is refused. A
-    run that stops, by Ctrl-C too, leaves no hooks, and says what is kept.
+    run that stops, by Ctrl-C too, leaves no hooks, and says what is kept. What was done is saved
+    beside the model as ``quantization_report.json``.
 
     :param model: model, or name or path of one
     :param recipe: path, name of a shipped recipe (``"w2a16_autoround"``), YAML text, `Recipe`,
@@ -99,11 +101,15 @@ def oneshot(
     :raises CalibrationError: if the dataset is empty, or holds nothing that can calibrate
     :raises CompressedSourceError: if the model is compressed already
     """
+    recorder = RunRecorder(
+        recipe_name=str(recipe) if isinstance(recipe, str) and recipe in list_recipes() else None,
+        dataset=str(dataset) if isinstance(dataset, (str, Path)) else None,
+    )
     revision = kwargs.get("model_revision")
     stored = _stored_format(model, revision)
     check_not_compressed(model, stored)
     if output_dir is not None:
-        check_output_folder(Path(output_dir), overwrite_output_dir, _source_folders(model))
+        check_output_folder(Path(output_dir), overwrite_output_dir, source_folders(model))
     recipe = _checked(recipe)
     recipe = as_recipe(recipe, kwargs.get("stage"))
     for modifier in recipe.modifiers:
@@ -142,13 +148,14 @@ def oneshot(
     if check_generation and isinstance(last, AutoRoundModifier):
         last.check_generation()
     try:
-        return host_oneshot(
-            model=model,
-            recipe=recipe,
-            dataset=dataset,
-            output_dir=None if output_dir is None else str(output_dir),
-            **kwargs,
-        )
+        with recording(recorder):
+            return host_oneshot(
+                model=model,
+                recipe=recipe,
+                dataset=dataset,
+                output_dir=None if output_dir is None else str(output_dir),
+                **kwargs,
+            )
     except BaseException as error:  # Ctrl-C among them, which may come while code of others runs
         _clean_up(recipe)
         name = model if isinstance(model, str) else type(model).__name__
@@ -233,7 +240,7 @@ def _own_share(dataset: Dataset, num_samples: int | None) -> Dataset:
     return dataset.select(range(total * rank // size, total * (rank + 1) // size))
 
 
-def _source_folders(model: str | PreTrainedModel) -> set[Path]:
+def source_folders(model: str | PreTrainedModel) -> set[Path]:
     """:return: folders on this machine from which the model was, or still is, read"""
     name = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
     named = {Path(name)} if name and Path(name).is_dir() else _snapshot(name)

@@ -4,6 +4,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "CompressedSourceError",
+    "FailedError",
     "NonFiniteError",
     "OutputExistsError",
     "RecipeError",
@@ -27,6 +28,13 @@ class CalibrationError(ValueError):
 
 class CompressedSourceError(ValueError):
     """A model whose weights are compressed already."""
+
+
+class FailedError(RuntimeError):
+    """
+    Work that had begun and did not end. The message says what is kept and how to go on; the cause
+    is the error that ended it.
+    """
 
 
 class NonFiniteError(ValueError):

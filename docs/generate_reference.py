@@ -33,20 +33,6 @@ import autoround_modifier
 # A warning ends `mkdocs build --strict`.
 logger = logging.getLogger("mkdocs.hooks.generate_reference")
 
-# Fields that the modifiers inherit from LLM-Compressor, in words that fit a table. They are used
-# where the class itself has no description.
-INHERITED = {
-    "config_groups": "named groups of layers: for each, `targets` and a scheme (`weights`, "
-    "`input_activations`)",
-    "scheme": "instead of `config_groups`: a preset of compressed-tensors such as `NVFP4`, or "
-    "several, each with its targets",
-    "targets": "layers that `scheme` applies to: class names, module names, or expressions after "
-    "`re:`",
-    "ignore": "layers left alone although they are targets",
-    "kv_cache_scheme": "quantization of the key-value cache",
-    "input_observer": "how static scales of activations are found: `static_minmax` unless given",
-}
-
 BOUNDS: dict[type, tuple[str, str]] = {
     Ge: ("ge", "at least"),
     Gt: ("gt", "more than"),
@@ -85,7 +71,7 @@ def fields_page() -> str:
         name = modifier.__name__
         described = descriptions(modifier)
         own = [x for x in modifier.model_fields if belongs_to_package(modifier, x)]
-        inherited = [x for x in INHERITED if x in modifier.model_fields and x not in own]
+        inherited = [x for x in described if x in modifier.model_fields and x not in own]
         shown = [x for x in own if described.get(x)]
         # `requires_calibration_data` is set by the modifiers themselves.
         for missing in set(own) - set(shown) - {"requires_calibration_data"}:
@@ -94,7 +80,7 @@ def fields_page() -> str:
         lines += fields_table(modifier, shown, described)
         if inherited:
             lines += ["", "Inherited from LLM-Compressor:", ""]
-            lines += fields_table(modifier, inherited, INHERITED | described)
+            lines += fields_table(modifier, inherited, described)
         lines.append("")
     return "\n".join([*lines, *presets_section()])
 
@@ -111,8 +97,10 @@ def descriptions(modifier: type[BaseModel]) -> dict[str, str]:
     for base in reversed(modifier.__mro__):
         if base.__module__.partition(".")[0] == "autoround_modifier":
             found |= parameters(base.__doc__ or "")
-    described = {k: v.description for k, v in modifier.model_fields.items() if v.description}
-    return found | described
+            if issubclass(base, BaseModel):
+                fields = base.model_fields.items()
+                found |= {k: v.description for k, v in fields if v.description}
+    return found
 
 
 def parameters(docstring: str) -> dict[str, str]:

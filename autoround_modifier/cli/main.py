@@ -10,6 +10,7 @@ import typer
 from autoround_modifier.cli import recipes
 from autoround_modifier.cli.inspect import inspect
 from autoround_modifier.cli.outcome import DONE, reported
+from autoround_modifier.cli.quantize import quantize
 from autoround_modifier.cli.schemes import schemes
 from autoround_modifier.cli.start import COMMAND
 from autoround_modifier.version import __version__
@@ -22,11 +23,20 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        # flags may be written with underscores, as fields are
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
 )
 
 # In the order in which they are used: a command is one function, a group is an app of its own.
-COMMANDS: dict[str, Callable[..., None]] = {"inspect": inspect, "schemes": schemes}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "schemes": schemes,
+    "quantize": quantize,
+    "inspect": inspect,
+}
 GROUPS: dict[str, typer.Typer] = {"recipes": recipes.app}
 for _name, _command in COMMANDS.items():
     app.command(_name)(reported(_command))
@@ -34,15 +44,20 @@ for _name, _group in GROUPS.items():
     app.add_typer(_group, name=_name)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit(DONE)
+
+
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", help="print the version and exit", is_eager=True)
+        bool,
+        typer.Option("--version", help="print the version", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit(DONE)
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

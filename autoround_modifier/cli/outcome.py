@@ -15,13 +15,14 @@ from autoround_modifier.errors import (
     CalibrationError,
     CheckpointError,
     CompressedSourceError,
+    FailedError,
     NonFiniteError,
     RecipeError,
     SavingError,
     SchemeError,
 )
 
-__all__ = ["DONE", "FAILED", "REFUSED", "USAGE", "FailedError", "UsageError", "reported"]
+__all__ = ["DONE", "FAILED", "REFUSED", "USAGE", "UsageError", "reported"]
 
 DONE = 0
 REFUSED = 1
@@ -47,13 +48,6 @@ Result = TypeVar("Result")
 
 class UsageError(Exception):
     """Flags that contradict each other, or a flag whose value is none that it can have."""
-
-
-class FailedError(Exception):
-    """
-    Work that had begun and did not end. The message says what is kept and how to go on; the cause
-    is the error that ended it.
-    """
 
 
 def reported(command: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

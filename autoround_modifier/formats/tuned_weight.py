@@ -7,6 +7,7 @@ one per group each. How they act on the weight is defined by the grid.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,6 +88,12 @@ class TunedWeight:
         # float16 resolves V, which seldom goes beyond one step, to 1/2048 or finer there
         self.rounding = torch.zeros_like(self.weight, dtype=torch.float16)
         self.clipping = [torch.ones_like(self.w_min) for _ in range(2)] if tune_clipping else []
+
+    def untrained(self) -> TunedWeight:
+        """:return: the same without V, alpha and beta, rounded to nearest; tensors are shared"""
+        start = copy.copy(self)
+        start.rounding, start.clipping = None, []
+        return start
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:

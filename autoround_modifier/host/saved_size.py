@@ -15,7 +15,7 @@ from torch import nn
 from autoround_modifier.host.layers import Layer, stored_weight
 from autoround_modifier.host.saved_format import choose_saved_format
 
-__all__ = ["saved_bits"]
+__all__ = ["saved_bits", "saved_bits_of_shape"]
 
 
 def saved_bits(layer: Layer, scheme: QuantizationScheme) -> int:
@@ -30,9 +30,22 @@ def saved_bits(layer: Layer, scheme: QuantizationScheme) -> int:
     if scheme.weights is None:
         return weight.numel() * weight.itemsize * 8
     rows, columns = weight.shape
-    is_embedding = isinstance(layer, nn.Embedding)
+    return saved_bits_of_shape(
+        (rows, columns), weight.dtype, scheme, isinstance(layer, nn.Embedding)
+    )
+
+
+def saved_bits_of_shape(
+    shape: tuple[int, int], dtype: torch.dtype, scheme: QuantizationScheme, is_embedding: bool
+) -> int:
+    """
+    :param shape: of the weight, rows and columns
+    :param dtype: of the weight before it is quantized
+    :param scheme: with ``weights``
+    :return: as `saved_bits`
+    """
     # as text: schemes are not hashable
-    return _compressed_bits(is_embedding, rows, columns, weight.dtype, scheme.model_dump_json())
+    return _compressed_bits(is_embedding, *shape, dtype, scheme.model_dump_json())
 
 
 @functools.cache

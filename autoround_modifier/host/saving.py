@@ -45,6 +45,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from autoround_modifier.errors import SavingError
 from autoround_modifier.host.saved_format import choose_saved_format
+from autoround_modifier.runs.events import phase
 
 __all__ = [
     "RECIPE",
@@ -90,7 +91,10 @@ def finish_when_saved(
                 "written. Save it to a folder, and upload that: "
                 "`huggingface_hub.upload_folder(folder_path=..., repo_id=...)`"
             )
-        with suspend_distributed_timeout():  # other processes wait for the one that writes
+        with (
+            phase("saving"),
+            suspend_distributed_timeout(),
+        ):  # other processes wait for the one that writes
             if not is_source_process():
                 save(str(save_directory), *args, **kwargs)
                 return

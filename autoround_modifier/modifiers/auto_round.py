@@ -44,7 +44,7 @@ from autoround_modifier.modifiers.failures import nothing_tuned, what_is_left
 from autoround_modifier.modifiers.finishing import prepare_saving
 from autoround_modifier.modifiers.generation import GenerationCheck
 from autoround_modifier.modifiers.preparation import PreparedModel, prepare_model
-from autoround_modifier.modifiers.progress import TuningProgress
+from autoround_modifier.modifiers.progress import Progress
 from autoround_modifier.modifiers.recorder import (
     CalibrationRecorder,
     layers_to_record,
@@ -74,8 +74,17 @@ from autoround_modifier.modifiers.validation import (
 from autoround_modifier.runs.block_report import BlockReport
 from autoround_modifier.runs.checkpoint import RunCheckpoint
 from autoround_modifier.runs.digests import run_description, run_digests
+from autoround_modifier.runs.events import (
+    CalibrationDataFound,
+    PhaseEnded,
+    PhaseStarted,
+    phase,
+    publish,
+)
 
 __all__ = ["AutoRoundModifier"]
+
+CAPTURE = "capture"
 
 
 class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
@@ -122,7 +131,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     _blocks: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _store: CalibrationStore | None = PrivateAttr(default=None)
     _tune_in_sdpa: bool = PrivateAttr(default=False)
-    _progress: TuningProgress = PrivateAttr(default_factory=TuningProgress)
+    _progress: Progress | None = PrivateAttr(default=None)
     _only_modifier: bool = PrivateAttr(default=False)
     _stopped: bool = PrivateAttr(default=False)
     _warned_of: set[str] = PrivateAttr(default_factory=set)
@@ -208,6 +217,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         if self.requires_calibration_data:
             reason = reason_for_calibration(self, self)
             check_calibration_data(state.data.calib, reason, model)
+            publish(CalibrationDataFound(state.data.calib))
         self._check_what_will_be_saved(model)
 
         if self.checkpoint_dir is not None:
@@ -247,6 +257,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             apply_calibration_status(module)
         if not self.requires_calibration_data:
             return
+        publish(PhaseStarted(CAPTURE))
 
         in_blocks = {module for block in self._blocks for module in block.modules()}
         to_record = [one for one in prepared.activations if not one.calibrated]
@@ -254,7 +265,9 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             # static scales alone use all samples that the pipeline runs
             limit = self.num_calibration_samples if self.iters else None
             self._store = CalibrationStore(self._blocks, limit)
-            self._progress = TuningProgress(len(self._blocks) * (self.iters or 0))
+            num_blocks = len(self._blocks)
+            steps = num_blocks * (self.iters or 0)
+            self._progress = Progress("tuning", steps, num_blocks, "AutoRound")
             self._block_quantizer = BlockQuantizer(
                 self._blocks,
                 prepared.quantizer,
@@ -313,6 +326,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             self._quantize_rest(never_ran)
             calibrate_remaining(self._prepared.activations)
         self._release()
+        if self.requires_calibration_data:
+            publish(PhaseEnded(CAPTURE))
         QuantizationMixin.end_calibration(self, state.model)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
@@ -338,7 +353,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     def _quantize_rest(self, modules: Iterable[nn.Module]) -> None:
         """Quantize what was not tuned: by the scale search, or to nearest if only that is asked."""
         search = bool(self.iters or self.scale_search)
-        done = self._prepared.quantizer.quantize(modules, search)
+        with phase("search" if search else "rounding"):
+            done = self._prepared.quantizer.quantize(modules, search)
         if self.iters and done:
             logger.info(
                 f"outside of the tuned blocks, quantized by the scale search: {', '.join(done)}"
@@ -414,7 +430,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
     def _release(self) -> None:
         """Drop hooks and everything recorded."""
         self.remove_hooks()
-        self._progress.close()
+        if self._progress is not None:
+            self._progress.close()
         self._store = None
         if self._checkpoint is not None:
             self._checkpoint.close()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from loguru import logger
-from pydantic import Field, PrivateAttr, field_validator
-from tqdm import tqdm
+from pydantic import PrivateAttr, field_validator
 
 from autoround_modifier.errors import (
     OutputExistsError,
     RecipeError,
 )
+from autoround_modifier.fields import AutoSchemeFields
 from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.lifecycle import (
     Modifier,
@@ -25,11 +26,13 @@ from autoround_modifier.host.lifecycle import (
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.explicit_recipe import explicit_recipe
 from autoround_modifier.modifiers.failures import say_what_is_left
+from autoround_modifier.modifiers.progress import Progress
 from autoround_modifier.modifiers.validation import (
     check_calibration_data,
     check_one_process,
     layers_to_choose_for,
 )
+from autoround_modifier.runs.events import Result, phase, publish
 from autoround_modifier.runs.files import write_atomically
 from autoround_modifier.schemes.cache import default_cache_folder
 from autoround_modifier.schemes.choose import check_budget, choose_for_layers
@@ -45,7 +48,7 @@ RECIPE_FILE = "recipe.yaml"
 PLOT_FILE = "auto_scheme.png"
 
 
-class AutoSchemeModifier(PlainDataModifier):
+class AutoSchemeModifier(AutoSchemeFields, PlainDataModifier):
     """
     Measures how much each layer loses under each of several schemes, and gives every layer one of
     them, so that the model fits a budget of bits with the least loss (AutoScheme of SignRoundV2,
@@ -71,66 +74,6 @@ class AutoSchemeModifier(PlainDataModifier):
     If the `AutoRoundModifier` has schemes already, as in the recipe saved with a model, nothing is
     measured or chosen.
     """
-
-    avg_bits: float = Field(
-        gt=0,
-        description="largest mean of bits for each weight of the layers, as saved: packed values, "
-        "scales, zero points",
-    )
-    options: list[str | dict[str, Any]] = Field(
-        description="schemes to choose from: presets of compressed-tensors such as `MXFP4`, for "
-        "integer weights also with zero points and a group size (`W2A16G64`, `W4A16_ASYM_G32`), or "
-        "fields of `QuantizationScheme` with a `name`; `UNQUANTIZED` leaves a layer alone"
-    )
-    targets: str | list[str] = Field(
-        default_factory=lambda: ["Linear"],
-        description="layers to choose for, as in `AutoRoundModifier`",
-    )
-    ignore: list[str] = Field(
-        default_factory=lambda: ["lm_head"],
-        description="layers to leave out, with those that the `AutoRoundModifier` ignores",
-    )
-    shared_layers: list[list[str]] = Field(
-        default_factory=list,
-        description="further groups of layers that get one scheme, each a list of targets",
-    )
-    engine: Literal["any", "vllm", "transformers", "none"] | None = Field(
-        default=None,
-        description="which engine must load the checkpoint, as in `AutoRoundModifier`, whose field "
-        "is the default. vLLM allows a scheme for the experts of each block, Transformers one for "
-        "all experts of the model; either reads experts under some of the schemes only",
-    )
-    whole_model: bool = Field(
-        default=False,
-        description="let `avg_bits` be a mean over all parameters of the model, embeddings and "
-        "norms included",
-    )
-    score: str = Field(
-        default="fisher",
-        description="`fisher`, the divergence to second order, or `delta_loss`, SignRoundV2's "
-        "first order of the loss on the text",
-    )
-    scale_search: bool = Field(
-        default=True,
-        description="measure with searched scales, not with those of minimum and maximum",
-    )
-    num_calibration_samples: int = Field(
-        default=32, ge=1, description="calibration samples to measure on"
-    )
-    batch_size: int = Field(
-        default=8, ge=1, description="calibration samples in each pass of a block"
-    )
-    output_dir: str | None = Field(
-        default=None,
-        description="where to write the scores (`auto_scheme.json`), the recipe without search "
-        "(`recipe.yaml`) and, where matplotlib is installed, a picture (`auto_scheme.png`)",
-    )
-    cache_dir: str | bool = Field(
-        default=True,
-        description="where scores are kept between runs, under a key of the content of weights, "
-        "data and schemes. `true`: `~/.cache/autoround_modifier/autoscheme`; `false`: nowhere",
-    )
-    seed: int = Field(default=42, description="fixes every random choice")
 
     _choice: Choice | None = PrivateAttr(default=None)
 
@@ -187,17 +130,15 @@ class AutoSchemeModifier(PlainDataModifier):
         batches = cast(Iterable[dict[str, Any]], state.data.calib)
         # Read once: a loader that shuffles would give other samples the next time.
         samples = list(_first_samples(batches, self.num_calibration_samples))
+        progress = Progress("choosing", len(blocks), len(blocks), "Sensitivity", "block")
         with (
-            tqdm(total=len(blocks), desc="Sensitivity", unit="block") as progress,
+            phase("choosing"),
+            contextlib.closing(progress),
             say_what_is_left(
                 "AutoSchemeModifier stopped. The model in memory is as it was. Scores are kept "
                 "when all are measured; those of earlier runs stay."
             ),
         ):
-
-            def advance() -> None:
-                progress.update()
-
             self._choice = choice = choose_for_layers(
                 model,
                 blocks,
@@ -209,9 +150,10 @@ class AutoSchemeModifier(PlainDataModifier):
                 self.whole_model,
                 self.shared_layers,
                 self._cache_folder(),
-                advance,
+                progress.advance,
                 engine,
             )
+        publish(Result("choosing", choice))
         logger.info(f"Chosen schemes:\n{choice.table()}")
         logger.info(
             f"{choice.avg_bits():.4f} bits per weight of these layers, "

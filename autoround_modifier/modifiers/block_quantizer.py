@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,14 +21,16 @@ from autoround_modifier.blocks.store import (
 )
 from autoround_modifier.errors import NonFiniteError, listed
 from autoround_modifier.formats import QuantizedWeight, TunedWeight
+from autoround_modifier.host.layers import Layer
 from autoround_modifier.modifiers.layer_quantizer import LayerQuantizer
 from autoround_modifier.modifiers.saved_blocks import SavedBlocks
 from autoround_modifier.modifiers.validation import check_same_blocks
 from autoround_modifier.parallel import gathered, wait_for_all
 from autoround_modifier.runs.block_data import describe_data
-from autoround_modifier.runs.block_report import BlockReport
+from autoround_modifier.runs.block_report import BlockReport, LayerReport
 from autoround_modifier.runs.checkpoint import RunCheckpoint
-from autoround_modifier.tuning import SampleShare, Tuner, TuningConfig, num_tokens
+from autoround_modifier.runs.events import BlockFinished, phase, publish
+from autoround_modifier.tuning import SampleShare, Tuner, TuningConfig, TuningResult, num_tokens
 
 __all__ = ["BlockQuantizer", "groups_to_tune"]
 
@@ -113,6 +116,7 @@ class BlockQuantizer:
         if report is not None:
             self.reports.append(report)
             logger.info(str(report))
+        publish(BlockFinished(name, report, restored=found is not None))
         wait_for_all()  # processes may share the weights, and the last one still read them
         for layer, weight in weights.items():
             self.layers.write_back(layer, weight)
@@ -122,9 +126,10 @@ class BlockQuantizer:
             restorable = saved is not None and found is not None and not group.writes
             kept = saved.chain() if saved is not None and restorable else None
             if kept is None:
-                forwards = quantized_forwards(weights, self.layers.initial.experts)
-                own_writes = group.advance(inputs, self.config.batch_size, forwards)
-                self._chain.advance(inputs, targets, own_writes)
+                with phase("advancing"):
+                    forwards = quantized_forwards(weights, self.layers.initial.experts)
+                    own_writes = group.advance(inputs, self.config.batch_size, forwards)
+                    self._chain.advance(inputs, targets, own_writes)
             else:
                 self._chain.advance(kept, targets)
         if saved is not None and found is None:
@@ -163,7 +168,8 @@ class BlockQuantizer:
         share: SampleShare,
     ) -> tuple[dict[nn.Linear, QuantizedWeight], BlockReport | None]:
         initial = self.layers.initial
-        scarce = initial.scarce_experts(layers) if self.config.iters else {}
+        tokens = initial.expert_tokens(layers) if self.config.iters else {}
+        scarce = {x: count for x, count in tokens.items() if count < initial.min_expert_tokens}
         if scarce:
             few = listed([f"{self.layers.names[x]} ({count})" for x, count in scarce.items()])
             logger.info(
@@ -171,12 +177,13 @@ class BlockQuantizer:
                 f"experts saw fewer than {initial.min_expert_tokens} calibration tokens and are "
                 f"quantized by the scale search alone: {few}"
             )
-        formats: dict[nn.Linear, TunedWeight] = {
-            layer: initial.start(layer, self.search or layer in scarce) for layer in layers
-        }
-        forwards = quantized_forwards(formats, initial.experts)
-        group.calibrate_activations(inputs, masks, self.config.batch_size, forwards)
-        del forwards
+        with phase("search"):
+            formats: dict[nn.Linear, TunedWeight] = {
+                layer: initial.start(layer, self.search or layer in scarce) for layer in layers
+            }
+            forwards = quantized_forwards(formats, initial.experts)
+            group.calibrate_activations(inputs, masks, self.config.batch_size, forwards)
+            del forwards
         fixed = {
             layer: formats.pop(layer).quantized()
             for layer in layers
@@ -184,24 +191,28 @@ class BlockQuantizer:
         }
         if not formats:
             return fixed, None
-        result = Tuner(
-            group,
-            formats,
-            inputs,
-            targets,
-            masks,
-            self.config,
-            fixed,
-            initial.experts,
-            share,
-        ).run(lambda: self.on_iteration(len(group.blocks)))
+        tuner = Tuner(
+            group, formats, inputs, targets, masks, self.config, fixed, initial.experts, share
+        )
+        with phase("tuning"):
+            result = tuner.run(lambda: self.on_iteration(len(group.blocks)))
         if result.failure is not None:
             self._report_failure(
                 f"{name}: {result.failure}", "the block keeps the rounding it started from"
             )
         tuned = {**fixed, **result.weights}
         in_order = {layer: tuned[layer] for layer in layers}
-        return in_order, BlockReport.from_result(name, result, len(scarce))
+        reports = tuple(self._layer_report(x, result, tokens) for x in layers)
+        return in_order, BlockReport.from_result(name, result, len(scarce), reports)
+
+    def _layer_report(
+        self, layer: nn.Linear, result: TuningResult, tokens: dict[Layer, int]
+    ) -> LayerReport:
+        name, error = self.layers.names[layer], result.errors.get(layer)
+        if error is None:
+            return LayerReport(name, tokens=tokens.get(layer))
+        initial, final = (x if math.isfinite(x) else None for x in (error.initial, error.final))
+        return LayerReport(name, initial, final, error.moved, tokens.get(layer))
 
     @staticmethod
     def _share(captured: BlockSamples) -> SampleShare:

@@ -15,6 +15,7 @@ from autoround_modifier.export.check import check_saved
 from autoround_modifier.export.saved_config import changed_fields, with_changes
 from autoround_modifier.export.saved_files import CONFIG, read_json, write_json
 from autoround_modifier.export.source import cached_config
+from autoround_modifier.fields import AutoSchemeFields
 from autoround_modifier.host.lifecycle import Modifier, recipe_modifiers, recipe_stage
 from autoround_modifier.host.loading import save_without_requantizing
 from autoround_modifier.host.prediction import quantization_section
@@ -26,6 +27,8 @@ from autoround_modifier.host.saving import (
 )
 from autoround_modifier.modifiers.mtp import MtpLayers, find_mtp_layers, save_mtp_layers
 from autoround_modifier.modifiers.settings import SchemeSettings
+from autoround_modifier.report.recorder import OriginalModel, RunRecorder, active_recorder
+from autoround_modifier.report.schema import REPORT_FILE
 
 __all__ = ["FINISHING_STEPS", "SavePlan", "SavedModel", "finish_checkpoint", "prepare_saving"]
 
@@ -42,6 +45,8 @@ class SavePlan:
     :ivar modifiers: all of the recipe
     :ivar stage: their stage in it
     :ivar engine: which must load it
+    :ivar original: what the model was
+    :ivar recorder: of the run; None where nobody records it
     """
 
     origin: str
@@ -50,6 +55,8 @@ class SavePlan:
     modifiers: Sequence[Modifier]
     stage: str
     engine: str
+    original: OriginalModel
+    recorder: RunRecorder | None
 
 
 @dataclass(frozen=True)
@@ -110,12 +117,34 @@ def write_recipe(saved: SavedModel) -> None:
     (saved.folder / RECIPE).write_text(text, encoding="utf-8")
 
 
+def write_report(saved: SavedModel) -> None:
+    """``quantization_report.json`` says what was done. Without it the checkpoint is as good."""
+    plan = saved.plan
+    if plan.recorder is None:
+        return
+    budgets = [x.avg_bits for x in plan.modifiers if isinstance(x, AutoSchemeFields)]
+    try:
+        report = plan.recorder.report(
+            saved.model,
+            plan.original,
+            (saved.folder / RECIPE).read_text(encoding="utf-8"),
+            next(iter(budgets), None),
+            saved.folder,
+        )
+    except Exception as error:  # the run is over, and its files are worth more than a report
+        logger.error(f"{REPORT_FILE} was not written: {error!r}")
+        return
+    text = report.model_dump_json(indent=1) + "\n"
+    (saved.folder / REPORT_FILE).write_text(text, encoding="utf-8")
+
+
 # In this order
 FINISHING_STEPS: tuple[Callable[[SavedModel], None], ...] = (
     write_own_config,
     write_names,
     write_mtp_layers,
     write_recipe,
+    write_report,
 )
 
 
@@ -167,6 +196,8 @@ def prepare_saving(model: PreTrainedModel) -> SavePlan:
         modifiers,
         recipe_stage(),
         next((x.engine for x in reversed(modifiers) if isinstance(x, SchemeSettings)), "any"),
+        OriginalModel.of(model),
+        active_recorder(),
     )
     finish_when_saved(model, partial(finish_checkpoint, plan=plan))
     return plan

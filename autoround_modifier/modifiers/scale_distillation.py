@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any, cast
 
 from loguru import logger
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 from torch import nn
-from tqdm import tqdm
 
 from autoround_modifier.distillation import (
     DistillationConfig,
@@ -21,6 +21,7 @@ from autoround_modifier.distillation import (
     trainable_layers,
     trainable_norms,
 )
+from autoround_modifier.fields import DistillationFields
 from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.layers import disable_offloading
 from autoround_modifier.host.lifecycle import (
@@ -31,16 +32,18 @@ from autoround_modifier.host.lifecycle import (
 )
 from autoround_modifier.modifiers.failures import say_what_is_left
 from autoround_modifier.modifiers.finishing import prepare_saving
+from autoround_modifier.modifiers.progress import Progress
 from autoround_modifier.modifiers.validation import (
     check_calibration_data,
     check_not_quantized,
     check_one_process,
 )
+from autoround_modifier.runs.events import Result, phase, publish
 
 __all__ = ["ScaleDistillationModifier"]
 
 
-class ScaleDistillationModifier(PlainDataModifier):
+class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
     """
     Trains the weight scales of a quantized model end to end, with the gains of its norms and its
     biases, so that its next-token distribution comes closer to the original's. Integers, zero
@@ -68,42 +71,6 @@ class ScaleDistillationModifier(PlainDataModifier):
     - on_finalize: train, when all other modifiers are done. What was trained is kept only if it
       lowers the divergence on samples set aside
     """
-
-    iters: int = Field(default=50, ge=1, description="training steps")
-    lr: float = Field(
-        default=0.005,
-        gt=0,
-        description="step size of the scales, relative to their mean size in each layer; Adam, "
-        "cosine decay",
-    )
-    norm_lr: float | None = Field(
-        default=None,
-        ge=0,
-        description="the same for the gains of norms and the biases of all layers; 0 leaves them "
-        "alone. Default: half of `lr`",
-    )
-    batch_size: int = Field(
-        default=4,
-        ge=1,
-        description="calibration batches in each step, as `oneshot` delivers them (of one sample "
-        "by default)",
-    )
-    num_calibration_samples: int = Field(
-        default=128, ge=1, description="largest number of those batches to train on"
-    )
-    gradient_checkpointing: bool = Field(
-        default=True,
-        description="compute the activations of each block again on the way back, which takes a "
-        "quarter more time and a fraction of the memory",
-    )
-    holdout_fraction: float = Field(
-        default=0.125,
-        ge=0,
-        le=0.5,
-        description="share of the batches on which the result is judged; they are not trained on. "
-        "With 0, or a single batch, it is judged on what it was trained on",
-    )
-    seed: int = Field(default=42, description="fixes every random choice")
 
     _teacher: list[TeacherBatch] = PrivateAttr(default_factory=list)
     _blocks: list[nn.Module] = PrivateAttr(default_factory=list)
@@ -149,27 +116,24 @@ class ScaleDistillationModifier(PlainDataModifier):
         if not self.ended_:
             return True  # the run has failed, and the host only cleans up
         model = state.model
-        with tqdm(total=self.iters, desc="Scale distillation", unit="it") as progress:
-
-            def advance() -> None:
-                progress.update()
-
-            with (
-                disable_offloading(),
-                say_what_is_left(
-                    "Scale distillation stopped; scales, gains and biases are as before it. The "
-                    "model in memory is quantized: `save_pretrained` saves it, "
-                    "`autoround_modifier.distill` trains it again."
-                ),
-            ):
-                scales = [
-                    TrainedScale(layer, args) for layer, args in trainable_layers(model).items()
-                ]
-                norms = trainable_norms(model)
-                self._result = train_scales(
-                    model, self._blocks, scales, norms, teacher, self._config(), advance
-                )
+        progress = Progress("distillation", self.iters, len(self._blocks), "Scale distillation")
+        with (
+            phase("distillation"),
+            contextlib.closing(progress),
+            disable_offloading(),
+            say_what_is_left(
+                "Scale distillation stopped; scales, gains and biases are as before it. The "
+                "model in memory is quantized: `save_pretrained` saves it, "
+                "`autoround_modifier.distill` trains it again."
+            ),
+        ):
+            scales = [TrainedScale(layer, args) for layer, args in trainable_layers(model).items()]
+            norms = trainable_norms(model)
+            self._result = train_scales(
+                model, self._blocks, scales, norms, teacher, self._config(), progress.advance
+            )
         result = self._result
+        publish(Result("distillation", result))
         logger.info(
             f"Scale distillation: KL divergence on {result.judged_on} {result.initial_kl:.4f} -> "
             f"{result.final_kl:.4f}, {'kept' if result.kept else 'not better, so dropped'}; "

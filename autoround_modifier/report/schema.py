@@ -59,13 +59,16 @@ class DataRecord(Record):
     samples: int
     tokens: int = Field(description="of all samples, without padding")
     max_length: int = Field(description="tokens of the longest sample")
-    digest: str = Field(description="SHA-256 of the token ids, in their order")
+    digest: str = Field(description="of the token ids of all samples, whatever their order")
 
 
 class PhaseRecord(Record):
     """A phase that comes back, as tuning after each capture, is counted once, with sums."""
 
-    name: str = Field(description="loading, choosing, capture, search, tuning, saving, ...")
+    name: str = Field(
+        description="`preparation`, `choosing`, `capture`, `search`, `rounding`, "
+        "`tuning`, `advancing`, `distillation` or `saving`"
+    )
     seconds: float
     peak_host_bytes: int = Field(description="largest resident size of the process, sampled")
     peak_device_bytes: int = Field(description="largest size allocated on the device; 0 on a CPU")
@@ -75,8 +78,8 @@ class BlockRecord(Record):
     """Losses are those of tuning, per token, on calibration samples set aside."""
 
     name: str
-    initial_loss: float
-    best_loss: float
+    initial_loss: float | None = Field(description="None if it had NaN or infinity")
+    best_loss: float | None
     best_iteration: int = Field(description="0 is the rounding that tuning started from")
     seconds: float
     scarce_experts: int = 0
@@ -97,9 +100,16 @@ class LayerRecord(Record):
     bits_per_weight: float = Field(description="as saved, scales and zero points included")
     weights: int = Field(description="number of weights")
     error_of: Literal["output", "weight"]
-    initial_error: float | None = Field(description="of the rounding that tuning started from")
-    error: float = Field(description="of the rounding that was saved")
-    moved: int = Field(description="values that differ from those that tuning started from")
+    initial_error: float | None = Field(
+        description="of the rounding that tuning started from; None where nothing was tuned"
+    )
+    error: float | None = Field(
+        description="of the rounding that was saved; None where another "
+        "modifier quantized the layer, or no sample reached it"
+    )
+    moved: int = Field(
+        default=0, description="values that differ from those that tuning started from"
+    )
     tokens: int | None = Field(default=None, description="calibration tokens of an expert")
 
 

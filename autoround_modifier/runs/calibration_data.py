@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from autoround_modifier.parallel import gathered
 
-__all__ = ["NOT_READ", "calibration_digest", "calibration_size"]
+__all__ = ["NOT_READ", "calibration_digest", "calibration_size", "sample_lengths"]
 
 # In place of a digest, of data that cannot be read twice or has no token ids.
 NOT_READ = "not read beforehand"
@@ -53,6 +53,27 @@ def calibration_size(batches: object) -> int | None:
     sizes = gathered(len(batches) if _can_be_read_twice(batches) else None)  # type: ignore[arg-type]
     known = [size for size in sizes if size is not None]
     return sum(known) if len(known) == len(sizes) else None
+
+
+def sample_lengths(batches: object) -> list[int] | None:
+    """
+    :param batches: see `calibration_digest`
+    :return: tokens of each sample of this process, without padding; None if they cannot be read
+        beforehand
+    """
+    if not _can_be_read_twice(batches):
+        return None
+    lengths = []
+    with _random_state_kept(batches):
+        for batch in batches:  # type: ignore[attr-defined]
+            names = [x for x in TOKEN_IDS if isinstance(batch, Mapping) and x in batch]
+            if not names:
+                return None
+            ids, mask = torch.as_tensor(batch[names[0]]), batch.get("attention_mask")
+            real = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+            real = real if real.shape == ids.shape else torch.ones_like(ids)
+            lengths += real.sum(-1).tolist()
+    return lengths
 
 
 def _can_be_read_twice(batches: object) -> bool:

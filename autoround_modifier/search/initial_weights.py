@@ -87,8 +87,8 @@ class InitialWeights:
             found = search_range(layer.weight, spec, importance, global_scale, self.compute)
         return TunedWeight(layer.weight, spec, found, global_scale, importance, self.compute)
 
-    def scarce_experts(self, layers: Iterable[Layer]) -> dict[Layer, int]:
-        """:return: the layers of experts that saw too few tokens to learn from, and how many"""
+    def expert_tokens(self, layers: Iterable[Layer]) -> dict[Layer, int]:
+        """:return: the layers of experts among these, and how many tokens each has seen"""
         counts = {
             layer: self.importance.num_tokens(layer) for layer in layers if layer in self.experts
         }
@@ -98,7 +98,7 @@ class InitialWeights:
         for share in gathered(list(counts.values())):
             for layer, count in zip(counts, share, strict=True):
                 totals[layer] += count
-        return {layer: n for layer, n in totals.items() if n < self.min_expert_tokens}
+        return totals
 
     def forget(self, layer: Layer) -> None:
         """Drop what was recorded of a layer that is quantized in another way."""
@@ -121,6 +121,6 @@ class InitialWeights:
                 f"{self.names[layer]}: the calibration inputs have NaN or infinity. Check "
                 "the calibration text, or load the model in bfloat16 or float32."
             )
-        if layer in self.scarce_experts([layer]):
+        if self.expert_tokens([layer]).get(layer, self.min_expert_tokens) < self.min_expert_tokens:
             return None  # a handful of tokens says little about others
         return None if importance is None else importance.float()

@@ -22,6 +22,7 @@ from autoround_modifier.blocks.samples import stack_masks
 from autoround_modifier.errors import CalibrationError
 from autoround_modifier.formats import QuantizedWeight, TunedWeight
 from autoround_modifier.parallel import summed
+from autoround_modifier.tuning.layer_errors import LayerError, layer_errors
 from autoround_modifier.tuning.loss import LOSSES
 from autoround_modifier.tuning.optimizer import SignSGD
 from autoround_modifier.tuning.sampling import SampleShare, minibatches, split_holdout
@@ -58,6 +59,7 @@ class TuningResult:
     :ivar best_iteration: the iteration it comes from; 0 is the initial rounding
     :ivar seconds: time spent
     :ivar failure: what had NaN or infinity, so that the initial rounding was kept; None if nothing
+    :ivar errors: of the output of each layer, on held-out samples
     """
 
     weights: dict[nn.Linear, QuantizedWeight]
@@ -66,6 +68,7 @@ class TuningResult:
     best_iteration: int
     seconds: float
     failure: str | None = None
+    errors: dict[nn.Linear, LayerError] = field(default_factory=dict)
 
 
 @dataclass
@@ -111,6 +114,11 @@ class Tuner:
         :return: the best candidate on the held-out samples; the initial rounding if a loss or a
             gradient had NaN or infinity
         """
+        result = self._tune(on_iteration)
+        result.errors = self._errors(result.weights)
+        return result
+
+    def _tune(self, on_iteration: Callable[[], None]) -> TuningResult:
         started = time.perf_counter()
         config, formats = self.config, self.formats
         evaluate_at = _evaluation_points(config.iters, config.holdout_evaluations)
@@ -147,6 +155,13 @@ class Tuner:
                         best.update(self._quantized())
                         best_loss, best_iteration = loss, iteration
         return result()
+
+    def _errors(self, weights: Mapping[nn.Linear, QuantizedWeight]) -> dict[nn.Linear, LayerError]:
+        """:return: of one batch of held-out samples"""
+        samples = self._share.local(self._holdout[: self.config.batch_size])
+        return layer_errors(
+            self.group, self.formats, weights, self._fixed_forwards, self.inputs, samples
+        )
 
     def _step(self, batches: list[list[int]], optimizer: SignSGD) -> None:
         local = [self._share.local(batch) for batch in batches]

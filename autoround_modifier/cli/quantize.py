@@ -1,0 +1,249 @@
+"""`quantize`: a model's name, and a recipe or a scheme, to a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autoround_modifier.cli.flags import FieldFlags, with_fields
+from autoround_modifier.cli.outcome import UsageError
+from autoround_modifier.cli.start import COMMAND
+from autoround_modifier.fields import (
+    AutoSchemeFields,
+    DistillationFields,
+    SchemeFields,
+    TuningFields,
+)
+from autoround_modifier.report.schema import QuantizationReport
+
+__all__ = ["quantize"]
+
+# Tokens in each sample
+LENGTH = 2048
+GENERATED_LENGTH = 512
+
+# Flags that stand for a field of two modifiers
+SHARED = frozenset({"targets", "ignore", "engine", "seed"})
+
+
+@with_fields(
+    schemes=FieldFlags(SchemeFields, "What layers are quantized to"),
+    tuning=FieldFlags(
+        TuningFields,
+        "Tuning",
+        names={"num_calibration_samples": ("--num-calibration-samples", "--nsamples")},
+    ),
+    auto_scheme=FieldFlags(
+        AutoSchemeFields,
+        "Bits where they pay (AutoSchemeModifier)",
+        prefix="auto_scheme_",
+        names={"avg_bits": ("--avg-bits", "--bits"), "options": ("--options",)},
+        without=SHARED,
+    ),
+    distillation=FieldFlags(
+        DistillationFields,
+        "Scales trained end to end (ScaleDistillationModifier)",
+        prefix="distill_",
+        without=frozenset({"seed"}),
+    ),
+)
+def quantize(
+    model: Annotated[str, typer.Argument(help="name on the hub, or folder, of the model")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="folder to save the checkpoint in")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="shipped recipe (`recipes list`), or YAML file")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="any other field of the recipe, such as "
+            "`AutoRoundModifier.config_groups.group_0.weights.num_bits=3`; the value is YAML",
+        ),
+    ] = None,
+    disable_opt_rtn: Annotated[
+        bool,
+        typer.Option(
+            "--disable-opt-rtn",
+            help="with `--iters 0`: round to nearest, without the scale search (`--preset rtn`)",
+        ),
+    ] = False,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="add a ScaleDistillationModifier to the recipe")
+    ] = False,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="calibration data: file of text or conversations, folder, dataset on the hub, or "
+            "mixture (YAML). Default: text that the model writes itself"
+        ),
+    ] = None,
+    max_seq_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-seq-length",
+            "--seqlen",
+            min=2,
+            help=f"tokens in each sample. Default: {LENGTH}, of generated text {GENERATED_LENGTH}",
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="of the model on the hub")] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="of Transformers, such as `auto_offload` for weights that stay on the "
+            "disk. Default: main memory, blocks go to the accelerator one by one"
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="save into a folder that holds files")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="let the model run its own code")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check, and print the recipe; load no weights")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only warnings and errors")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="all that is logged")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON document at the end")
+    ] = False,
+    *,
+    schemes: dict[str, Any],
+    tuning: dict[str, Any],
+    auto_scheme: dict[str, Any],
+    distillation: dict[str, Any],
+) -> None:
+    """
+    Quantize a model, and save it with a report of what was done.
+
+    autoround-modifier quantize MODEL --recipe w2a16_autoround --dataset my.jsonl --output DIR
+
+    autoround-modifier quantize MODEL --scheme FP8_BLOCK --iters 0 --disable-opt-rtn --output DIR
+
+    autoround-modifier quantize MODEL --bits 2.5 --options W2A16G64,W4A16G64 --output DIR
+    """
+    if output is None and not dry_run:
+        raise UsageError("--output is missing: the folder to save the checkpoint in")
+    _check_schemes(recipe, schemes, auto_scheme)
+    if disable_opt_rtn:
+        tuning = _round_to_nearest(tuning)
+    # LLM-Compressor's bars would be drawn through ours. Read when tqdm is imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+    from autoround_modifier.cli.logs import log_to_console
+
+    console = log_to_console(quiet, verbose)  # before LLM-Compressor logs as it is imported
+
+    from autoround_modifier.cli.progress import RunProgress
+    from autoround_modifier.job import QuantizationJob
+    from autoround_modifier.recipe_composition import compose_recipe
+
+    job = QuantizationJob(
+        model=model,
+        recipe=compose_recipe(
+            recipe,
+            auto_round={**schemes, **tuning},
+            auto_scheme=_auto_scheme_fields(auto_scheme, schemes, tuning),
+            distillation=_distillation_fields(distill, distillation, tuning),
+            settings=settings or (),
+        ),
+        recipe_name=None if recipe is None else Path(recipe).stem,
+        dataset=dataset,
+        max_seq_length=max_seq_length or (LENGTH if dataset else GENERATED_LENGTH),
+        revision=revision,
+        device_map=device_map,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    if output is None or dry_run:
+        job.check(output)
+        typer.echo(job.recipe)
+        return
+    if quiet:
+        report = job.run(output)
+    else:
+        with RunProgress(console) as progress:
+            report = job.run(output, progress)
+    if as_json:
+        typer.echo(json.dumps({"output": str(output), "report": report.model_dump(mode="json")}))
+    else:
+        typer.echo(_summary(report, output))
+
+
+def _summary(report: QuantizationReport, output: Path) -> str:
+    """:return: what was done, and what can be done next"""
+    lines = [f"saved in {output}"]
+    size = report.size
+    if size is not None:
+        lines[0] += (
+            f": {size.saved_bytes / 1e6:.1f} MB instead of {size.original_bytes / 1e6:.1f} MB; "
+            f"{size.quantized_weights / 1e6:.1f} million weights are quantized, to "
+            f"{size.quantized_bits:.2f} bits each"
+        )
+    lines += [
+        f"  {COMMAND} inspect {output}",
+        f"  {COMMAND} evaluate {report.model.source} {output}",
+        f"  {COMMAND} report {output}",
+    ]
+    return "\n".join(lines)
+
+
+def _check_schemes(
+    recipe: str | None, schemes: dict[str, Any], auto_scheme: dict[str, Any]
+) -> None:
+    """:raises UsageError: unless there is one way to know how layers are quantized"""
+    given = bool(schemes.get("scheme") or schemes.get("config_groups"))
+    if recipe is None and not given and not auto_scheme:
+        raise UsageError(
+            "say how to quantize: --recipe (`recipes list`), --scheme (`schemes`), or --bits with "
+            "--options"
+        )
+    if recipe is None and auto_scheme:
+        missing = [x for x in ("avg_bits", "options") if x not in auto_scheme]
+        if missing:
+            flags = {"avg_bits": "--bits", "options": "--options"}
+            raise UsageError(
+                f"{' and '.join(flags[x] for x in missing)} missing: schemes are chosen from "
+                "--options so that layers take --bits in the mean"
+            )
+        if given:
+            raise UsageError("--scheme gives every layer one scheme; --bits chooses from --options")
+
+
+def _round_to_nearest(tuning: dict[str, Any]) -> dict[str, Any]:
+    """:return: the fields of tuning for rounding to nearest"""
+    if tuning.get("iters") and "preset" not in tuning:
+        raise UsageError("--disable-opt-rtn goes with --iters 0")
+    if tuning.get("scale_search"):
+        raise UsageError("--disable-opt-rtn leaves out what --scale-search asks for")
+    rest = {name: value for name, value in tuning.items() if name not in ("iters", "preset")}
+    return {"preset": "rtn", **rest}
+
+
+def _auto_scheme_fields(
+    auto_scheme: dict[str, Any], schemes: dict[str, Any], tuning: dict[str, Any]
+) -> dict[str, Any]:
+    """:return: with the flags that stand for fields of both modifiers; empty if none was given"""
+    if not auto_scheme:
+        return {}
+    both = {**schemes, **tuning}
+    return {**{name: both[name] for name in sorted(SHARED) if name in both}, **auto_scheme}
+
+
+def _distillation_fields(
+    distill: bool, distillation: dict[str, Any], tuning: dict[str, Any]
+) -> dict[str, Any] | None:
+    """:return: None where scales are not trained"""
+    if not (distill or distillation):
+        return None
+    seed = {"seed": tuning["seed"]} if "seed" in tuning else {}
+    return {**seed, **distillation}

@@ -1,0 +1,165 @@
+"""A model's name, a recipe and data, to a checkpoint: refused, stopped half way, or saved."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel
+
+from autoround_modifier.calibration import self_generated
+from autoround_modifier.entrypoint import oneshot, source_folders
+from autoround_modifier.errors import FailedError, OutputExistsError, RecipeError
+from autoround_modifier.host.lifecycle import Modifier, as_recipe
+from autoround_modifier.host.loading import (
+    check_not_compressed,
+    load_model,
+    source_config,
+    stored_format,
+)
+from autoround_modifier.report.recorder import RunRecorder, recording
+from autoround_modifier.report.schema import QuantizationReport, read_report
+from autoround_modifier.runs.events import Event, Listener, PhaseStarted, listening
+from autoround_modifier.runs.output_folder import check_output_folder
+
+__all__ = ["QuantizationJob"]
+
+DEFAULT_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class QuantizationJob:
+    """
+    :ivar model: name or folder
+    :ivar recipe: YAML
+    :ivar recipe_name: of the shipped recipe that it is made of, or None
+    :ivar dataset: path, or name on the hub; None lets the model write its own
+    :ivar max_seq_length: tokens in each sample
+    :ivar device_map: of Transformers
+    """
+
+    model: str
+    recipe: str
+    max_seq_length: int
+    recipe_name: str | None = None
+    dataset: str | None = None
+    revision: str | None = None
+    device_map: str | None = None
+    overwrite: bool = False
+    trust_remote_code: bool = False
+
+    def check(self, output: Path | None) -> None:
+        """
+        What can be known without the weights.
+
+        :raises OutputExistsError: if ``output`` holds files, or the model
+        :raises CompressedSourceError: if the model is compressed already
+        :raises OSError: if there is no such model, or ``output`` cannot be made
+        """
+        config = source_config(self.model, self.revision)
+        if not config:
+            raise FileNotFoundError(f"{self.model} has no config.json: it is no model")
+        check_not_compressed(self.model, stored_format(config, self.model, self.revision))
+        if output is None:
+            return
+        try:
+            check_output_folder(output, self.overwrite, source_folders(self.model))
+        except OutputExistsError as error:
+            raise OutputExistsError(f"{error} (here: --output, --overwrite)") from error
+
+    def run(self, output: Path, listener: Listener | None = None) -> QuantizationReport:
+        """
+        :param output: folder to save in
+        :param listener: of what happens, for progress
+        :return: what was done, as it was saved
+        :raises FailedError: if it stops after the work has begun
+        """
+        self.check(output)
+        recipe = as_recipe(self.recipe)
+        recorder = RunRecorder(sys.argv, self.recipe_name, self.dataset or "self-generated")
+        with (
+            recording(recorder),
+            listening(listener or (lambda event: None)),
+            _said_what_is_kept(recipe.modifiers, self.dataset is not None),
+        ):
+            model = self._loaded()
+            oneshot(
+                model=model,
+                recipe=recipe,
+                dataset=self._samples(model, recipe.modifiers),
+                output_dir=output,
+                overwrite_output_dir=self.overwrite,
+                max_seq_length=self.max_seq_length,
+                num_calibration_samples=_num_samples(recipe.modifiers),
+                trust_remote_code_model=self.trust_remote_code,
+            )
+        return read_report(output)
+
+    def _loaded(self) -> PreTrainedModel:
+        device_map = {} if self.device_map is None else {"device_map": self.device_map}
+        try:
+            return load_model(
+                self.model,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                **device_map,
+            )
+        except ValueError as error:
+            if "trust_remote_code" not in str(error) or self.trust_remote_code:
+                raise
+            raise RecipeError(
+                f"{self.model} has code of its own, which is not run unless you trust it: read it, "
+                "and add --trust-remote-code"
+            ) from error
+
+    def _samples(self, model: PreTrainedModel, modifiers: list[Modifier]) -> Any:
+        """:return: the dataset; what the model writes, where none is given and data is needed"""
+        if self.dataset is not None or not any(x.requires_calibration_data for x in modifiers):
+            return self.dataset
+        tokenizer = AutoTokenizer.from_pretrained(
+            self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        return self_generated(model, tokenizer, _num_samples(modifiers), self.max_seq_length)
+
+
+def _num_samples(modifiers: list[Modifier]) -> int:
+    """:return: as many calibration samples as the modifier that wants most of them"""
+    wanted = [getattr(modifier, "num_calibration_samples", None) or 0 for modifier in modifiers]
+    return max(wanted, default=0) or DEFAULT_SAMPLES
+
+
+@contextlib.contextmanager
+def _said_what_is_kept(modifiers: list[Modifier], same_data: bool) -> Iterator[None]:
+    """
+    Where the work has begun, an error becomes a `FailedError`.
+
+    :param same_data: whether the same command would calibrate on the same data
+    """
+    begun = False
+
+    def note(event: Event) -> None:
+        nonlocal begun
+        begun = begun or isinstance(event, PhaseStarted)
+
+    try:
+        with listening(note):
+            yield
+    except BaseException as error:  # Ctrl-C among them
+        if not begun:
+            raise
+        folders = [getattr(modifier, "checkpoint_dir", None) for modifier in modifiers]
+        folder = next(filter(None, folders), None)
+        kept = (
+            "nothing is kept; with `--checkpoint-dir FOLDER` finished blocks are, and the same "
+            "command goes on after them"
+            if folder is None
+            else f"finished blocks are kept in {folder}; the same command goes on after them"
+        )
+        if folder is not None and not same_data:
+            kept += " (the model writes the same text again)"
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        raise FailedError(f"{what}\n{kept}") from error
