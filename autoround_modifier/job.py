@@ -143,7 +143,7 @@ def _said_what_is_kept(modifiers: list[Modifier], same_data: bool) -> Iterator[N
 
     def note(event: Event) -> None:
         nonlocal begun
-        begun = begun or isinstance(event, PhaseStarted)
+        begun = begun or (isinstance(event, PhaseStarted) and event.name != "generation")
 
     try:
         with listening(note):

@@ -12,7 +12,6 @@ import typer
 
 from autoround_modifier.cli.outcome import UsageError
 from autoround_modifier.cli.start import COMMAND, runs_as_command
-from autoround_modifier.cli.streams import logs_to_stderr
 
 __all__ = ["evaluate"]
 
@@ -172,7 +171,9 @@ def evaluate(
     wanted_rows = _pairs(match or [], "--match")
     arguments = _pairs(model_args.split(",") if model_args else [], "--model-args")
 
-    with logs_to_stderr():
+    from autoround_modifier.cli.logs import own_logs
+
+    with own_logs():
         from autoround_modifier.evaluation.results import check_mergeable, save_evaluation
         from autoround_modifier.evaluation.run import EvaluationSettings, evaluate_checkpoint
         from autoround_modifier.evaluation.tasks import TaskSettings

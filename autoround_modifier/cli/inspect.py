@@ -10,7 +10,6 @@ import typer
 
 from autoround_modifier.cli.kernels import kernels_as_json, print_kernels
 from autoround_modifier.cli.outcome import REFUSED, UsageError
-from autoround_modifier.cli.streams import logs_to_stderr
 from autoround_modifier.cli.tables import print_json, print_table
 
 if TYPE_CHECKING:
@@ -49,7 +48,9 @@ def inspect(
     """
     if engine is not None and engine not in ENGINES:
         raise UsageError(f"--engine is `{engine}`; use one of {', '.join(ENGINES)}")
-    with logs_to_stderr():
+    from autoround_modifier.cli.logs import own_logs
+
+    with own_logs():
         from autoround_modifier.export.inspection import inspect_checkpoint
 
         inspection = inspect_checkpoint(checkpoint)
