@@ -15,8 +15,8 @@ __all__ = ["schemes"]
 
 MORE_NAMES = (
     "Integer weights also with zero points, with another group size, or both: W2A16G64, "
-    "W4A16_ASYM, W3A16_ASYM_G32. In a recipe, `scheme` takes the names of the table, and `options` "
-    "all of them."
+    "W4A16_ASYM, W3A16_ASYM_G32. `--scheme`, and `options` of a recipe, take all of them; `scheme` "
+    "of a recipe takes the names of the table."
 )
 
 
