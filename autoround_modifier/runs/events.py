@@ -33,8 +33,9 @@ __all__ = [
 @dataclass(frozen=True)
 class PhaseStarted:
     """
-    :ivar name: ``generation`` (of calibration text), ``choosing``, ``capture``, ``search``, ``rounding``, ``tuning``, ``advancing``,
-        ``distillation`` or ``saving``. A phase inside of another interrupts it
+    :ivar name: ``generation`` (of calibration text), ``choosing``, ``capture``, ``search``,
+        ``rounding``, ``tuning``, ``advancing``, ``distillation`` or ``saving``. A phase inside of
+        another interrupts it
     """
 
     name: str
