@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from autoround_modifier.cli.outcome import UsageError
-from autoround_modifier.cli.start import COMMAND, runs_as_command
+from autoround_modifier.cli.start import command_line
 
 __all__ = ["evaluate"]
 
@@ -219,7 +218,7 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
             ),
             original_name=original,
-            command=_command(),
+            command=None if (line := command_line()) is None else shlex.join(line),
         )
         if file is not None:
             save_evaluation(found, file, replace)
@@ -262,8 +261,3 @@ def _typed(pairs: dict[str, str]) -> dict[str, Any]:
     import yaml
 
     return {name: yaml.safe_load(value) for name, value in pairs.items()}
-
-
-def _command() -> str | None:
-    """:return: the command line of this process, if it is one of this package"""
-    return shlex.join([COMMAND, *sys.argv[1:]]) if runs_as_command() else None

@@ -56,10 +56,15 @@ def _line(record: Any) -> str:
 
 
 def _is_for_users(record: Any) -> bool:
-    """LLM-Compressor tells much, and warns on every machine without an accelerator."""
-    ours = record["name"].startswith("autoround_modifier")
+    """
+    LLM-Compressor tells much, and warns on every machine without an accelerator. What modifiers
+    tell of each block is shown as progress.
+    """
     important = record["level"].no >= logger.level(WARNING).no
-    return ours or (important and "No accelerator available" not in record["message"])
+    if important:
+        return "No accelerator available" not in record["message"]
+    package, _, room = record["name"].partition(".")
+    return package == "autoround_modifier" and not room.startswith("modifiers.")
 
 
 @contextlib.contextmanager

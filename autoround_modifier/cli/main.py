@@ -15,6 +15,7 @@ from autoround_modifier.cli.inspect import inspect
 from autoround_modifier.cli.outcome import DONE, reported
 from autoround_modifier.cli.push import push
 from autoround_modifier.cli.quantize import quantize
+from autoround_modifier.cli.release import release
 from autoround_modifier.cli.report import report
 from autoround_modifier.cli.schemes import schemes
 from autoround_modifier.cli.start import COMMAND
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "card": card,
     "push": push,
     "compare": compare,
+    "release": release,
     "schemes": schemes,
 }
 GROUPS: dict[str, typer.Typer] = {"recipes": recipes.app}

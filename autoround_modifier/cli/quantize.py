@@ -135,10 +135,10 @@ def quantize(
     _check_schemes(recipe, schemes, auto_scheme)
     if disable_opt_rtn:
         tuning = _round_to_nearest(tuning)
-    from autoround_modifier.cli.logs import DEBUG, ERROR, WARNING, own_logs
+    from autoround_modifier.cli.logs import DEBUG, ERROR, INFO, own_logs
     from autoround_modifier.cli.progress import RunProgress
 
-    with own_logs(DEBUG if verbose else ERROR if quiet else WARNING) as console:
+    with own_logs(DEBUG if verbose else ERROR if quiet else INFO) as console:
         from autoround_modifier.job import QuantizationJob
         from autoround_modifier.recipe_composition import compose_recipe
 

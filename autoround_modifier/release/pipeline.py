@@ -5,6 +5,7 @@ are done are not done again, so that a release that stopped goes on where it was
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from typing import Any
 
 from loguru import logger
 
+from autoround_modifier.cli.start import command_line
 from autoround_modifier.errors import FailedError, OutputExistsError
 from autoround_modifier.evaluation.results import save_evaluation
 from autoround_modifier.evaluation.run import EvaluationSettings, evaluate_checkpoint
-from autoround_modifier.evaluation.tasks import TaskSettings
+from autoround_modifier.evaluation.tasks import TaskSettings, results_of
 from autoround_modifier.hub import resolve_model
 from autoround_modifier.hub.upload import check_before_upload, upload_checkpoint
 from autoround_modifier.job import QuantizationJob
@@ -207,8 +209,10 @@ class _Checkpoint:
 
     def _evaluate(self) -> Evaluation:
         asked = self.release.evaluation
-        tasks, results = None, self.release.output / WORK / "results"
+        tasks = original_results = None
         if asked.tasks:
+            settings = text_digest(asked.model_dump(mode="json"))[:8]
+            results = self.release.output / WORK / f"results-{settings}"
             tasks = TaskSettings(
                 tasks=tuple(asked.tasks),
                 task_path=asked.task_path,
@@ -221,6 +225,9 @@ class _Checkpoint:
                 trust_remote_code=self.release.trust_remote_code,
                 results_folder=results,
             )
+            # The original runs once for all checkpoints.
+            known = results_of(self.model, results)
+            original_results = known if known.is_dir() else None
         return evaluate_checkpoint(
             self.model,
             str(self.folder),
@@ -231,9 +238,11 @@ class _Checkpoint:
                 length=asked.length,
                 prompts=asked.prompts,
                 tasks=tasks,
+                original_results=original_results,
                 trust_remote_code=self.release.trust_remote_code,
             ),
             original_name=self.release.model,
+            command=None if (line := command_line()) is None else shlex.join(line),
         )
 
 
