@@ -46,6 +46,7 @@ from autoround_modifier.host.layers import disable_onloading, stored_weight
 
 __all__ = [
     "DEQUANTIZED_FORMATS",
+    "auto_class",
     "check_not_compressed",
     "load_model",
     "save_without_requantizing",
@@ -68,6 +69,19 @@ def source_config(name: str | Path, revision: str | None = None) -> dict[str, An
     """
     path = cached_file(str(name), "config.json", revision=revision)
     return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def auto_class(config: dict[str, Any]) -> Any:
+    """
+    :param config: `source_config`
+    :return: the class whose `from_pretrained` knows the model
+    """
+    kind = str(config.get("model_type"))
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForCausalLM
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def stored_format(
@@ -206,7 +220,7 @@ def load_model(
         if dtype == "auto" and not (text.get("dtype") or text.get("torch_dtype")):
             dtype = torch.bfloat16
         logger.info(f"{name} is stored in {method}: dequantized as it is loaded")
-    loader = _loader(config)
+    loader = auto_class(config)
     with load_context(loader), _own_mappings(config), _no_aliases(), _dequantized_by_blocks():
         model = loader.from_pretrained(
             name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs
@@ -255,16 +269,6 @@ def _without_dequantizing(conversion: WeightTransform) -> WeightTransform | None
     plain.scope_prefix = conversion.scope_prefix
     plain.base_model_prefix = conversion.base_model_prefix
     return plain
-
-
-def _loader(config: dict[str, Any]) -> Any:
-    """:return: the class whose `from_pretrained` knows the model"""
-    kind = str(config.get("model_type"))
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return AutoModelForCausalLM
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
 
 
 @contextlib.contextmanager
