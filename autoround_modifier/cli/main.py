@@ -9,6 +9,7 @@ import typer
 
 from autoround_modifier.cli import recipes
 from autoround_modifier.cli.outcome import DONE, reported
+from autoround_modifier.cli.plan import plan
 from autoround_modifier.cli.start import COMMAND
 from autoround_modifier.version import __version__
 
@@ -23,7 +24,7 @@ app = typer.Typer(
 )
 
 # In the order in which they are used: a command is one function, a group is an app of its own.
-COMMANDS: dict[str, Callable[..., None]] = {}
+COMMANDS: dict[str, Callable[..., None]] = {"plan": plan}
 GROUPS: dict[str, typer.Typer] = {"recipes": recipes.app}
 for _name, _command in COMMANDS.items():
     app.command(_name)(reported(_command))

@@ -1,4 +1,4 @@
-"""What a run takes, from a config alone: memory, disk and time, and what to change if it is more."""
+"""What a run takes, from a config alone: memory, disk, time; and what to change if it is more."""
 
 from autoround_modifier.planning.hardware import Machine, find_machine
 from autoround_modifier.planning.plan import Plan, plan

@@ -39,8 +39,7 @@ def changes_that_fit(run: RunSettings, fits: Callable[[RunSettings], bool]) -> l
     """
     kinds = [changes for changes in _kinds(run) if changes]
     alone = [
-        next((change for change in changes if fits(change.applied(run))), None)
-        for changes in kinds
+        next((change for change in changes if fits(change.applied(run))), None) for changes in kinds
     ]
     found = [change for change in alone if change is not None]
     if found:
@@ -53,11 +52,9 @@ def changes_that_fit(run: RunSettings, fits: Callable[[RunSettings], bool]) -> l
     return []
 
 
-def _combinations(
-    kinds: Sequence[Sequence[Change]], number: int
-) -> Iterator[tuple[Change, ...]]:
+def _combinations(kinds: Sequence[Sequence[Change]], number: int) -> Iterator[tuple[Change, ...]]:
     """Yield one change of each of ``number`` kinds, mild ones first."""
-    found = []
+    found: list[tuple[int, int, tuple[Change, ...]]] = []
     for chosen in itertools.combinations(kinds, number):
         names = [frozenset(changes[0].settings) for changes in chosen]
         if len(frozenset().union(*names)) < sum(map(len, names)):
@@ -89,9 +86,7 @@ def _kinds(run: RunSettings) -> Iterator[list[Change]]:
             Change(f"num_calibration_samples {n}", {"samples": n})
             for n in _halves(run.samples, FEWEST)
         ]
-        yield [
-            Change(f"max_seq_length {n}", {"length": n}) for n in _halves(run.length, SHORTEST)
-        ]
+        yield [Change(f"max_seq_length {n}", {"length": n}) for n in _halves(run.length, SHORTEST)]
     if run.checkpoint_dir:
         yield [Change("no checkpoint_dir", {"checkpoint_dir": False})]
     if run.distillation_batch > 1:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from autoround_modifier.errors import SchemeError
 from autoround_modifier.host.blocks import find_blocks, input_embeddings
 from autoround_modifier.host.empty_model import EmptyModel, empty_model
+from autoround_modifier.host.layers import Layer
 from autoround_modifier.host.prediction import predict_tensors
 from autoround_modifier.host.schemes import (
     QuantizationConfig,
@@ -185,13 +186,13 @@ def count_model(
     outside = [x.weight.numel() for x, _ in schemes.values() if x not in in_blocks]
     embedding = getattr(input_embeddings(model), "weight", None)
     text = config.get_text_config()
-    original = {id(x): (name, x) for name, x in reversed(list(model.state_dict(keep_vars=True).items()))}
+    original = {
+        id(x): (name, x) for name, x in reversed(list(model.state_dict(keep_vars=True).items()))
+    }
     return ModelCounts(
         architecture=type(model).__name__,
         dtype=dtype,
-        parameters=sum(
-            p.numel() * built.copies(name) for name, p in model.named_parameters()
-        ),
+        parameters=sum(p.numel() * built.copies(name) for name, p in model.named_parameters()),
         size=sum(x.nbytes * built.copies(name) for name, x in original.values()),
         hidden=int(text.hidden_size),
         vocabulary=int(getattr(text, "vocab_size", 0) or 0),
@@ -270,7 +271,7 @@ def _owner(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _groups(layer: nn.Module, scheme: QuantizationScheme) -> int:
+def _groups(layer: Layer, scheme: QuantizationScheme) -> int:
     grouping = weight_spec(scheme.weights).grouping(tuple(layer.weight.shape))
     return -(-layer.weight.numel() // grouping.group_size)
 
@@ -284,10 +285,8 @@ def _count_blocks(
     blocks = find_blocks(built.model, None)
     names = {module: name for name, module in built.model.named_modules()}
     firsts: dict[object, nn.Module] = {}
-    alike = {
-        block: firsts.setdefault(_signature(block, names, schemes), block) for block in blocks
-    }
-    trained = {x for x, _ in schemes.values() if isinstance(x, nn.Linear)}
+    alike = {block: firsts.setdefault(_signature(block, names, schemes), block) for block in blocks}
+    trained: set[nn.Module] = {x for x, _ in schemes.values() if isinstance(x, nn.Linear)}
     try:
         costs = count_passes(built.model, alike, trained, loss)
         failure = None

@@ -183,5 +183,3 @@ def _free_space(disk: str | Path | None) -> tuple[float, str]:
     path = Path("." if disk is None else disk).absolute()
     there = next(x for x in (path, *path.parents) if x.exists())
     return float(shutil.disk_usage(there).free), str(path)
-
-

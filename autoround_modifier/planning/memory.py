@@ -43,7 +43,9 @@ def device_phases(counts: ModelCounts, run: RunSettings, device: Device) -> list
     :param device: on a CPU, what is on the device is in host memory, beside the model
     :return: phases that hold most on the device, at least one
     """
-    phases = [phase for block in counts.blocks for phase in _block_phases(block, counts, run, device)]
+    phases = [
+        phase for block in counts.blocks for phase in _block_phases(block, counts, run, device)
+    ]
     scratch = min(counts.outside, _slice_elements(device)) * ROUNDING_BYTES
     if counts.outside:
         own = counts.outside * counts.dtype.itemsize
@@ -106,9 +108,7 @@ def _block_phases(
     return phases
 
 
-def _tuning(
-    block: BlockCounts, run: RunSettings, itemsize: int, device: Device
-) -> list[Quantity]:
+def _tuning(block: BlockCounts, run: RunSettings, itemsize: int, device: Device) -> list[Quantity]:
     batch, length = min(run.batch_size, max(run.samples, 1)), run.length
     saved = batch * block.cost.saved.of(length)
     saved += batch * length * block.quantized_inputs * itemsize
@@ -171,10 +171,10 @@ def host_parts(
     if tokens:
         parts.append(Quantity("outputs in the pipeline's cache", states))
         if run.iters:
-            if not device.is_cpu:  # there what is captured is the pipeline's own
-                parts.append(Quantity("captured outputs", states))
+            parts.append(Quantity("captured outputs", states))
             parts.append(Quantity("inputs and outputs of the quantized chain", 2 * states))
-        parts.append(Quantity("attention masks in the pipeline's cache", masks))
+        times = 2 if run.iters else 1
+        parts.append(Quantity("attention masks, captured and in the cache", times * masks))
     if run.distillation_iters:
         teacher = min(run.samples, run.distillation_samples) * run.length * TEACHER_BYTES
         parts.append(Quantity("predictions of the original", teacher))

@@ -185,6 +185,8 @@ def _source(model: str | Path | PreTrainedConfig, trust_remote_code: bool) -> _S
         folder = path.parent if path.is_file() else path if path.is_dir() else None
         name = str(folder or model)
         raw = source_config(name)
+        if not raw:
+            raise FileNotFoundError(f"{name} holds no config.json")
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         except (ValueError, KeyError, TypeError) as error:
@@ -287,9 +289,7 @@ def _smaller_scheme(
     for scheme in SMALLER_SCHEMES:
         try:
             smaller = read_recipe(scheme_recipe(scheme, **fields), {})
-            counts = count_model(
-                source.config, smaller, run.loss, source.dtype, trust_remote_code
-            )
+            counts = count_model(source.config, smaller, run.loss, source.dtype, trust_remote_code)
         except ValueError:  # its groups do not divide the layers
             continue
         if _made(source, smaller, counts, run, machine).fits:

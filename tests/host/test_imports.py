@@ -26,7 +26,7 @@ ORDER = (
     ("schemes",),
     ("modifiers",),
     ("recipes",),
-    ("entrypoint",),
+    ("entrypoint", "planning"),
     ("api",),
 )
 # Mathematics that can be used without the host: not even modules that these import use it.
