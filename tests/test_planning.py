@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -16,11 +18,13 @@ from transformers import LlamaConfig
 from autoround_modifier import AutoRoundModifier, AutoSchemeModifier, ScaleDistillationModifier
 from autoround_modifier.cli.main import main
 from autoround_modifier.errors import CompressedSourceError, RecipeError, SchemeError
-from autoround_modifier.planning import find_machine, plan
+from autoround_modifier.planning import Plan, find_machine, plan
 from autoround_modifier.planning.hardware import DEVICES, find_device, parse_size
 from autoround_modifier.planning.quantities import total
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "tests" / "architectures"))
+from catalogue import CATALOGUE
 from released_configs import (
     DEEPSEEK_R1,
     LLAMA_3_1_8B,
@@ -37,6 +41,11 @@ def folder_of(path, fields) -> str:
     path.mkdir()
     (path / "config.json").write_text(json.dumps(fields))
     return str(path)
+
+
+@functools.cache
+def planned_deepseek() -> Plan:
+    return plan(configuration(DEEPSEEK_R1), "deepseek_r1_int2_mixed", machine=H100)
 
 
 # ---------------------------------------------------------------------- what is saved
@@ -123,7 +132,6 @@ def test_choosing_bits_gives_at_most_the_budget():
         (LLAMA_3_1_8B, "w2a16_autoround", 8.030e9, 4.06e9),
         (LLAMA_3_1_70B, "w4a16_autoround", 70.554e9, 40.6e9),
         (QWEN3_30B_A3B, "w4a16_autoround", 30.532e9, 17.2e9),
-        (DEEPSEEK_R1, "deepseek_r1_int2_mixed", 671.026e9, 185.4e9),
     ],
 )
 def test_a_config_alone_is_enough(fields, recipe, parameters, saved, tmp_path):
@@ -162,13 +170,35 @@ def test_vision_blocks_are_counted():
     assert any("does not reach" in note for note in found.notes)
 
 
+@pytest.mark.parametrize(
+    ("name", "counted"),
+    [
+        ("Jamba", True),
+        ("Gemma 3n", True),
+        ("gpt-oss", True),
+        ("Llama 4", True),
+        ("Qwen2.5-VL, vision tower too", True),
+        ("OPT", False),
+    ],
+)
+def test_other_architectures(name, counted):
+    (architecture,) = (x for x in CATALOGUE if x.name == name)
+    groups = {"group_0": weight_scheme(4, group_size=16)}
+    recipe = AutoRoundModifier(config_groups=groups, ignore=["lm_head", *architecture.ignore])
+    found = plan(architecture.config(), recipe, machine=LARGE)
+    reached = [block for block in found.counts.blocks if block.runs_on_text]
+    assert reached
+    assert all(block.counted == counted for block in reached)
+    assert found.peak.name.startswith("tuning ")
+
+
 def test_a_model_that_cannot_run_without_content_is_assumed(monkeypatch):
     from autoround_modifier.planning import counts
 
     def fails(*args):
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
-    config = configuration(QWEN3_30B_A3B)
+    config = configuration({**QWEN3_30B_A3B, "num_hidden_layers": 2})
     counted = plan(config, machine=LARGE)
     monkeypatch.setattr(counts, "count_passes", fails)
     assumed = plan(config, machine=LARGE)
@@ -181,7 +211,8 @@ def test_a_model_that_cannot_run_without_content_is_assumed(monkeypatch):
 
 
 def test_experts_cost_what_one_token_takes():
-    found = plan(configuration(QWEN3_30B_A3B), machine=H100)
+    config = configuration({**QWEN3_30B_A3B, "num_hidden_layers": 2})
+    found = plan(config, machine=H100)
     (block,) = found.counts.blocks
     assert block.experts == 128 * 3 * 2048 * 768
     assert block.active == 8 * 3 * 2048 * 768
@@ -190,8 +221,17 @@ def test_experts_cost_what_one_token_takes():
     assert block.cost.attention.square == 4 * 32 * 128
 
 
+def test_deepseek_r1():
+    found = planned_deepseek()
+    assert found.counts.parameters == pytest.approx(671.026e9, rel=1e-4)
+    assert found.checkpoint.value == pytest.approx(185.4e9, rel=1e-3)
+    parts = {part.name: part.saved for part in found.counts.parts}
+    assert parts["routed experts"] == pytest.approx(173.7e9, rel=1e-3)
+    assert found.fits
+
+
 def test_layers_that_predict_more_tokens_are_named():
-    found = plan(configuration(DEEPSEEK_R1), "deepseek_r1_int2_mixed", machine=H100)
+    found = planned_deepseek()
     (mtp,) = (part for part in found.disk if "multi-token" in part.name)
     assert mtp.kind == "assumed"
     assert mtp.value == pytest.approx(23.2e9, rel=0.01)
@@ -207,6 +247,12 @@ def test_a_step_on_a_gpu_is_near_the_measured_one():
         _, step, _, peak, _ = (x.strip() for x in row.strip("| ").split("|"))
         assert float(step) == pytest.approx(milliseconds, rel=0.1)
         assert float(peak) == pytest.approx(gib, rel=0.05)
+
+
+def test_a_plan_takes_seconds():
+    started = time.process_time()
+    plan(configuration(LLAMA_3_1_8B), machine=H100)
+    assert time.process_time() - started < 10
 
 
 # ---------------------------------------------------------------------- presets and modifiers
@@ -237,7 +283,7 @@ def test_other_modifiers_are_named():
 
 
 def test_accumulating_keeps_gradients_of_experts():
-    config = configuration(QWEN3_30B_A3B)
+    config = configuration({**QWEN3_30B_A3B, "num_hidden_layers": 2})
     once = plan(config, machine=H100, batch_size=4)
     more = plan(config, machine=H100, batch_size=4, gradient_accumulate_steps=2)
     (block,) = once.counts.blocks
@@ -268,6 +314,7 @@ def test_advice_combines_what_does_not_suffice_alone():
     (change,) = found.advice
     assert change.settings["model_on_disk"]
     assert len(change.settings) > 1
+    assert "; " in change.text
 
 
 def test_a_smaller_scheme_is_named_where_the_disk_is_small(tmp_path):
@@ -283,6 +330,7 @@ def test_nothing_helps_where_the_original_is_too_large():
     found = plan(configuration(LLAMA_3_1_8B), machine=find_machine("h100", "100GB", "2GB"))
     assert not found.fits
     assert found.advice == ()
+    assert "with the model on the disk it would lack disk" in found.notes[-1]
 
 
 def test_what_a_run_would_refuse_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -67,9 +68,8 @@ def plan(
     """
     if recipe is not None and scheme is not None:
         raise UsageError("--recipe and --scheme exclude each other")
-    from loguru import logger
-
-    logger.disable("llmcompressor.utils.dev")  # says that there is no accelerator here
+    # LLM-Compressor would say that this machine has no accelerator, which does not matter here.
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
     from autoround_modifier.planning import find_machine, plan
     from autoround_modifier.planning.settings import DEFAULT_RECIPE
     from autoround_modifier.planning.tables import as_data

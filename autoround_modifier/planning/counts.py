@@ -194,7 +194,7 @@ def count_model(
         dtype=dtype,
         parameters=sum(p.numel() * built.copies(name) for name, p in model.named_parameters()),
         size=sum(x.nbytes * built.copies(name) for name, x in original.values()),
-        hidden=int(text.hidden_size),
+        hidden=_width(built),
         vocabulary=int(getattr(text, "vocab_size", 0) or 0),
         embeddings=0 if embedding is None else embedding.nbytes,
         outside=max(outside, default=0),
@@ -267,6 +267,14 @@ def _chosen(
     return weights, (min(sizes), max(sizes))
 
 
+def _width(built: EmptyModel) -> int:
+    """:return: size of the hidden states"""
+    embedding = getattr(input_embeddings(built.model), "weight", None)
+    if embedding is not None and embedding.ndim == 2:
+        return int(embedding.shape[1])
+    return int(built.model.config.get_text_config().hidden_size)
+
+
 def _owner(name: str) -> str:
     return name.rpartition(".")[0]
 
@@ -320,11 +328,8 @@ def _signature(
         owner = schemes.get(_owner(f"{names[block]}.{name}"))
         scheme = owner[1].weights if owner is not None else None
         found.append((name, tuple(parameter.shape), parameter.dtype, repr(scheme)))
-    attention = [
-        getattr(module, "layer_type", getattr(module, "is_sliding", None))
-        for module in block.modules()
-    ]
-    return (*found, tuple(attention))
+    kinds = [getattr(module, "layer_type", None) for module in block.modules()]
+    return (*found, repr(kinds))
 
 
 def _block(
@@ -404,7 +409,7 @@ def _assumed_cost(built: EmptyModel, block: nn.Module, fields: Counter[str]) -> 
     return BlockCost(
         saved=Polynomial(2 * itemsize * numbers),
         products=Polynomial(2.0 * active),
-        attention=Polynomial(0.0, 4.0 * int(text.hidden_size)),
+        attention=Polynomial(0.0, 4.0 * _width(built)),
         heads=heads,
     )
 

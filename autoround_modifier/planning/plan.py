@@ -19,7 +19,7 @@ from autoround_modifier.planning.disk import checkpoint_size, disk_parts
 from autoround_modifier.planning.duration import run_seconds
 from autoround_modifier.planning.hardware import DEVICES, Machine, find_machine
 from autoround_modifier.planning.memory import device_phases, host_parts
-from autoround_modifier.planning.quantities import Phase, Quantity, largest, total
+from autoround_modifier.planning.quantities import Phase, Quantity, as_size, largest, total
 from autoround_modifier.planning.settings import (
     DEFAULT_RECIPE,
     RecipeParts,
@@ -48,6 +48,11 @@ class Shortage:
     resource: Resource
     needed: float
     available: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.resource}: {as_size(self.needed)} needed, {as_size(self.available)} available"
+        )
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,12 @@ def plan(
         if not machine.device.is_cpu
         and _made(source, parts, counts, run, replace(machine, device=device)).fits
     )
-    return replace(made, advice=tuple(advice), fitting_devices=tuple(cards))
+    notes = list(made.notes)
+    if not advice and not run.model_on_disk:
+        on_disk = _made(source, parts, counts, replace(run, model_on_disk=True), machine)
+        short = "; ".join(map(str, on_disk.shortages))
+        notes.append(f"with the model on the disk it would lack {short}")
+    return replace(made, advice=tuple(advice), fitting_devices=tuple(cards), notes=tuple(notes))
 
 
 def _source(model: str | Path | PreTrainedConfig, trust_remote_code: bool) -> _Source:

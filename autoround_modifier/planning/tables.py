@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from autoround_modifier.planning.plan import Plan
-from autoround_modifier.planning.quantities import Quantity, total
+from autoround_modifier.planning.quantities import Quantity, as_size, total
 
-__all__ = ["Table", "as_data", "as_size", "as_time", "summary", "tables", "verdict"]
+__all__ = ["Table", "as_data", "as_time", "summary", "tables", "verdict"]
 
 Row = tuple[str, ...]
 
@@ -27,14 +27,6 @@ class Table:
     columns: Row
     rows: tuple[Row, ...]
     remarks: tuple[str, ...] = ()
-
-
-def as_size(size: float) -> str:
-    """:return: ``16.1 GB``"""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.{1 if size >= 100 * unit else 2}f} {name}"
-    return f"{size / 1e3:.1f} kB"
 
 
 def as_time(seconds: float) -> str:
@@ -130,11 +122,7 @@ def verdict(plan: Plan) -> list[str]:
         "host memory": "host memory",
         "disk": machine.disk_path,
     }
-    lines = [
-        f"does not fit: {x.resource}: {as_size(x.needed)} needed, {as_size(x.available)} "
-        f"available ({names[x.resource]})"
-        for x in plan.shortages
-    ]
+    lines = [f"does not fit: {x} ({names[x.resource]})" for x in plan.shortages]
     if plan.advice:
         lines.append("each of these makes it fit, with the rest as it is:")
         lines += [f"  - {change.text}" for change in plan.advice]
