@@ -193,14 +193,14 @@ def test_other_architectures(name, counted):
 
 
 def test_a_model_that_cannot_run_without_content_is_assumed(monkeypatch):
-    from autoround_modifier.planning import counts
+    from autoround_modifier.planning import block_counts
 
     def fails(*args):
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
     config = configuration({**QWEN3_30B_A3B, "num_hidden_layers": 2})
     counted = plan(config, machine=LARGE)
-    monkeypatch.setattr(counts, "count_passes", fails)
+    monkeypatch.setattr(block_counts, "count_passes", fails)
     assumed = plan(config, machine=LARGE)
     assert any("assumed from the shapes" in note for note in assumed.notes)
     (part,) = (x for x in assumed.peak.parts if x.name == "saved for the backward pass")

@@ -10,7 +10,8 @@ made, and steps take 1.5 times the bare block (docs/benchmarks/results.md).
 
 from __future__ import annotations
 
-from autoround_modifier.planning.counts import BlockCounts, ModelCounts
+from autoround_modifier.planning.block_counts import BlockCounts
+from autoround_modifier.planning.counts import ModelCounts
 from autoround_modifier.planning.hardware import COPIES, Device
 from autoround_modifier.planning.quantities import Kind, Quantity
 from autoround_modifier.planning.settings import RunSettings

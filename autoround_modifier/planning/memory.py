@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from autoround_modifier.device import slice_elements
-from autoround_modifier.planning.counts import BlockCounts, ModelCounts
+from autoround_modifier.planning.block_counts import BlockCounts
+from autoround_modifier.planning.counts import ModelCounts
 from autoround_modifier.planning.hardware import Device
 from autoround_modifier.planning.quantities import Phase, Quantity
 from autoround_modifier.planning.settings import RunSettings
