@@ -44,6 +44,7 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
     from autoround_modifier.modifiers.auto_round import AutoRoundModifier
     from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
     from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
+    from autoround_modifier.planning import Plan, plan
     from autoround_modifier.presets import PRESETS, Preset
     from autoround_modifier.recipes import find_recipe, list_recipes, load_recipe
     from autoround_modifier.runs.block_report import BlockReport
@@ -67,6 +68,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OutputExistsError",
+    "Plan",
     "Preset",
     "Problem",
     "QuantizedWeight",
@@ -85,6 +87,7 @@ __all__ = [
     "load_model",
     "load_recipe",
     "oneshot",
+    "plan",
     "quantize",
     "quantized_weights",
     "self_generated",

@@ -13,6 +13,7 @@ from autoround_modifier.cli.compare import compare
 from autoround_modifier.cli.evaluate import evaluate
 from autoround_modifier.cli.inspect import inspect
 from autoround_modifier.cli.outcome import DONE, reported
+from autoround_modifier.cli.plan import plan
 from autoround_modifier.cli.push import push
 from autoround_modifier.cli.quantize import quantize
 from autoround_modifier.cli.release import release
@@ -39,6 +40,7 @@ app = typer.Typer(
 
 # In the order in which they are used: a command is one function, a group is an app of its own.
 COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan,
     "quantize": quantize,
     "inspect": inspect,
     "evaluate": evaluate,
