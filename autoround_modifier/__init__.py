@@ -8,7 +8,7 @@ name.
 What is listed in ``__all__`` is public. Everything else may change without notice.
 """
 
-from autoround_modifier.cli.start import runs_as_command
+from autoround_modifier.command import runs_as_command
 from autoround_modifier.version import __version__
 
 if not runs_as_command():  # which does not wait for PyTorch before it answers `--help`
@@ -46,8 +46,8 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
     from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
     from autoround_modifier.planning import Plan, plan
     from autoround_modifier.presets import PRESETS, Preset
+    from autoround_modifier.progress.block_report import BlockReport
     from autoround_modifier.recipes import find_recipe, list_recipes, load_recipe
-    from autoround_modifier.runs.block_report import BlockReport
     from autoround_modifier.schemes import Choice, Measurement
 
 __all__ = [

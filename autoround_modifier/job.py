@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from autoround_modifier.calibration import self_generated
-from autoround_modifier.cli.start import command_line
+from autoround_modifier.command import command_line
 from autoround_modifier.entrypoint import oneshot, source_folders
 from autoround_modifier.errors import FailedError, OutputExistsError, RecipeError
 from autoround_modifier.host.lifecycle import Modifier, as_recipe
@@ -21,9 +21,10 @@ from autoround_modifier.host.loading import (
     source_config,
     stored_format,
 )
+from autoround_modifier.modifiers.shape_checks import check_shapes
+from autoround_modifier.progress.events import Event, Listener, PhaseStarted, listening
 from autoround_modifier.report.recorder import RunRecorder, recording
 from autoround_modifier.report.schema import QuantizationReport, read_report
-from autoround_modifier.runs.events import Event, Listener, PhaseStarted, listening
 from autoround_modifier.runs.output_folder import check_output_folder
 
 __all__ = ["QuantizationJob"]
@@ -34,7 +35,8 @@ DEFAULT_SAMPLES = 128
 @dataclass(frozen=True)
 class QuantizationJob:
     """
-    :ivar model: name or folder
+    :ivar model: folder, or name on the Hugging Face Hub
+    :ivar model_name: as the report calls it, where it was downloaded from elsewhere
     :ivar recipe: YAML
     :ivar recipe_name: of the shipped recipe that it is made of, or None
     :ivar dataset: path, or name on the hub; None lets the model write its own
@@ -45,6 +47,7 @@ class QuantizationJob:
     model: str
     recipe: str
     max_seq_length: int
+    model_name: str | None = None
     recipe_name: str | None = None
     dataset: str | None = None
     revision: str | None = None
@@ -54,22 +57,32 @@ class QuantizationJob:
 
     def check(self, output: Path | None) -> None:
         """
-        What can be known without the weights.
+        What can be known without the weights: nothing but the config is read.
 
         :raises OutputExistsError: if ``output`` holds files, or the model
         :raises CompressedSourceError: if the model is compressed already
+        :raises RecipeError: and the other errors of `check_shapes`
         :raises OSError: if there is no such model, or ``output`` cannot be made
         """
         config = source_config(self.model, self.revision)
         if not config:
             raise FileNotFoundError(f"{self.model} has no config.json: it is no model")
         check_not_compressed(self.model, stored_format(config, self.model, self.revision))
-        if output is None:
-            return
+        if output is not None:
+            self._check_output(output)
+        check_shapes(self._config(), as_recipe(self.recipe).modifiers, self.trust_remote_code)
+
+    def _check_output(self, output: Path) -> None:
         try:
             check_output_folder(output, self.overwrite, source_folders(self.model))
         except OutputExistsError as error:
             raise OutputExistsError(f"{error} (here: --output, --overwrite)") from error
+
+    def _config(self) -> PreTrainedConfig:
+        with self._code_refused():
+            return AutoConfig.from_pretrained(
+                self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
 
     def run(self, output: Path, listener: Listener | None = None) -> QuantizationReport:
         """
@@ -80,7 +93,12 @@ class QuantizationJob:
         """
         self.check(output)
         recipe = as_recipe(self.recipe)
-        recorder = RunRecorder(command_line(), self.recipe_name, self.dataset or "self-generated")
+        recorder = RunRecorder(
+            command_line(),
+            self.recipe_name,
+            self.dataset or "self-generated",
+            self.model_name or self.model,
+        )
         with (
             recording(recorder),
             listening(listener or (lambda event: None)),
@@ -101,13 +119,19 @@ class QuantizationJob:
 
     def _loaded(self) -> PreTrainedModel:
         device_map = {} if self.device_map is None else {"device_map": self.device_map}
-        try:
+        with self._code_refused():
             return load_model(
                 self.model,
                 revision=self.revision,
                 trust_remote_code=self.trust_remote_code,
                 **device_map,
             )
+
+    @contextlib.contextmanager
+    def _code_refused(self) -> Iterator[None]:
+        """Say what to do about a model with code of its own."""
+        try:
+            yield
         except ValueError as error:
             if "trust_remote_code" not in str(error) or self.trust_remote_code:
                 raise

@@ -24,9 +24,9 @@ from transformers import LlamaModel
 from autoround_modifier import AutoRoundModifier, CheckpointError
 from autoround_modifier.blocks import store
 from autoround_modifier.blocks.selection import KEY_SIZE
+from autoround_modifier.progress.block_report import BlockReport
 from autoround_modifier.runs import checkpoint, digests, files, lock, sources
 from autoround_modifier.runs.block_data import describe_data
-from autoround_modifier.runs.block_report import BlockReport
 from autoround_modifier.runs.calibration_data import NOT_READ, calibration_digest
 from autoround_modifier.runs.checkpoint import RunCheckpoint
 from autoround_modifier.tuning import Tuner

@@ -17,8 +17,8 @@ from transformers import (
 
 from autoround_modifier.calibration.tokens import Sample, first_tokens, token_dataset
 from autoround_modifier.errors import CalibrationError
-from autoround_modifier.runs.events import phase
-from autoround_modifier.runs.progress import Progress
+from autoround_modifier.progress.bar import Progress
+from autoround_modifier.progress.events import phase
 
 __all__ = ["self_generated"]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from autoround_modifier.cli.outcome import UsageError
-from autoround_modifier.cli.start import command_line
+from autoround_modifier.command import command_line
 
 __all__ = ["evaluate"]
 

@@ -19,7 +19,7 @@ from autoround_modifier.cli.quantize import quantize
 from autoround_modifier.cli.release import release
 from autoround_modifier.cli.report import report
 from autoround_modifier.cli.schemes import schemes
-from autoround_modifier.cli.start import COMMAND
+from autoround_modifier.command import COMMAND
 from autoround_modifier.version import __version__
 
 __all__ = ["app", "main"]

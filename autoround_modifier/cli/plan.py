@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,6 +41,9 @@ def plan(
     model_on_disk: Annotated[
         bool, typer.Option("--model-on-disk", help="weights stay on the disk, block by block")
     ] = False,
+    platform: Annotated[
+        str | None, typer.Option(help="hub of the model: huggingface or modelscope")
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -68,12 +70,6 @@ def plan(
     """
     if recipe is not None and scheme is not None:
         raise UsageError("--recipe and --scheme exclude each other")
-    # LLM-Compressor would say that this machine has no accelerator, which does not matter here.
-    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
-    from autoround_modifier.planning import find_machine, plan
-    from autoround_modifier.planning.settings import DEFAULT_RECIPE
-    from autoround_modifier.planning.tables import as_data
-
     given: dict[str, Any] = {
         "preset": preset,
         "iters": iters,
@@ -81,20 +77,28 @@ def plan(
         "gradient_accumulate_steps": gradient_accumulate_steps,
         "num_calibration_samples": num_calibration_samples,
     }
-    try:
-        machine = find_machine(gpu, ram, disk)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    found = plan(
-        model,
-        recipe or DEFAULT_RECIPE,
-        scheme=scheme,
-        max_seq_length=max_seq_length,
-        model_on_disk=model_on_disk,
-        machine=machine,
-        trust_remote_code=trust_remote_code,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    from autoround_modifier.cli.logs import WARNING, own_logs
+
+    with own_logs(WARNING):
+        from autoround_modifier.hub import resolve_model
+        from autoround_modifier.planning import find_machine, plan
+        from autoround_modifier.planning.settings import DEFAULT_RECIPE
+        from autoround_modifier.planning.tables import as_data
+
+        try:
+            machine = find_machine(gpu, ram, disk)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        found = plan(
+            resolve_model(model, platform),
+            recipe or DEFAULT_RECIPE,
+            scheme=scheme,
+            max_seq_length=max_seq_length,
+            model_on_disk=model_on_disk,
+            machine=machine,
+            trust_remote_code=trust_remote_code,
+            **{name: value for name, value in given.items() if value is not None},
+        )
     if as_json:
         typer.echo(json.dumps(as_data(found), indent=1))
     else:

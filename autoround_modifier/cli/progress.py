@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from autoround_modifier.runs.events import (
+from autoround_modifier.progress.events import (
     BlockFinished,
     Event,
     PhaseEnded,
@@ -36,8 +36,8 @@ ANNOUNCED = ("generation", "choosing", "capture", "distillation", "saving")
 
 class RunProgress:
     """
-    A listener of `runs.events`. On a terminal a bar shows the phase and the time left; elsewhere
-    only the lines are written.
+    A listener of `progress.events`. On a terminal a bar shows the phase and the time left;
+    elsewhere only the lines are written.
 
     :param console: to write to
     """

@@ -10,7 +10,7 @@ import typer
 
 from autoround_modifier.cli.flags import FieldFlags, with_fields
 from autoround_modifier.cli.outcome import UsageError
-from autoround_modifier.cli.start import COMMAND
+from autoround_modifier.command import COMMAND
 from autoround_modifier.fields import (
     AutoSchemeFields,
     DistillationFields,
@@ -94,6 +94,9 @@ def quantize(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="of the model on the hub")] = None,
+    platform: Annotated[
+        str | None, typer.Option(help="hub of the model: huggingface or modelscope")
+    ] = None,
     device_map: Annotated[
         str | None,
         typer.Option(
@@ -139,11 +142,13 @@ def quantize(
     from autoround_modifier.cli.progress import RunProgress
 
     with own_logs(DEBUG if verbose else ERROR if quiet else INFO) as console:
+        from autoround_modifier.hub import resolve_model
         from autoround_modifier.job import QuantizationJob
         from autoround_modifier.recipe_composition import compose_recipe
 
         job = QuantizationJob(
-            model=model,
+            model=resolve_model(model, platform, revision),
+            model_name=model,
             recipe=compose_recipe(
                 recipe,
                 auto_round={**schemes, **tuning},

@@ -45,7 +45,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from autoround_modifier.errors import SavingError
 from autoround_modifier.host.saved_format import choose_saved_format
-from autoround_modifier.runs.events import phase
+from autoround_modifier.progress.events import phase
 
 __all__ = [
     "RECIPE",

@@ -70,17 +70,17 @@ from autoround_modifier.modifiers.validation import (
     resolve_schemes,
     warn_of_blocks_without_mask,
 )
-from autoround_modifier.runs.block_report import BlockReport
-from autoround_modifier.runs.checkpoint import RunCheckpoint
-from autoround_modifier.runs.digests import run_description, run_digests
-from autoround_modifier.runs.events import (
+from autoround_modifier.progress.bar import Progress
+from autoround_modifier.progress.block_report import BlockReport
+from autoround_modifier.progress.events import (
     CalibrationDataFound,
     PhaseEnded,
     PhaseStarted,
     phase,
     publish,
 )
-from autoround_modifier.runs.progress import Progress
+from autoround_modifier.runs.checkpoint import RunCheckpoint
+from autoround_modifier.runs.digests import run_description, run_digests
 
 __all__ = ["AutoRoundModifier"]
 

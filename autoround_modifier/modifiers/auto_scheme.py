@@ -31,9 +31,9 @@ from autoround_modifier.modifiers.validation import (
     check_one_process,
     layers_to_choose_for,
 )
-from autoround_modifier.runs.events import Result, phase, publish
+from autoround_modifier.progress.bar import Progress
+from autoround_modifier.progress.events import Result, phase, publish
 from autoround_modifier.runs.files import write_atomically
-from autoround_modifier.runs.progress import Progress
 from autoround_modifier.schemes.cache import default_cache_folder
 from autoround_modifier.schemes.choose import check_budget, choose_for_layers
 from autoround_modifier.schemes.measurement import Choice

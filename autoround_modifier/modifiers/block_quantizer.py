@@ -26,10 +26,10 @@ from autoround_modifier.modifiers.layer_quantizer import LayerQuantizer
 from autoround_modifier.modifiers.saved_blocks import SavedBlocks
 from autoround_modifier.modifiers.validation import check_same_blocks
 from autoround_modifier.parallel import gathered, wait_for_all
+from autoround_modifier.progress.block_report import BlockReport, LayerReport
+from autoround_modifier.progress.events import BlockFinished, phase, publish
 from autoround_modifier.runs.block_data import describe_data
-from autoround_modifier.runs.block_report import BlockReport, LayerReport
 from autoround_modifier.runs.checkpoint import RunCheckpoint
-from autoround_modifier.runs.events import BlockFinished, phase, publish
 from autoround_modifier.tuning import SampleShare, Tuner, TuningConfig, TuningResult, num_tokens
 
 __all__ = ["BlockQuantizer", "groups_to_tune"]
@@ -203,7 +203,17 @@ class BlockQuantizer:
         tuned = {**fixed, **result.weights}
         in_order = {layer: tuned[layer] for layer in layers}
         reports = tuple(self._layer_report(x, result, tokens) for x in layers)
-        return in_order, BlockReport.from_result(name, result, len(scarce), reports)
+        report = BlockReport(
+            name,
+            result.initial_loss,
+            result.best_loss,
+            result.best_iteration,
+            result.seconds,
+            len(scarce),
+            result.failure,
+            reports,
+        )
+        return in_order, report
 
     def _layer_report(
         self, layer: nn.Linear, result: TuningResult, tokens: dict[Layer, int]

@@ -9,7 +9,7 @@ from loguru import logger
 from torch import nn
 
 from autoround_modifier.errors import listed
-from autoround_modifier.runs.block_report import BlockReport
+from autoround_modifier.progress.block_report import BlockReport
 
 __all__ = ["nothing_tuned", "say_what_is_left", "what_is_left"]
 

@@ -14,7 +14,7 @@ from autoround_modifier.host.layers import Layer, get_execution_device, stored_w
 from autoround_modifier.host.schemes import QuantizationArgs
 from autoround_modifier.host.write_back import write_back
 from autoround_modifier.parallel import wait_for_all
-from autoround_modifier.runs.events import LayerQuantized, publish
+from autoround_modifier.progress.events import LayerQuantized, publish
 from autoround_modifier.search.initial_weights import InitialWeights
 
 __all__ = ["LayerQuantizer", "check_parts"]

@@ -12,8 +12,8 @@ from autoround_modifier.activations.quantizer import QPARAMS
 from autoround_modifier.errors import CheckpointError, listed
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.modifiers.layer_quantizer import LayerQuantizer, check_parts
+from autoround_modifier.progress.block_report import BlockReport
 from autoround_modifier.runs.block_data import BlockData
-from autoround_modifier.runs.block_report import BlockReport
 from autoround_modifier.runs.checkpoint import BlockState, RunCheckpoint
 
 __all__ = ["SavedBlocks"]

@@ -37,8 +37,8 @@ from autoround_modifier.modifiers.validation import (
     check_not_quantized,
     check_one_process,
 )
-from autoround_modifier.runs.events import Result, phase, publish
-from autoround_modifier.runs.progress import Progress
+from autoround_modifier.progress.bar import Progress
+from autoround_modifier.progress.events import Result, phase, publish
 
 __all__ = ["ScaleDistillationModifier"]
 

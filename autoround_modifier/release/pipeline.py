@@ -14,7 +14,7 @@ from typing import Any
 
 from loguru import logger
 
-from autoround_modifier.cli.start import command_line
+from autoround_modifier.command import command_line
 from autoround_modifier.errors import FailedError, OutputExistsError
 from autoround_modifier.evaluation.results import save_evaluation
 from autoround_modifier.evaluation.run import EvaluationSettings, evaluate_checkpoint
@@ -22,6 +22,7 @@ from autoround_modifier.evaluation.tasks import TaskSettings, results_of
 from autoround_modifier.hub import resolve_model
 from autoround_modifier.hub.upload import check_before_upload, upload_checkpoint
 from autoround_modifier.job import QuantizationJob
+from autoround_modifier.progress.events import Listener
 from autoround_modifier.recipe_composition import compose_recipe
 from autoround_modifier.release.file import CheckpointEntry, Demands, ReleaseFile
 from autoround_modifier.release.state import StepsDone
@@ -29,7 +30,6 @@ from autoround_modifier.report.card import CardOptions, write_card
 from autoround_modifier.report.page import write_page
 from autoround_modifier.report.schema import REPORT_FILE, Evaluation, read_evaluation
 from autoround_modifier.runs.digests import text_digest
-from autoround_modifier.runs.events import Listener
 
 __all__ = ["Released", "run_release"]
 
@@ -138,6 +138,7 @@ class _Checkpoint:
         data, recipe = release.data, self.entry.recipe
         self.job = QuantizationJob(
             model=self.model,
+            model_name=release.model,
             recipe=self._recipe({"checkpoint_dir": str(self.blocks)}),
             max_seq_length=data.max_seq_length or (LENGTH if data.dataset else GENERATED_LENGTH),
             recipe_name=None if recipe is None else Path(recipe).stem,

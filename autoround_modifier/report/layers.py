@@ -12,8 +12,8 @@ from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.host.layers import Layer
 from autoround_modifier.host.saved_size import saved_bits_of_shape
 from autoround_modifier.host.schemes import QuantizationScheme, scheme_label
+from autoround_modifier.progress.block_report import LayerReport
 from autoround_modifier.report.schema import LayerRecord
-from autoround_modifier.runs.block_report import LayerReport
 
 __all__ = ["layer_kind", "layer_records", "unquantized_layers"]
 

@@ -18,6 +18,17 @@ from torch import nn
 
 from autoround_modifier.host.layers import disable_onloading
 from autoround_modifier.parallel import gathered
+from autoround_modifier.progress.block_report import BlockReport
+from autoround_modifier.progress.events import (
+    BlockFinished,
+    CalibrationDataFound,
+    Event,
+    LayerQuantized,
+    PhaseEnded,
+    PhaseStarted,
+    Result,
+    listening,
+)
 from autoround_modifier.report.layers import layer_records, unquantized_layers
 from autoround_modifier.report.phases import PhaseClock
 from autoround_modifier.report.schema import (
@@ -29,18 +40,7 @@ from autoround_modifier.report.schema import (
     QuantizationReport,
     SizeRecord,
 )
-from autoround_modifier.runs.block_report import BlockReport
 from autoround_modifier.runs.calibration_data import calibration_digest, sample_lengths
-from autoround_modifier.runs.events import (
-    BlockFinished,
-    CalibrationDataFound,
-    Event,
-    LayerQuantized,
-    PhaseEnded,
-    PhaseStarted,
-    Result,
-    listening,
-)
 from autoround_modifier.version import __version__
 
 __all__ = ["OriginalModel", "RunRecorder", "active_recorder", "package_versions", "recording"]
@@ -89,11 +89,12 @@ class OriginalModel:
 
 class RunRecorder:
     """
-    A listener of `runs.events`. Reports may be made while the run goes on.
+    A listener of `progress.events`. Reports may be made while the run goes on.
 
     :param command: the command line that started the run; None where there was none
     :param recipe_name: of a shipped recipe
     :param dataset: where the calibration data is from, in words
+    :param model: name of the original; None for what its config says
     """
 
     def __init__(
@@ -101,7 +102,9 @@ class RunRecorder:
         command: Sequence[str] | None = None,
         recipe_name: str | None = None,
         dataset: str | None = None,
+        model: str | None = None,
     ) -> None:
+        self.model = model
         self.command = command
         self.recipe_name = recipe_name
         self.dataset = dataset
@@ -170,7 +173,7 @@ class RunRecorder:
             recipe=recipe,
             recipe_name=self.recipe_name,
             model=ModelRecord(
-                source=original.source,
+                source=self.model or original.source,
                 revision=original.revision,
                 architecture=original.architecture,
                 parameters=original.parameters,

@@ -34,8 +34,8 @@ from autoround_modifier.parallel import (
     process_rank,
     wait_for_all,
 )
+from autoround_modifier.progress.block_report import BlockReport
 from autoround_modifier.runs.block_data import COLUMNS, BlockData
-from autoround_modifier.runs.block_report import BlockReport
 from autoround_modifier.runs.digests import DATA, MODEL, Described
 from autoround_modifier.runs.files import TEMPORARY_PREFIX, atomic_file, write_atomically
 from autoround_modifier.runs.lock import LOCK_FILE, FolderLock

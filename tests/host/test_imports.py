@@ -16,19 +16,19 @@ HOST_LIBRARIES = ("llmcompressor", "compressed_tensors")
 # Rooms, that is folders and single files of the package. Each may import from the lines above its
 # own, and from nothing else of the package.
 ORDER = (
-    ("errors", "version", "device", "parallel", "presets"),
-    ("formats", "calibration", "engines"),
-    ("host",),
-    ("activations", "export"),
+    ("command", "device", "errors", "parallel", "presets", "progress", "version"),
+    ("calibration", "engines", "fields", "formats", "scheme_names"),
+    ("host", "recipe_files"),
+    ("activations", "export", "scheme_catalogue"),
     ("blocks",),
     ("search", "tuning"),
     ("distillation", "runs"),
-    ("report", "hub"),
-    ("evaluation", "schemes"),
-    ("modifiers",),
+    ("hub", "report", "schemes"),
+    ("evaluation", "modifiers"),
     ("recipes",),
-    ("entrypoint", "planning"),
-    ("api",),
+    ("entrypoint", "planning", "recipe_composition"),
+    ("api", "job"),
+    ("release",),
     ("cli",),
     ("__main__",),
 )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from autoround_modifier.tuning import TuningResult
-
 __all__ = ["BlockReport", "LayerReport"]
 
 # How JSON gives the fields of a report.
@@ -62,25 +60,6 @@ class BlockReport:
     scarce_experts: int = 0
     failure: str | None = None
     layers: tuple[LayerReport, ...] = ()
-
-    @classmethod
-    def from_result(
-        cls,
-        name: str,
-        result: TuningResult,
-        scarce_experts: int = 0,
-        layers: tuple[LayerReport, ...] = (),
-    ) -> BlockReport:
-        return cls(
-            name,
-            result.initial_loss,
-            result.best_loss,
-            result.best_iteration,
-            result.seconds,
-            scarce_experts,
-            result.failure,
-            layers,
-        )
 
     def facts(self) -> dict[str, Any]:
         """:return: the same as JSON values"""

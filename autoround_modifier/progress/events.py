@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from autoround_modifier.runs.block_report import BlockReport
+from autoround_modifier.progress.block_report import BlockReport
 
 __all__ = [
     "BlockFinished",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from tqdm import tqdm
 
-from autoround_modifier.runs.events import StepsDone, StepsPlanned, publish
+from autoround_modifier.progress.events import StepsDone, StepsPlanned, publish
 
 __all__ = ["Progress"]
 
 
 class Progress:
     """
-    :param phase: that takes the steps, see `runs.events.PhaseStarted`
+    :param phase: that takes the steps, see `progress.events.PhaseStarted`
     :param total: number of steps; the bar appears with the first of them
     :param blocks: number of blocks that they are for, if they are for blocks
     :param title: of the bar
