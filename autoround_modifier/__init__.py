@@ -21,7 +21,7 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
     )
     from autoround_modifier.calibration import self_generated, text_dataset
     from autoround_modifier.distillation import DistillationResult
-    from autoround_modifier.engines import Problem
+    from autoround_modifier.engines.problem import Problem
     from autoround_modifier.entrypoint import oneshot
     from autoround_modifier.errors import (
         CalibrationError,
@@ -38,11 +38,13 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
     )
     from autoround_modifier.evaluation import Divergence
     from autoround_modifier.export.check import check_checkpoint
+    from autoround_modifier.export.inspection import CheckpointInspection, inspect_checkpoint
     from autoround_modifier.formats import QuantizedWeight
     from autoround_modifier.host.loading import load_model
     from autoround_modifier.modifiers.auto_round import AutoRoundModifier
     from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
     from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
+    from autoround_modifier.planning import Plan, plan
     from autoround_modifier.presets import PRESETS, Preset
     from autoround_modifier.recipes import find_recipe, list_recipes, load_recipe
     from autoround_modifier.runs.block_report import BlockReport
@@ -55,6 +57,7 @@ __all__ = [
     "BlockReport",
     "CalibrationError",
     "CheckpointError",
+    "CheckpointInspection",
     "Choice",
     "CompressedSourceError",
     "DistillationResult",
@@ -65,6 +68,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OutputExistsError",
+    "Plan",
     "Preset",
     "Problem",
     "QuantizedWeight",
@@ -78,10 +82,12 @@ __all__ = [
     "distill",
     "evaluate",
     "find_recipe",
+    "inspect_checkpoint",
     "list_recipes",
     "load_model",
     "load_recipe",
     "oneshot",
+    "plan",
     "quantize",
     "quantized_weights",
     "self_generated",

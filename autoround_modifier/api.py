@@ -21,7 +21,7 @@ from autoround_modifier.distillation import (
     trainable_layers,
     trainable_norms,
 )
-from autoround_modifier.engines import required_engines
+from autoround_modifier.engines.check import required_engines
 from autoround_modifier.entrypoint import oneshot
 from autoround_modifier.errors import CalibrationError, RecipeError
 from autoround_modifier.evaluation import Divergence, compare

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from autoround_modifier.calibration import self_generated
+from autoround_modifier.cli.start import command_line
 from autoround_modifier.entrypoint import oneshot, source_folders
 from autoround_modifier.errors import FailedError, OutputExistsError, RecipeError
 from autoround_modifier.host.lifecycle import Modifier, as_recipe
@@ -80,7 +80,7 @@ class QuantizationJob:
         """
         self.check(output)
         recipe = as_recipe(self.recipe)
-        recorder = RunRecorder(sys.argv, self.recipe_name, self.dataset or "self-generated")
+        recorder = RunRecorder(command_line(), self.recipe_name, self.dataset or "self-generated")
         with (
             recording(recorder),
             listening(listener or (lambda event: None)),
@@ -143,7 +143,7 @@ def _said_what_is_kept(modifiers: list[Modifier], same_data: bool) -> Iterator[N
 
     def note(event: Event) -> None:
         nonlocal begun
-        begun = begun or isinstance(event, PhaseStarted)
+        begun = begun or (isinstance(event, PhaseStarted) and event.name != "generation")
 
     try:
         with listening(note):

@@ -1,4 +1,4 @@
-"""Finds the recipes shipped with the package by name, and checks a recipe file before it runs."""
+"""Loads recipes, and checks a recipe file before it runs."""
 
 from __future__ import annotations
 
@@ -15,36 +15,9 @@ from autoround_modifier.host.lifecycle import Modifier, Recipe, known_modifiers
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.registration import OWN_MODIFIERS
 from autoround_modifier.presets import PRESET_FIELDS
+from autoround_modifier.recipe_files import find_recipe, list_recipes
 
 __all__ = ["check_recipe", "find_recipe", "list_recipes", "load_recipe"]
-
-_PACKAGE = Path(__file__).parent
-# A wheel carries the recipes inside the package; in a checkout they are beside it.
-_INSTALLED = _PACKAGE / "shipped_recipes"
-_FOLDER = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "recipes"
-
-
-def list_recipes() -> dict[str, Path]:
-    """:return: name without ending -> path of every shipped recipe"""
-    return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
-
-
-def find_recipe(recipe: str | Path) -> Path:
-    """
-    :param recipe: a path, or the name of a shipped recipe with or without ``.yaml``
-    :return: path of the recipe file
-    :raises RecipeError: if there is neither; lists the shipped names
-    """
-    path = Path(recipe)
-    if path.is_file():
-        return path
-    shipped = list_recipes()
-    if path.name == str(recipe) and path.stem in shipped and path.suffix in ("", ".yaml"):
-        return shipped[path.stem]
-    raise RecipeError(
-        f"no file `{recipe}`, and no shipped recipe of that name; shipped are: "
-        f"{', '.join(sorted(shipped))}"
-    )
 
 
 def load_recipe(recipe: str | Path, **fields: Any) -> Recipe:

@@ -31,6 +31,8 @@ from autoround_modifier import (
     quantized_weights,
 )
 from autoround_modifier.blocks.store import CalibrationStore
+from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout
+from autoround_modifier.engines.vllm_loader import vllm_problems
 from autoround_modifier.export import check
 from autoround_modifier.modifiers import finishing
 
@@ -221,6 +223,28 @@ def test_state_space_layers_that_vllm_has_in_16_bits_are_refused(tmp_path, nothi
     model = MambaForCausalLM(config).bfloat16()
     with pytest.raises(RecipeError, match=r"Mamba 1 in 16 bits only.*re:\.\*\\\.mixer\\"):
         quantize(model, rounding(config_groups={"group_0": weight_scheme(4)}, engine="vllm"))
+
+
+@pytest.mark.parametrize("model_type", ["internvl", "llava"])
+def test_vision_attention_that_vllm_has_in_16_bits_is_found(model_type):
+    names = ("attention.q_proj", "attention.projection_layer", "mlp.fc1")
+    layers = [f"model.vision_tower.encoder.layer.0.{name}" for name in names]
+    tensors = {
+        f"{layer}.{part}": TensorLayout((64, 8), torch.int32)
+        for layer in layers
+        for part in ("weight_packed", "weight_scale")
+    }
+    groups = {"group_0": {"targets": ["Linear"], **weight_scheme(4)}}
+    config = {"model_type": model_type, "quantization_config": {"config_groups": groups}}
+    problems = vllm_problems(CheckpointLayout(config, tensors))
+    if model_type != "internvl":
+        assert problems == []
+        return
+    (problem,) = problems
+    assert "attention of this vision tower in 16 bits only" in problem.what
+    assert problem.names == tuple(layers[:2])
+    (expression,) = re.findall(r"`re:(.*?)`", problem.remedy)
+    assert [bool(re.match(expression, layer)) for layer in layers] == [True, True, False]
 
 
 def test_an_architecture_that_does_not_run_quantized_is_refused(tmp_path, nothing_runs):

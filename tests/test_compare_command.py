@@ -104,13 +104,13 @@ def test_tables(pair, capsys, monkeypatch):
     out = capsys.readouterr().out
     for words in ("bits per quantized weight", "0.25000", "90.00%", "0.4500 (90.00%)", "down_proj"):
         assert words in out
-    assert "different texts" not in out
+    assert "different samples" not in out
 
 
 def test_other_text(pair, tmp_path, capsys):
     other = save(tmp_path / "other", [], 0.1, digest="e")
     assert main(["compare", pair[0], str(other / REPORT_FILE)]) == 0
-    assert "different texts and cannot be compared" in capsys.readouterr().out
+    assert "different samples and cannot be compared" in capsys.readouterr().out
 
 
 def test_without_a_report(pair, tmp_path, capsys):

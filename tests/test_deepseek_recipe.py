@@ -14,10 +14,12 @@ from tiny_mixtures import DEEPSEEK
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from autoround_modifier import load_recipe
+from autoround_modifier.planning import plan
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from predicted_size import DEEPSEEK_R1, RECIPE, predict
+from released_configs import DEEPSEEK_R1, configuration
 
+RECIPE = "deepseek_r1_int2_mixed"
 EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj")
 
 
@@ -58,10 +60,12 @@ def test_routed_experts_get_two_bits_and_all_else_four(model, written, tmp_path)
     for name in ("lm_head", "model.embed_tokens", "model.layers.1.mlp.gate"):
         assert tensors[f"{name}.weight"].dtype == torch.bfloat16
 
-    foretold = predict(DeepseekV3Config(**DEEPSEEK), RECIPE)
-    assert sum(part.saved for part in foretold.values()) == sum(x.nbytes for x in tensors.values())
+    foretold = plan(DeepseekV3Config(**DEEPSEEK), RECIPE)
+    assert foretold.checkpoint.value == sum(x.nbytes for x in tensors.values())
 
 
 def test_the_configuration_is_that_of_r1():
-    defaults = DeepseekV3Config()
-    assert {name: getattr(defaults, name) for name in DEEPSEEK_R1} == DEEPSEEK_R1
+    found, defaults = configuration(DEEPSEEK_R1).to_dict(), DeepseekV3Config().to_dict()
+    shapes = DEEPSEEK_R1.keys() & defaults.keys() - {"dtype", "quantization_config"}
+    assert {name: found[name] for name in shapes} == {name: defaults[name] for name in shapes}
+    assert len(shapes) > 18

@@ -6,10 +6,12 @@ import functools
 import json
 import math
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
 
+import datasets
 import lm_eval.tasks
 import pytest
 import torch
@@ -73,8 +75,9 @@ def text(tmp_path) -> Path:
 
 
 @pytest.fixture
-def task_folder(tmp_path) -> Path:
+def task_folder(tmp_path, monkeypatch) -> Path:
     """Two multiple-choice tasks and their group, as lm-evaluation-harness reads them."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [
@@ -185,6 +188,8 @@ def test_real_tasks(models_, task_folder, tmp_path, capsys):
     assert [command.split()[:3] for command in found.task_commands] == [
         ["lm_eval", "--model", "hf"]
     ] * 2
+
+    assert list((tmp_path / "cache").iterdir())
 
     # The files that the harness left, read as they are, give the same rows.
     folders = sorted(kept.iterdir(), key=lambda folder: folder.name.endswith("quantized"))
@@ -466,3 +471,30 @@ def test_vllm_runs_the_tasks_alone(models_, tmp_path, capsys, monkeypatch):
     assert saved.engine == "vllm"
     assert saved.divergence is None
     assert {row.engine for row in saved.tasks} == {"vllm"}
+
+
+def test_no_room_for_predictions(models_, text, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 8, 1000))
+    assert run(models_, "--text", text, "--length", 16, "--no-generations") == 1
+    error = capsys.readouterr().err
+    assert "the original's predictions take" in error
+    assert "use fewer `--samples`, or name another disk by TMPDIR" in error
+
+
+def test_a_model_that_predicts_nan(models_, text, capsys):
+    broken = AutoModelForCausalLM.from_pretrained(models_[0])
+    with torch.no_grad():
+        broken.lm_head.weight[0] = math.nan
+    broken.save_pretrained(models_[1])
+    assert run(models_, "--text", text, "--length", 16, "--no-generations") == 1
+    assert "the quantized model predicts NaN" in capsys.readouterr().err
+
+
+def test_help_without_pytorch():
+    program = (
+        "import sys; sys.argv = ['autoround-modifier']\n"
+        "from autoround_modifier.cli.main import main\n"
+        "assert not any(main([name, '--help']) for name in ('evaluate', 'compare', 'push'))\n"
+        "assert not {'torch', 'transformers', 'rich.table'} & set(sys.modules) - {'rich.table'}\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,6 +17,8 @@ from transformers import (
 
 from autoround_modifier.calibration.tokens import Sample, first_tokens, token_dataset
 from autoround_modifier.errors import CalibrationError
+from autoround_modifier.runs.events import phase
+from autoround_modifier.runs.progress import Progress
 
 __all__ = ["self_generated"]
 
@@ -67,9 +69,13 @@ def self_generated(
     samples: list[Tensor] = []
     devices = [model.device] if model.device.type != "cpu" else []
     batches = prompts.split(batch_size)
+    progress = Progress(
+        "generation", num_samples * new_tokens, title="Calibration text", unit="token"
+    )
     with (
+        phase("generation"),
+        contextlib.closing(progress),
         torch.random.fork_rng(devices=devices, device_type=model.device.type),
-        tqdm(total=num_samples * new_tokens, desc="Calibration text", unit="token") as progress,
     ):
         torch.manual_seed(seed)
         for batch in batches:
@@ -92,9 +98,9 @@ def self_generated(
 class _Progress(StoppingCriteria):
     """Advances a progress bar by each generated token; never stops the generation."""
 
-    def __init__(self, progress: tqdm):
+    def __init__(self, progress: Progress):
         self._progress = progress
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        self._progress.update(len(input_ids))
+        self._progress.advance(len(input_ids))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -38,7 +38,9 @@ def _show(found: Comparison) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table("", *(side.name for side in found.sides))
+    for letter, side in zip("AB", found.sides, strict=True):
+        typer.echo(f"{letter}  {side.name}")
+    table = Table("", "A", "B")
     for name, values in _rows(found.sides):
         if any(values):
             table.add_row(name, *values)
@@ -52,7 +54,7 @@ def _show(found: Comparison) -> None:
         )
     console.print(table)
     if all(side.divergence for side in found.sides) and not found.same_text:
-        typer.echo("The divergences are of different texts and cannot be compared.")
+        typer.echo("The divergences are of different samples and cannot be compared.")
     if found.kinds:
         columns = (f"{what} {letter}" for letter in "AB" for what in ("scheme", "bits", "error"))
         differences = Table("layers", *columns, title="Where the schemes differ")

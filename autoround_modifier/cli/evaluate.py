@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from autoround_modifier.cli.outcome import UsageError
-from autoround_modifier.cli.start import COMMAND, runs_as_command
-from autoround_modifier.cli.streams import logs_to_stderr
+from autoround_modifier.cli.start import command_line
 
 __all__ = ["evaluate"]
 
@@ -39,7 +37,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="JSON lines, CSV, Parquet or plain text that calibration did not see; without it, "
-            "a packaged text of 2,700 tokens",
+            "a packaged text of 3,000 tokens",
             rich_help_panel=TEXT,
         ),
     ] = None,
@@ -172,7 +170,9 @@ def evaluate(
     wanted_rows = _pairs(match or [], "--match")
     arguments = _pairs(model_args.split(",") if model_args else [], "--model-args")
 
-    with logs_to_stderr():
+    from autoround_modifier.cli.logs import own_logs
+
+    with own_logs():
         from autoround_modifier.evaluation.results import check_mergeable, save_evaluation
         from autoround_modifier.evaluation.run import EvaluationSettings, evaluate_checkpoint
         from autoround_modifier.evaluation.tasks import TaskSettings
@@ -218,7 +218,7 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
             ),
             original_name=original,
-            command=_command(),
+            command=None if (line := command_line()) is None else shlex.join(line),
         )
         if file is not None:
             save_evaluation(found, file, replace)
@@ -261,8 +261,3 @@ def _typed(pairs: dict[str, str]) -> dict[str, Any]:
     import yaml
 
     return {name: yaml.safe_load(value) for name, value in pairs.items()}
-
-
-def _command() -> str | None:
-    """:return: the command line of this process, if it is one of this package"""
-    return shlex.join([COMMAND, *sys.argv[1:]]) if runs_as_command() else None

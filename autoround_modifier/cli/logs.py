@@ -1,43 +1,83 @@
-"""What is logged, as a command shows it."""
+"""What is logged while a command runs: to stderr, in its own words."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 from loguru import logger
 from rich.console import Console
 
-__all__ = ["log_to_console"]
+__all__ = ["DEBUG", "ERROR", "INFO", "WARNING", "own_logs"]
+
+DEBUG, INFO, WARNING, ERROR = "DEBUG", "INFO", "WARNING", "ERROR"
 
 
-def log_to_console(quiet: bool, verbose: bool) -> Console:
+@contextlib.contextmanager
+def own_logs(level: str = INFO) -> Iterator[Console]:
     """
-    Send logs to stderr: warnings and errors; with ``verbose``, everything.
+    Send logs to stderr, of this package from ``level`` on, of others warnings and errors; with
+    ``DEBUG`` everything. Progress bars of libraries are not drawn, and what libraries print to
+    stdout goes to stderr. Libraries are imported inside: LLM-Compressor sets up logging to stdout.
 
     :return: the console of stderr
     """
     console = Console(stderr=True)
-
-    def write(message: str) -> None:
-        console.print(message.rstrip(), markup=False, highlight=False, soft_wrap=True)
-
     logger.remove()
-    if verbose:
-        logger.add(write, level="DEBUG", format="{time:HH:mm:ss} {level.name.lower} {message}")
-        return console
-    level = "ERROR" if quiet else "WARNING"
-    logger.add(write, level=level, format=_one_line, filter=_is_for_users)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    return console
+    with contextlib.redirect_stdout(sys.stderr), _no_bars(level):
+        import llmcompressor  # noqa: F401
+
+        logger.remove()
+        logger.add(
+            lambda text: console.print(
+                text.rstrip(), markup=False, highlight=False, soft_wrap=True
+            ),
+            level=level,
+            format=_line,
+            filter=None if level == DEBUG else _is_for_users,
+        )
+        if level == DEBUG:
+            yield console
+            return
+        for name in ("transformers", "torch.fx"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield console
 
 
-def _one_line(record: Any) -> str:
-    return "{level.name}: {message}\n"
+def _line(record: Any) -> str:
+    return "{message}\n" if record["level"].name == INFO else "{level.name}: {message}\n"
 
 
 def _is_for_users(record: Any) -> bool:
-    """LLM-Compressor warns on every machine without an accelerator."""
-    return "No accelerator available" not in record["message"]
+    """
+    LLM-Compressor tells much, and warns on every machine without an accelerator. What modifiers
+    tell of each block is shown as progress.
+    """
+    important = record["level"].no >= logger.level(WARNING).no
+    if important:
+        return "No accelerator available" not in record["message"]
+    package, _, room = record["name"].partition(".")
+    return package == "autoround_modifier" and not room.startswith("modifiers.")
+
+
+@contextlib.contextmanager
+def _no_bars(level: str) -> Iterator[None]:
+    if level == DEBUG:
+        yield
+        return
+    from tqdm import tqdm
+
+    original = tqdm.__init__
+
+    def disabled(self: tqdm, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "disable": True})
+
+    with mock.patch.object(tqdm, "__init__", disabled):
+        yield

@@ -11,10 +11,14 @@ from autoround_modifier.cli import recipes
 from autoround_modifier.cli.card import card
 from autoround_modifier.cli.compare import compare
 from autoround_modifier.cli.evaluate import evaluate
+from autoround_modifier.cli.inspect import inspect
 from autoround_modifier.cli.outcome import DONE, reported
+from autoround_modifier.cli.plan import plan
 from autoround_modifier.cli.push import push
 from autoround_modifier.cli.quantize import quantize
+from autoround_modifier.cli.release import release
 from autoround_modifier.cli.report import report
+from autoround_modifier.cli.schemes import schemes
 from autoround_modifier.cli.start import COMMAND
 from autoround_modifier.version import __version__
 
@@ -25,6 +29,7 @@ app = typer.Typer(
     help="Quantize language models to 2 to 8 bits with SignRound (AutoRound), and publish them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
@@ -35,12 +40,16 @@ app = typer.Typer(
 
 # In the order in which they are used: a command is one function, a group is an app of its own.
 COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan,
     "quantize": quantize,
+    "inspect": inspect,
     "evaluate": evaluate,
     "report": report,
     "card": card,
-    "compare": compare,
     "push": push,
+    "compare": compare,
+    "release": release,
+    "schemes": schemes,
 }
 GROUPS: dict[str, typer.Typer] = {"recipes": recipes.app}
 for _name, _command in COMMANDS.items():

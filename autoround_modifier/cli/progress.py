@@ -20,6 +20,7 @@ __all__ = ["RunProgress"]
 
 # What a phase is called while it lasts
 DOING = {
+    "generation": "writing calibration text",
     "choosing": "choosing schemes",
     "capture": "running blocks in full precision",
     "search": "searching scales",
@@ -29,8 +30,8 @@ DOING = {
     "distillation": "training scales end to end",
     "saving": "saving",
 }
-# Phases in which most of a run's time goes, each from its first step to its last
-STAGES = ("choosing", "tuning", "distillation")
+# Phases that are worth a line of their own
+ANNOUNCED = ("generation", "choosing", "capture", "distillation", "saving")
 
 
 class RunProgress:
@@ -55,7 +56,6 @@ class RunProgress:
         )
         self._task: TaskID = self._bar.add_task("preparing", total=None, left="")
         self._phases = ["preparing"]
-        self._stage = ""
         self._since = 0.0
         self._total = self._done = self._num_blocks = self._blocks = 0
 
@@ -70,14 +70,14 @@ class RunProgress:
         match event:
             case PhaseStarted(name):
                 self._phases.append(DOING.get(name, name))
-                if name in ("choosing", "capture", "distillation", "saving"):
+                if name in ANNOUNCED:
                     self.line(f"{self._phases[-1]} ...")
             case PhaseEnded():
                 if len(self._phases) > 1:
                     self._phases.pop()
-            case StepsPlanned(stage, total, blocks):
-                self._stage, self._total, self._num_blocks = stage, total, blocks
-                self._done, self._since = 0, time.monotonic()
+            case StepsPlanned(_, total, blocks):
+                self._total, self._num_blocks = total, blocks
+                self._done, self._blocks, self._since = 0, 0, time.monotonic()
             case StepsDone(_, steps):
                 self._done += steps
             case BlockFinished(name, report, restored):

@@ -9,8 +9,6 @@ from typing import Annotated
 
 import typer
 
-from autoround_modifier.cli.streams import logs_to_stderr
-
 __all__ = ["push"]
 
 
@@ -38,7 +36,9 @@ def push(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Check a checkpoint and upload it to Hugging Face or ModelScope."""
-    with logs_to_stderr():
+    from autoround_modifier.cli.logs import own_logs
+
+    with own_logs():
         from autoround_modifier.hub.upload import check_before_upload, upload_checkpoint
 
         for problem in check_before_upload(checkpoint, force):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,44 +135,41 @@ def quantize(
     _check_schemes(recipe, schemes, auto_scheme)
     if disable_opt_rtn:
         tuning = _round_to_nearest(tuning)
-    # LLM-Compressor's bars would be drawn through ours. Read when tqdm is imported.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-
-    from autoround_modifier.cli.logs import log_to_console
-
-    console = log_to_console(quiet, verbose)  # before LLM-Compressor logs as it is imported
-
+    from autoround_modifier.cli.logs import DEBUG, ERROR, INFO, own_logs
     from autoround_modifier.cli.progress import RunProgress
-    from autoround_modifier.job import QuantizationJob
-    from autoround_modifier.recipe_composition import compose_recipe
 
-    job = QuantizationJob(
-        model=model,
-        recipe=compose_recipe(
-            recipe,
-            auto_round={**schemes, **tuning},
-            auto_scheme=_auto_scheme_fields(auto_scheme, schemes, tuning),
-            distillation=_distillation_fields(distill, distillation, tuning),
-            settings=settings or (),
-        ),
-        recipe_name=None if recipe is None else Path(recipe).stem,
-        dataset=dataset,
-        max_seq_length=max_seq_length or (LENGTH if dataset else GENERATED_LENGTH),
-        revision=revision,
-        device_map=device_map,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-    )
-    if output is None or dry_run:
-        job.check(output)
+    with own_logs(DEBUG if verbose else ERROR if quiet else INFO) as console:
+        from autoround_modifier.job import QuantizationJob
+        from autoround_modifier.recipe_composition import compose_recipe
+
+        job = QuantizationJob(
+            model=model,
+            recipe=compose_recipe(
+                recipe,
+                auto_round={**schemes, **tuning},
+                auto_scheme=_auto_scheme_fields(auto_scheme, schemes, tuning),
+                distillation=_distillation_fields(distill, distillation, tuning),
+                settings=settings or (),
+            ),
+            recipe_name=None if recipe is None else Path(recipe).stem,
+            dataset=dataset,
+            max_seq_length=max_seq_length or (LENGTH if dataset else GENERATED_LENGTH),
+            revision=revision,
+            device_map=device_map,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+        report = None
+        if output is None or dry_run:
+            job.check(output)
+        elif quiet:
+            report = job.run(output)
+        else:
+            with RunProgress(console) as progress:
+                report = job.run(output, progress)
+    if report is None or output is None:
         typer.echo(job.recipe)
-        return
-    if quiet:
-        report = job.run(output)
-    else:
-        with RunProgress(console) as progress:
-            report = job.run(output, progress)
-    if as_json:
+    elif as_json:
         typer.echo(json.dumps({"output": str(output), "report": report.model_dump(mode="json")}))
     else:
         typer.echo(_summary(report, output))

@@ -33,6 +33,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
         table.add_row("perplexity", f"{found.original_perplexity:.4f}", f"{found.perplexity:.4f}")
         console.print(table)
     if evaluation.tasks:
+        typer.echo()
         table = Table(title="lm-evaluation-harness", title_justify="left")
         for column in ("task", "metric", "shots", "original", "quantized", "recovery"):
             table.add_column(column, justify="left" if column in ("task", "metric") else "right")
@@ -50,6 +51,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
         if hidden:
             typer.echo(f"{hidden} results of parts of groups are in the file alone")
     for generation in evaluation.generations:
+        typer.echo()
         table = Table(
             title=Text(generation.prompt), title_justify="left", show_lines=True, expand=True
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-__all__ = ["COMMAND", "runs_as_command"]
+__all__ = ["COMMAND", "command_line", "runs_as_command"]
 
 COMMAND = "autoround-modifier"
 _PACKAGE = "autoround_modifier"
@@ -23,3 +23,8 @@ def runs_as_command() -> bool:
         arguments = sys.orig_argv
         return _PACKAGE in arguments[arguments.index("-m") + 1 :][:1]
     return Path(program).stem == COMMAND
+
+
+def command_line() -> list[str] | None:
+    """:return: what this process was started with, where it is the command line"""
+    return [COMMAND, *sys.argv[1:]] if runs_as_command() else None

@@ -1,27 +1,8 @@
 """
-Which engine reads what of a checkpoint, told from names, shapes and ``config.json`` alone.
+Which engine reads what of a checkpoint, told from names, shapes and ``config.json`` alone, and
+which kernel runs it on which hardware.
 
-Nothing here knows LLM-Compressor or a session: what a recipe will save is checked before the run by
-the same functions as a folder afterwards.
+Nothing here knows LLM-Compressor or a session: what a recipe will save is checked before the run
+by the same functions as a folder afterwards. The tables of kernels need no PyTorch, so this file
+imports nothing.
 """
-
-from autoround_modifier.engines.check import (
-    ENGINES,
-    find_problems,
-    required_engines,
-    unreadable_experts,
-)
-from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout
-from autoround_modifier.engines.problem import Problem
-from autoround_modifier.engines.vllm_loader import vllm_problems
-
-__all__ = [
-    "ENGINES",
-    "CheckpointLayout",
-    "Problem",
-    "TensorLayout",
-    "find_problems",
-    "required_engines",
-    "unreadable_experts",
-    "vllm_problems",
-]

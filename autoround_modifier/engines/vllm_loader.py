@@ -33,6 +33,12 @@ _HEADS = ("lm_head", "embed_out")
 _FUSED_EXPERTS_ONLY = ("gpt_oss", "dbrx")
 # Model types whose state-space layers are those of Mamba 1 -> what these are called
 _MAMBA_1 = {"jamba": "mamba", "mamba": "mixer", "falcon_mamba": "mixer"}
+# Model types whose vision attention vLLM makes of plain linear layers, which have 16-bit weights
+# only: `InternSdpaAttention` of interns1_vit.py
+_PLAIN_VISION_ATTENTION = ("internvl", "interns1")
+_VISION_ATTENTION = re.compile(
+    r"(.*\.)?vision_tower\..*\.attention\.(q_proj|k_proj|v_proj|projection_layer)"
+)
 
 
 def vllm_problems(layout: CheckpointLayout) -> list[Problem]:
@@ -48,6 +54,7 @@ def vllm_problems(layout: CheckpointLayout) -> list[Problem]:
         *_group_problems(layers, layout),
         *_expert_problems(layers, layout),
         *_mamba_problems(layers, layout),
+        *_vision_problems(layers, layout),
     ]
 
 
@@ -210,4 +217,23 @@ def _mamba_problems(
             "has the linear layers of Mamba 1 in 16 bits only",
             tuple(names),
             rf"Put `re:.*\.{mixer}\..*` into `ignore`. {OR_ELSE}",
+        )
+
+
+def _vision_problems(
+    layers: Mapping[str, str | None], layout: CheckpointLayout
+) -> Iterator[Problem]:
+    if layout.config.get("model_type") not in _PLAIN_VISION_ATTENTION:
+        return
+    names = [
+        name
+        for name in layers
+        if _VISION_ATTENTION.fullmatch(name) and f"{name}.weight_scale" in layout.tensors
+    ]
+    if names:
+        yield Problem(
+            NAME,
+            "has the attention of this vision tower in 16 bits only",
+            tuple(names),
+            rf"Put `re:.*vision_tower\..*\.attention\..*` into `ignore`. {OR_ELSE}",
         )

@@ -14,7 +14,7 @@ from autoround_modifier.errors import EvaluationError, MissingExtraError
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-__all__ = ["Engine", "Harness", "TaskSettings", "task_command"]
+__all__ = ["Engine", "Harness", "TaskSettings", "results_of", "task_command"]
 
 Engine = Literal["transformers", "vllm"]
 # What lm-evaluation-harness calls the engines
@@ -125,6 +125,18 @@ def task_command(model: str, settings: TaskSettings) -> str:
     if settings.apply_chat_template:
         parts += ["--apply_chat_template", "--fewshot_as_multiturn"]
     return shlex.join(parts)
+
+
+def results_of(model: str, results_folder: Path) -> Path:
+    """
+    :param results_folder: of `TaskSettings`
+    :return: the folder in which lm-evaluation-harness writes the results of a model
+    """
+    try:
+        from lm_eval.utils import sanitize_model_name
+    except ImportError as error:
+        raise MissingExtraError("tasks", "lm_eval", "eval") from error
+    return results_folder / sanitize_model_name(model)
 
 
 def _model_arguments(model: str, settings: TaskSettings) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def read_text(
 ) -> EvaluationText:
     """
     :param path: file as for calibration data (JSON lines, CSV, Parquet, plain text); None for the
-        packaged text, a few thousand tokens
+        packaged text, some 3,000 tokens
     :param num_samples: largest number of samples
     :param length: tokens of each sample
     :param match: columns and the values that a row must have

@@ -12,12 +12,10 @@ from loguru import logger
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from autoround_modifier.engines import (
-    Problem,
-    find_problems,
-    required_engines,
-    vllm_problems,
-)
+from autoround_modifier.engines.check import find_problems, required_engines
+from autoround_modifier.engines.layout import CheckpointLayout
+from autoround_modifier.engines.problem import Problem
+from autoround_modifier.engines.vllm_loader import vllm_problems
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.export.saved_files import read_layout
 from autoround_modifier.host.layers import as_single_threaded
@@ -25,7 +23,7 @@ from autoround_modifier.host.prediction import predict_layout
 from autoround_modifier.host.saved_names import name_experts_as_released
 from autoround_modifier.host.schemes import QuantizationConfig
 
-__all__ = ["check_before_saving", "check_checkpoint", "check_saved"]
+__all__ = ["check_before_saving", "check_checkpoint", "check_saved", "problems_of_layout"]
 
 
 def check_checkpoint(folder: str | os.PathLike[str], engine: str = "any") -> list[Problem]:
@@ -40,14 +38,24 @@ def check_checkpoint(folder: str | os.PathLike[str], engine: str = "any") -> lis
     :raises CheckpointError: if a file cannot be read, or is not there
     :raises ValueError: if there is no such engine
     """
-    layout, required = read_layout(Path(folder)), required_engines(engine)
+    required = required_engines(engine)
+    problems = problems_of_layout(Path(folder), read_layout(Path(folder)))
+    return [problem for name in required for problem in problems.get(name, ())]
+
+
+def problems_of_layout(folder: Path, layout: CheckpointLayout) -> dict[str, list[Problem]]:
+    """
+    :param folder: of a checkpoint
+    :param layout: of its tensors
+    :return: engine -> what is wrong; without Transformers, and with a warning, where it does not
+        know the model without code from the checkpoint
+    """
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # code of its own, or a type that is not known here
         logger.warning(f"not checked for Transformers: {error}")
-        return vllm_problems(layout) if "vllm" in required else []
-    problems = find_problems(layout, config=config)
-    return [problem for name in required for problem in problems[name]]
+        return {"vllm": vllm_problems(layout)}
+    return find_problems(layout, config=config)
 
 
 def check_before_saving(

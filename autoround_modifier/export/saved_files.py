@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from autoround_modifier.engines import CheckpointLayout, TensorLayout
+from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout
 from autoround_modifier.errors import CheckpointError
 
 __all__ = [
@@ -83,7 +83,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map") or {}
-        return {name: folder / file for name, file in weight_map.items()}
+        paths = {file: folder / file for file in set(weight_map.values())}
+        return {name: paths[file] for name, file in weight_map.items()}
     files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with opened(path) as file:

@@ -71,6 +71,19 @@ def source_config(name: str | Path, revision: str | None = None) -> dict[str, An
     return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def auto_class(config: dict[str, Any]) -> Any:
+    """
+    :param config: `source_config`
+    :return: the class whose `from_pretrained` knows the model
+    """
+    kind = str(config.get("model_type"))
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForCausalLM
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def stored_format(
     config: dict[str, Any], name: str | Path = "", revision: str | None = None
 ) -> str | None:
@@ -256,19 +269,6 @@ def _without_dequantizing(conversion: WeightTransform) -> WeightTransform | None
     plain.scope_prefix = conversion.scope_prefix
     plain.base_model_prefix = conversion.base_model_prefix
     return plain
-
-
-def auto_class(config: dict[str, Any]) -> Any:
-    """
-    :param config: `source_config`
-    :return: the class whose `from_pretrained` knows the model
-    """
-    kind = str(config.get("model_type"))
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return AutoModelForCausalLM
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
 
 
 @contextlib.contextmanager

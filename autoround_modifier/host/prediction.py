@@ -19,7 +19,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.utils import targets_embeddings, untie_word_embeddings
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -29,7 +29,7 @@ from autoround_modifier.host.saved_format import choose_saved_format
 from autoround_modifier.host.saved_names import saved_name
 from autoround_modifier.host.skeleton import skeleton
 
-__all__ = ["named_layers", "predict_layout", "quantization_section"]
+__all__ = ["named_layers", "predict_layout", "predict_tensors", "quantization_section"]
 
 
 def predict_layout(
@@ -41,6 +41,34 @@ def predict_layout(
         have already stay where no target matches
     :return: names, shapes and dtypes of the tensors that saving will write, and ``config.json``
     """
+    copied, section = _compressed(model, configs)
+    tensors = revert_weight_conversion(copied, _saved_state(copied))
+    content = copied.config.to_dict()
+    content["architectures"] = [type(model).__name__]
+    if section is not None:
+        content[QUANTIZATION_CONFIG_NAME] = section
+    return CheckpointLayout(
+        content,
+        {name: TensorLayout(tuple(x.shape), x.dtype) for name, x in tensors.items()},
+    )
+
+
+def predict_tensors(
+    model: PreTrainedModel, configs: Iterable[QuantizationConfig]
+) -> dict[str, Tensor]:
+    """
+    :param model: it is not changed
+    :param configs: as in `predict_layout`
+    :return: the tensors that saving will write, on the meta device, by the names that they have in
+        the model: `predict_layout` has those of the files
+    """
+    return _saved_state(_compressed(model, configs)[0])
+
+
+def _compressed(
+    model: PreTrainedModel, configs: Iterable[QuantizationConfig]
+) -> tuple[PreTrainedModel, dict[str, Any] | None]:
+    """:return: a copy on the meta device, as saving leaves the model; its `quantization_section`"""
     copied = skeleton(model)
     assert isinstance(copied, PreTrainedModel)
     with _without_log("compressed_tensors.utils.match"):  # of targets, which the run says itself
@@ -58,19 +86,15 @@ def predict_layout(
         if isinstance(module, (nn.Linear, nn.Embedding)):
             compress_module(module)
             _pack_zero_point(module)
+    return copied, section
+
+
+def _saved_state(copied: PreTrainedModel) -> dict[str, Tensor]:
     state = copied.state_dict(keep_vars=True)
     for name, source in (getattr(copied, "all_tied_weights_keys", None) or {}).items():
         if name in state and state[name] is state.get(source):
             del state[name]  # one copy is saved
-    tensors = revert_weight_conversion(copied, state)
-    content = copied.config.to_dict()
-    content["architectures"] = [type(model).__name__]
-    if section is not None:
-        content[QUANTIZATION_CONFIG_NAME] = section
-    return CheckpointLayout(
-        content,
-        {name: TensorLayout(tuple(x.shape), x.dtype) for name, x in tensors.items()},
-    )
+    return state
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from loguru import logger
 
-from autoround_modifier.engines import Problem
+from autoround_modifier.engines.problem import Problem
 from autoround_modifier.errors import CheckpointError, HubError, MissingExtraError
 from autoround_modifier.export.check import check_checkpoint
 from autoround_modifier.hub.platform import chosen_platform, is_offline

@@ -44,7 +44,6 @@ from autoround_modifier.modifiers.failures import nothing_tuned, what_is_left
 from autoround_modifier.modifiers.finishing import prepare_saving
 from autoround_modifier.modifiers.generation import GenerationCheck
 from autoround_modifier.modifiers.preparation import PreparedModel, prepare_model
-from autoround_modifier.modifiers.progress import Progress
 from autoround_modifier.modifiers.recorder import (
     CalibrationRecorder,
     layers_to_record,
@@ -81,6 +80,7 @@ from autoround_modifier.runs.events import (
     phase,
     publish,
 )
+from autoround_modifier.runs.progress import Progress
 
 __all__ = ["AutoRoundModifier"]
 
@@ -267,7 +267,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             self._store = CalibrationStore(self._blocks, limit)
             num_blocks = len(self._blocks)
             steps = num_blocks * (self.iters or 0)
-            self._progress = Progress("tuning", steps, num_blocks, "AutoRound")
+            self._progress = Progress("tuning", steps, num_blocks, title="AutoRound")
             self._block_quantizer = BlockQuantizer(
                 self._blocks,
                 prepared.quantizer,

@@ -26,7 +26,6 @@ from autoround_modifier.host.lifecycle import (
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.explicit_recipe import explicit_recipe
 from autoround_modifier.modifiers.failures import say_what_is_left
-from autoround_modifier.modifiers.progress import Progress
 from autoround_modifier.modifiers.validation import (
     check_calibration_data,
     check_one_process,
@@ -34,6 +33,7 @@ from autoround_modifier.modifiers.validation import (
 )
 from autoround_modifier.runs.events import Result, phase, publish
 from autoround_modifier.runs.files import write_atomically
+from autoround_modifier.runs.progress import Progress
 from autoround_modifier.schemes.cache import default_cache_folder
 from autoround_modifier.schemes.choose import check_budget, choose_for_layers
 from autoround_modifier.schemes.measurement import Choice
@@ -130,7 +130,7 @@ class AutoSchemeModifier(AutoSchemeFields, PlainDataModifier):
         batches = cast(Iterable[dict[str, Any]], state.data.calib)
         # Read once: a loader that shuffles would give other samples the next time.
         samples = list(_first_samples(batches, self.num_calibration_samples))
-        progress = Progress("choosing", len(blocks), len(blocks), "Sensitivity", "block")
+        progress = Progress("choosing", len(blocks), len(blocks), title="Sensitivity", unit="block")
         with (
             phase("choosing"),
             contextlib.closing(progress),

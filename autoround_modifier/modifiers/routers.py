@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import torch
@@ -78,6 +79,8 @@ def unlike_linear(model: nn.Module, config: QuantizationConfig) -> list[str]:
 def _computes_a_linear_layer(layer: nn.Linear) -> bool:
     if type(layer).forward is nn.Linear.forward:
         return True
+    if layer.weight.is_meta:
+        layer = _with_numbers(layer)
     weight, bias = layer.weight, layer.bias
     x = torch.linspace(-1, 1, 3 * weight.shape[1], device=weight.device).view(1, 3, -1)
     x = x.to(weight.dtype)
@@ -91,6 +94,14 @@ def _computes_a_linear_layer(layer: nn.Linear) -> bool:
         and result.shape == expected.shape
         and torch.allclose(result.float(), expected.float(), rtol=1e-2, atol=1e-2)
     )
+
+
+def _with_numbers(layer: nn.Linear) -> nn.Linear:
+    """:return: a copy of a layer on the meta device that computes, with weights of some size"""
+    copied = copy.deepcopy(layer).to_empty(device="cpu")
+    for parameter in copied.parameters():
+        parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view(parameter.shape))
+    return copied
 
 
 def ignored_layers(model: nn.Module, config: QuantizationConfig) -> list[str]:

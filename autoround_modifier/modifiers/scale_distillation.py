@@ -32,13 +32,13 @@ from autoround_modifier.host.lifecycle import (
 )
 from autoround_modifier.modifiers.failures import say_what_is_left
 from autoround_modifier.modifiers.finishing import prepare_saving
-from autoround_modifier.modifiers.progress import Progress
 from autoround_modifier.modifiers.validation import (
     check_calibration_data,
     check_not_quantized,
     check_one_process,
 )
 from autoround_modifier.runs.events import Result, phase, publish
+from autoround_modifier.runs.progress import Progress
 
 __all__ = ["ScaleDistillationModifier"]
 
@@ -116,7 +116,7 @@ class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
         if not self.ended_:
             return True  # the run has failed, and the host only cleans up
         model = state.model
-        progress = Progress("distillation", self.iters, len(self._blocks), "Scale distillation")
+        progress = Progress("distillation", self.iters, title="Scale distillation")
         with (
             phase("distillation"),
             contextlib.closing(progress),

@@ -66,7 +66,7 @@ class PhaseRecord(Record):
     """A phase that comes back, as tuning after each capture, is counted once, with sums."""
 
     name: str = Field(
-        description="`preparation`, `choosing`, `capture`, `search`, `rounding`, "
+        description="`preparation`, `generation`, `choosing`, `capture`, `search`, `rounding`, "
         "`tuning`, `advancing`, `distillation` or `saving`"
     )
     seconds: float = Field(description="sum of its times")

@@ -33,8 +33,9 @@ __all__ = [
 @dataclass(frozen=True)
 class PhaseStarted:
     """
-    :ivar name: ``choosing``, ``capture``, ``search``, ``rounding``, ``tuning``, ``advancing``,
-        ``distillation`` or ``saving``. A phase inside of another interrupts it
+    :ivar name: ``generation`` (of calibration text), ``choosing``, ``capture``, ``search``,
+        ``rounding``, ``tuning``, ``advancing``, ``distillation`` or ``saving``. A phase inside of
+        another interrupts it
     """
 
     name: str
@@ -50,7 +51,7 @@ class StepsPlanned:
     """
     :ivar phase: that will take the steps
     :ivar total: number of them
-    :ivar blocks: number of blocks that they are for
+    :ivar blocks: number of blocks that they are for; 0 if they are not for blocks
     """
 
     phase: str

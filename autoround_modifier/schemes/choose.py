@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 from torch import nn
 
-from autoround_modifier.engines import required_engines, unreadable_experts
+from autoround_modifier.engines.check import required_engines, unreadable_experts
 from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.errors import CalibrationError, SchemeError, listed
 from autoround_modifier.host.layers import Layer, disable_onloading, stored_weight

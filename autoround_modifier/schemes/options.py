@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +15,10 @@ from autoround_modifier.host.schemes import (
     preset_name_to_scheme,
     scheme_names,
 )
+from autoround_modifier.scheme_names import SCHEME_NAME
 
 __all__ = ["named_scheme", "resolve_options"]
 
-# W2A16G64, W4A16_ASYM, W4A16_ASYM_G32: a preset of compressed-tensors, its group size, zero points
-_NAME = re.compile(r"(?P<preset>.+?)(?P<asymmetric>_ASYM)?(_?G(?P<group_size>\d+))?", re.IGNORECASE)
 _EXPLAINED = (
     "a preset of compressed-tensors (" + ", ".join(scheme_names()) + "), integer weights also with "
     "zero points and another group size, as in W2A16G64 or W4A16_ASYM_G32"
@@ -35,7 +33,7 @@ def named_scheme(name: str) -> QuantizationScheme:
     """
     if is_preset_scheme(name):
         return preset_name_to_scheme(name, targets=[])
-    match = _NAME.fullmatch(name)
+    match = SCHEME_NAME.fullmatch(name)
     if match is None or not is_preset_scheme(match["preset"]):
         raise SchemeError(f"unknown scheme `{name}`; use {_EXPLAINED}")
     scheme = preset_name_to_scheme(match["preset"], targets=[])

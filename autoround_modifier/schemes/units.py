@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from autoround_modifier.engines import required_engines
+from autoround_modifier.engines.check import required_engines
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.host.layers import stored_weight
 from autoround_modifier.host.matching import FUSED_LAYER_NAMES, match_named_modules

@@ -64,6 +64,7 @@ class Architecture:
     :ivar untraced: what `Outcome.traced` says where LLM-Compressor cannot trace all blocks
     :ivar limitation: why Transformers cannot load the checkpoint, as the refusal before the run and
         `Outcome.reloaded` say
+    :ivar engine: that the recipe is checked for
     :ivar note: for the table
     """
 
@@ -77,6 +78,7 @@ class Architecture:
     pipeline: str = "independent"
     untraced: str = ""
     limitation: str = ""
+    engine: str = "any"
     note: str = ""
 
     def build(self, folder: Path) -> PreTrainedModel:
@@ -140,6 +142,7 @@ def vision_language(
     text_block: str,
     vision_block: str | None = None,
     vision_limitation: str | None = None,
+    vision_not_in_vllm: str = "",
     note: str = "",
     limitation: str = "",
     **fields: Any,
@@ -152,6 +155,7 @@ def vision_language(
     :param vision_block: class of the vision tower's blocks, if they get a row of their own
     :param limitation: see `Architecture`
     :param vision_limitation: the same for the row of both, where it differs
+    :param vision_not_in_vllm: why vLLM refuses the row of both
     :param fields: of the configuration
     :return: a row with the language model quantized, and one with both
     """
@@ -182,6 +186,8 @@ def vision_language(
         name=f"{name}, vision tower too",
         limitation=limitation if vision_limitation is None else vision_limitation,
         untraced=f"not traced: {vision_block}",
+        engine="transformers" if vision_not_in_vllm else only_text.engine,
+        note="; ".join(x for x in (note, vision_not_in_vllm) if x),
         sequential_targets=(vision_block, text_block),
         ignore=(connectors, "re:.*(vision|visual).*(head|pooler).*"),
     )
@@ -662,6 +668,7 @@ CATALOGUE = [
         internvl_samples,
         "Qwen2DecoderLayer",
         "InternVLVisionLayer",
+        vision_not_in_vllm="vLLM has the attention of this tower in 16 bits only",
         note=IMAGES_ALONE,
         image_token_id=IMAGE_TOKEN,
     ),

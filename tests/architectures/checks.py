@@ -66,7 +66,7 @@ def check(architecture: Architecture, folder: Path) -> Outcome:
     if architecture.limitation:  # refused before anything runs, unless vLLM alone is meant
         with pytest.raises(RecipeError, match=architecture.limitation):
             run(architecture, model, data, modifier(architecture, "any"))
-    recipe = modifier(architecture, "none" if architecture.limitation else "any")
+    recipe = modifier(architecture, "none" if architecture.limitation else architecture.engine)
     with (
         spied(pipeline, "trace_subgraphs") as traces,
         spied(Tuner, "run") as tunings,

@@ -27,7 +27,7 @@ ORDER = (
     ("evaluation", "schemes"),
     ("modifiers",),
     ("recipes",),
-    ("entrypoint",),
+    ("entrypoint", "planning"),
     ("api",),
     ("cli",),
     ("__main__",),

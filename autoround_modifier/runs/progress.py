@@ -13,12 +13,14 @@ class Progress:
     """
     :param phase: that takes the steps, see `runs.events.PhaseStarted`
     :param total: number of steps; the bar appears with the first of them
-    :param blocks: number of blocks that they are for
+    :param blocks: number of blocks that they are for, if they are for blocks
     :param title: of the bar
     :param unit: of a step
     """
 
-    def __init__(self, phase: str, total: int, blocks: int, title: str, unit: str = "it"):
+    def __init__(
+        self, phase: str, total: int, blocks: int = 0, *, title: str, unit: str = "it"
+    ) -> None:
         self.phase = phase
         self.total = total
         self.title = title

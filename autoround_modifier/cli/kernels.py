@@ -1,0 +1,70 @@
+"""Which kernel runs which scheme on which hardware, as tables and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import typer
+
+from autoround_modifier.cli.tables import print_table
+from autoround_modifier.engines.support import EngineSupport, Hardware, in_words
+
+__all__ = ["hardware_of", "kernels_as_json", "print_kernels"]
+
+KNOWN = (
+    "run: a checkpoint was run; reload: it gave the logits of the model in memory; asked: the "
+    "engine's code was asked without the hardware; read: in its source"
+)
+
+
+def print_kernels(supports: Iterable[EngineSupport]) -> None:
+    print_table(
+        ("engine", "scheme", "kernel", "hardware", "known"),
+        [row for support in supports for row in _rows(support)],
+    )
+    typer.echo(KNOWN)
+
+
+def kernels_as_json(support: EngineSupport) -> list[dict[str, Any]]:
+    """:return: hardware, and the kernel of each scheme on it"""
+    return [
+        {
+            "hardware": str(hardware),
+            "loads": support.loads_on(hardware),
+            "kernels": [asdict(choice) for choice in choices],
+        }
+        for hardware, choices in support.kernels.items()
+    ]
+
+
+def _rows(support: EngineSupport) -> list[tuple[str, str, str, str, str]]:
+    """:return: one row for each scheme and kernel, with the hardware that has it"""
+    grouped: dict[tuple[str, str, str], list[Hardware]] = {}
+    for hardware, choices in support.kernels.items():
+        for choice in choices:
+            scheme = f"{choice.scheme}{' experts' if choice.experts else ''}"
+            notes = "; ".join(x for x in (choice.option, choice.note) if x)
+            kernel = "refused" if choice.kernel is None else choice.kernel
+            cell = f"{kernel} ({notes})" if notes else kernel
+            grouped.setdefault((scheme, cell, choice.known), []).append(hardware)
+    name = f"{support.engine} {support.version}"
+    return [
+        (name, scheme, cell, in_words(hardware), known)
+        for (scheme, cell, known), hardware in sorted(grouped.items(), key=lambda x: x[0][0])
+    ]
+
+
+def hardware_of(support: EngineSupport) -> str:
+    """:return: where an engine loads a checkpoint, in words"""
+    loading = [hardware for hardware in support.kernels if support.loads_on(hardware)]
+    if len(loading) == len(support.kernels):
+        return "any"
+    options = {
+        choice.option
+        for hardware in loading
+        for choice in support.kernels[hardware]
+        if choice.option
+    }
+    return " ".join([in_words(loading) or "no", *sorted(f"({option})" for option in options)])

@@ -1,0 +1,135 @@
+"""`plan`: what a run will take, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoround_modifier.cli.outcome import REFUSED, UsageError
+
+if TYPE_CHECKING:
+    from autoround_modifier.planning import Plan
+    from autoround_modifier.planning.tables import Table
+
+__all__ = ["plan"]
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="folder with a config.json, or a name on the Hub")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="file, or name of a shipped recipe; default: w4a16_autoround"),
+    ] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="instead of a recipe: of all linear layers, such as W4A16 or W2A16G64"),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="best, default, light, opt_rtn or rtn")] = None,
+    iters: Annotated[int | None, typer.Option(help="sign-gradient steps of each block")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="calibration samples in each batch")
+    ] = None,
+    gradient_accumulate_steps: Annotated[
+        int | None, typer.Option(help="batches in each step")
+    ] = None,
+    num_calibration_samples: Annotated[int | None, typer.Option(help="calibration samples")] = None,
+    max_seq_length: Annotated[
+        int | None, typer.Option(min=1, help="tokens of a calibration sample; default: 2048")
+    ] = None,
+    model_on_disk: Annotated[
+        bool, typer.Option("--model-on-disk", help="weights stay on the disk, block by block")
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="h100, a100, rtx4090, ..., the size of its memory such as 24GB, or cpu; default: "
+            "the device of this machine"
+        ),
+    ] = None,
+    ram: Annotated[
+        str | None, typer.Option(help="host memory, such as 64GB; default: that of this machine")
+    ] = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(help="folder that files go to, or free space such as 500GB; default: here"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="let the model run its own code")
+    ] = False,
+) -> None:
+    """
+    What a run will take: memory, disk, hours. Refuses what will not fit, and says what to change.
+
+    Only config.json is read.
+    """
+    if recipe is not None and scheme is not None:
+        raise UsageError("--recipe and --scheme exclude each other")
+    # LLM-Compressor would say that this machine has no accelerator, which does not matter here.
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+    from autoround_modifier.planning import find_machine, plan
+    from autoround_modifier.planning.settings import DEFAULT_RECIPE
+    from autoround_modifier.planning.tables import as_data
+
+    given: dict[str, Any] = {
+        "preset": preset,
+        "iters": iters,
+        "batch_size": batch_size,
+        "gradient_accumulate_steps": gradient_accumulate_steps,
+        "num_calibration_samples": num_calibration_samples,
+    }
+    try:
+        machine = find_machine(gpu, ram, disk)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    found = plan(
+        model,
+        recipe or DEFAULT_RECIPE,
+        scheme=scheme,
+        max_seq_length=max_seq_length,
+        model_on_disk=model_on_disk,
+        machine=machine,
+        trust_remote_code=trust_remote_code,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if as_json:
+        typer.echo(json.dumps(as_data(found), indent=1))
+    else:
+        _show(found)
+    if not found.fits:
+        raise typer.Exit(REFUSED)
+
+
+def _show(found: Plan) -> None:
+    from rich.console import Console
+
+    from autoround_modifier.planning.tables import summary, tables, verdict
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.print(summary(found))
+    for table in tables(found):
+        console.print()
+        console.print(_rich(table))
+        for remark in table.remarks:
+            console.print(remark)
+    console.print()
+    for note in found.notes:
+        console.print(f"note: {note}")
+    for line in verdict(found):
+        console.print(line)
+
+
+def _rich(table: Table) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as RichTable
+
+    shown = RichTable(title=table.title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in table.columns:
+        numbers = column in ("size", "time", "parameters", "as loaded", "as saved")
+        shown.add_column(column, justify="right" if numbers else "left", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown

@@ -1,0 +1,45 @@
+"""
+Transformers decompresses every format of compressed-tensors as it is loaded or first run, on any
+hardware; activations are quantized by fake quantization. What it makes of experts is in
+`engines.transformers_loader`.
+"""
+
+from __future__ import annotations
+
+from autoround_modifier.engines.scheme import FAMILIES
+from autoround_modifier.engines.support import CPU, READ, RELOAD, RUN, EngineTable, Row
+
+__all__ = ["TRANSFORMERS"]
+
+KNOWN = tuple(family for family in FAMILIES if family not in ("other", "mxfp4a8"))
+PACKED = ("int-int8", "int-int4", "int-fp8")
+REFUSED = "5.23 and 5.24 refuse zero points"
+KERNEL = "PyTorch, on decompressed weights"
+LOAD = """\
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({path!r}, device_map="auto")"""
+
+TRANSFORMERS = EngineTable(
+    engine="Transformers",
+    packages=("transformers",),
+    version="5.17",
+    rows=(
+        Row(("int",), (CPU,), KERNEL, RUN, symmetric=False, until="5.23", note=REFUSED),
+        Row(("int",), (), KERNEL, READ, symmetric=False, until="5.23", note=REFUSED),
+        Row(PACKED, (CPU,), KERNEL, RELOAD, symmetric=True, formats=("pack-quantized",)),
+        Row(
+            PACKED,
+            (),
+            KERNEL,
+            READ,
+            symmetric=False,
+            until="5.23",
+            note=REFUSED,
+            formats=("pack-quantized",),
+        ),
+        Row(KNOWN, (CPU,), KERNEL, RUN),
+        Row(KNOWN, (), KERNEL, READ),
+        Row(("mxfp4a8",), (), KERNEL, READ),
+    ),
+    command=LOAD,
+)

@@ -1,0 +1,206 @@
+"""What a model is made of, and what a recipe makes of it: numbers that no setting changes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from autoround_modifier.errors import SchemeError
+from autoround_modifier.host.blocks import find_blocks, input_embeddings
+from autoround_modifier.host.empty_model import EmptyModel, empty_model
+from autoround_modifier.host.prediction import predict_tensors
+from autoround_modifier.host.schemes import (
+    QuantizationConfig,
+    QuantizationScheme,
+)
+from autoround_modifier.modifiers.routers import unlike_linear, untargeted_routers
+from autoround_modifier.modifiers.validation import (
+    Schemes,
+    check_fit,
+    check_kv_cache,
+    resolve_schemes,
+)
+from autoround_modifier.planning.block_counts import (
+    BlockCounts,
+    count_blocks,
+    count_groups,
+    owner_of,
+    width_of,
+)
+from autoround_modifier.planning.saved_parts import SavedPart, saved_parts
+from autoround_modifier.planning.settings import RecipeParts
+from autoround_modifier.schemes import resolve_options
+
+__all__ = ["ModelCounts", "count_model"]
+
+# A target or an ignored name that tells one expert from another
+_ONE_EXPERT = re.compile(r"experts\W+\d")
+
+
+@dataclass(frozen=True)
+class ModelCounts:
+    """
+    :ivar architecture: class of the model
+    :ivar dtype: of the loaded weights
+    :ivar parameters: number of them, tied ones once
+    :ivar size: bytes of them, as loaded
+    :ivar hidden: width
+    :ivar vocabulary: number of tokens, 0 if not known
+    :ivar embeddings: bytes of the token embeddings
+    :ivar outside: weights of the largest quantized layer outside of blocks
+    :ivar blocks: each kind once
+    :ivar parts: of the checkpoint
+    :ivar quantized: weights that are quantized
+    :ivar quantized_groups: of these, that share a scale
+    :ivar chosen: weights that an `AutoSchemeModifier` chooses for; 0 if nothing is left to choose
+    :ivar chosen_size: (smallest, largest) bytes of them in the checkpoint
+    :ivar notes: what is not counted, and why
+    """
+
+    architecture: str
+    dtype: torch.dtype
+    parameters: int
+    size: int
+    hidden: int
+    vocabulary: int
+    embeddings: int
+    outside: int
+    blocks: tuple[BlockCounts, ...]
+    parts: tuple[SavedPart, ...]
+    quantized: int
+    quantized_groups: int
+    chosen: int = 0
+    chosen_size: tuple[int, int] = (0, 0)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def saved(self) -> int:
+        """Bytes of the checkpoint's tensors."""
+        return sum(part.saved for part in self.parts)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(block.number for block in self.blocks)
+
+
+def count_model(
+    config: PreTrainedConfig,
+    recipe: RecipeParts,
+    loss: str,
+    dtype: torch.dtype = torch.bfloat16,
+    trust_remote_code: bool = False,
+) -> ModelCounts:
+    """
+    :param config: of the original
+    :param recipe: what its layers become
+    :param loss: of tuning
+    :param dtype: of the loaded weights
+    :param trust_remote_code: let a model run its own code
+    :raises RecipeError: if Transformers cannot build the model, or no layer is targeted
+    :raises SchemeError: if a scheme does not fit its layers
+    """
+    configs = _own_configs(recipe)
+    names = [name for x in configs for group in x.config_groups.values() for name in group.targets]
+    names += [name for x in configs for name in x.ignore or ()]
+    built = empty_model(config, dtype, trust_remote_code, any(map(_ONE_EXPERT.search, names)))
+    model, notes = built.model, list[str]()
+    schemes: Schemes = {}
+    for own in configs:
+        own.ignore = [*(own.ignore or ()), *untargeted_routers(model, own)]
+        own.ignore = [*own.ignore, *unlike_linear(model, own)]
+        resolved = resolve_schemes(model, own)
+        check_fit({name: x for name, x in resolved.items() if x[1].weights is not None})
+        check_kv_cache(model, own.kv_cache_scheme)
+        schemes |= resolved
+    schemes = {name: found for name, found in schemes.items() if found[1].weights is not None}
+    tensors = predict_tensors(model, configs)
+    chosen = _chosen(built, recipe, configs, schemes)
+    blocks = count_blocks(built, schemes, loss, notes)
+    in_blocks = {x for block in find_blocks(model, None) for x in block.modules()}
+    outside = [x.weight.numel() for x, _ in schemes.values() if x not in in_blocks]
+    embedding = getattr(input_embeddings(model), "weight", None)
+    text = config.get_text_config()
+    original = {
+        id(x): (name, x) for name, x in reversed(list(model.state_dict(keep_vars=True).items()))
+    }
+    return ModelCounts(
+        architecture=type(model).__name__,
+        dtype=dtype,
+        parameters=sum(p.numel() * built.copies(name) for name, p in model.named_parameters()),
+        size=sum(x.nbytes * built.copies(name) for name, x in original.values()),
+        hidden=width_of(built),
+        vocabulary=int(getattr(text, "vocab_size", 0) or 0),
+        embeddings=0 if embedding is None else embedding.nbytes,
+        outside=max(outside, default=0),
+        blocks=tuple(blocks),
+        parts=tuple(saved_parts(built, schemes, tensors)),
+        quantized=sum(x.weight.numel() * built.copies(n) for n, (x, _) in schemes.items()),
+        quantized_groups=sum(
+            count_groups(*found) * built.copies(n) for n, found in schemes.items()
+        ),
+        chosen=chosen[0],
+        chosen_size=chosen[1],
+        notes=tuple(notes),
+    )
+
+
+def _own_configs(recipe: RecipeParts) -> list[QuantizationConfig]:
+    """:return: how each modifier quantizes; where bits are to be chosen, by the widest option"""
+    if recipe.chooser is None:
+        return [tuner.resolved_config.model_copy(deep=True) for tuner in recipe.tuners]
+    configs = []
+    for tuner in recipe.tuners:
+        if tuner.has_schemes:
+            configs.append(tuner.resolved_config.model_copy(deep=True))
+        else:
+            configs.append(_option_config(recipe, _widest(recipe)))
+    return configs
+
+
+def _option_config(recipe: RecipeParts, scheme: QuantizationScheme) -> QuantizationConfig:
+    chooser = recipe.chooser
+    assert chooser is not None
+    targets = [chooser.targets] if isinstance(chooser.targets, str) else chooser.targets
+    ignore = [*chooser.ignore, *(name for x in recipe.tuners for name in x.ignore)]
+    group = scheme.model_copy(update={"targets": list(targets)}, deep=True)
+    return QuantizationConfig(config_groups={"group_0": group}, ignore=ignore)
+
+
+def _widest(recipe: RecipeParts) -> QuantizationScheme:
+    assert recipe.chooser is not None
+    options = resolve_options(recipe.chooser.options).values()
+    return max(options, key=lambda x: x.weights.num_bits if x.weights is not None else 0)
+
+
+def _chosen(
+    built: EmptyModel, recipe: RecipeParts, configs: list[QuantizationConfig], schemes: Schemes
+) -> tuple[int, tuple[int, int]]:
+    """
+    :return: weights that are chosen for, and the bytes of the smallest and the largest choice
+    :raises SchemeError: if the smallest does not fit the budget
+    """
+    if recipe.chooser is None:
+        return 0, (0, 0)
+    weights = sum(x.weight.numel() * built.copies(name) for name, (x, _) in schemes.items())
+    sizes = []
+    for scheme in resolve_options(recipe.chooser.options).values():
+        own = [
+            _option_config(recipe, scheme).model_copy(update={"ignore": x.ignore}) for x in configs
+        ]
+        tensors = predict_tensors(built.model, own if scheme.weights is not None else [])
+        owned = (
+            x.nbytes * built.copies(name)
+            for name, x in tensors.items()
+            if owner_of(name) in schemes and not name.endswith(".bias")
+        )
+        sizes.append(sum(owned))
+    if not recipe.chooser.whole_model and 8 * min(sizes) > recipe.chooser.avg_bits * weights:
+        raise SchemeError(
+            f"avg_bits is {recipe.chooser.avg_bits}, but the smallest option takes "
+            f"{8 * min(sizes) / weights:.3f} bits for each weight, scales included; raise avg_bits "
+            "or add a smaller option"
+        )
+    return weights, (min(sizes), max(sizes))

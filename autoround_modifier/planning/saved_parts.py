@@ -1,0 +1,95 @@
+"""The tensors of a checkpoint, by the part of the model that they belong to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from autoround_modifier.host.blocks import input_embeddings
+from autoround_modifier.host.empty_model import EmptyModel
+from autoround_modifier.host.schemes import QuantizationScheme
+from autoround_modifier.modifiers.validation import Schemes
+from autoround_modifier.planning.block_counts import is_expert, owner_of
+
+__all__ = ["SavedPart", "saved_parts"]
+
+
+@dataclass(frozen=True)
+class SavedPart:
+    """
+    Some tensors of the model.
+
+    :ivar parameters: numbers in them, in the original
+    :ivar original: bytes in the dtype of the loaded model
+    :ivar saved: bytes in the checkpoint
+    :ivar bits: of the values, and which share a scale, as ``2, groups of 64``; the commonest
+    """
+
+    name: str
+    parameters: int
+    original: int
+    saved: int
+    bits: str
+
+
+@dataclass
+class _Sum:
+    parameters: int = 0
+    original: int = 0
+    saved: int = 0
+    bits: Counter[str] = field(default_factory=Counter)
+
+
+def saved_parts(
+    built: EmptyModel, schemes: Schemes, tensors: Mapping[str, Tensor]
+) -> Iterable[SavedPart]:
+    model = built.model
+    names = {module: name for name, module in model.named_modules()}
+    head = names.get(model.get_output_embeddings(), "")
+    embedding = names.get(input_embeddings(model) or model, "")
+    sums: dict[str, _Sum] = {}
+
+    def part(name: str) -> _Sum:
+        return sums.setdefault(_part_name(model, name, head, embedding), _Sum())
+
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        count, one = built.copies(name), part(name)
+        one.parameters += count * tensor.numel()
+        one.original += count * tensor.nbytes
+        owner = schemes.get(owner_of(name)) if name.endswith(".weight") else None
+        bits = str(8 * tensor.itemsize) if owner is None else _bits(owner[1])
+        one.bits[bits] += count * tensor.numel()
+    for name, tensor in tensors.items():
+        part(name).saved += built.copies(name) * tensor.nbytes
+    for name, one in sums.items():
+        ((bits, _),) = one.bits.most_common(1) or [("", 0)]
+        yield SavedPart(name, one.parameters, one.original, one.saved, bits)
+
+
+def _part_name(model: nn.Module, name: str, head: str, embedding: str) -> str:
+    owner = owner_of(name)
+    if is_expert(f"{owner}."):
+        return "routed experts"
+    if owner == embedding:
+        return "embeddings"
+    if owner == head:
+        return "lm_head"
+    try:
+        module: nn.Module | None = model.get_submodule(owner)
+    except AttributeError:
+        module = None
+    return "other linear layers" if isinstance(module, nn.Linear) else "norms, routers and others"
+
+
+def _bits(scheme: QuantizationScheme) -> str:
+    args = scheme.weights
+    assert args is not None
+    shared = f"groups of {args.group_size}" if args.group_size else f"by {args.strategy}"
+    return f"{args.num_bits}, {shared}"

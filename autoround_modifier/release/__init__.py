@@ -1,0 +1,1 @@
+"""Several checkpoints of one model, quantized, evaluated, judged and published by one file."""

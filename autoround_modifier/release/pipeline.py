@@ -1,0 +1,271 @@
+"""
+Makes a release, checkpoint by checkpoint: quantize, evaluate, judge, report, publish. Steps that
+are done are not done again, so that a release that stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from autoround_modifier.cli.start import command_line
+from autoround_modifier.errors import FailedError, OutputExistsError
+from autoround_modifier.evaluation.results import save_evaluation
+from autoround_modifier.evaluation.run import EvaluationSettings, evaluate_checkpoint
+from autoround_modifier.evaluation.tasks import TaskSettings, results_of
+from autoround_modifier.hub import resolve_model
+from autoround_modifier.hub.upload import check_before_upload, upload_checkpoint
+from autoround_modifier.job import QuantizationJob
+from autoround_modifier.recipe_composition import compose_recipe
+from autoround_modifier.release.file import CheckpointEntry, Demands, ReleaseFile
+from autoround_modifier.release.state import StepsDone
+from autoround_modifier.report.card import CardOptions, write_card
+from autoround_modifier.report.page import write_page
+from autoround_modifier.report.schema import REPORT_FILE, Evaluation, read_evaluation
+from autoround_modifier.runs.digests import text_digest
+from autoround_modifier.runs.events import Listener
+
+__all__ = ["Released", "run_release"]
+
+# Beside the checkpoints: finished blocks, notes on steps, results of tasks
+WORK = ".release"
+LENGTH, GENERATED_LENGTH = 2048, 512
+
+
+@dataclass(frozen=True)
+class Released:
+    """
+    :ivar name: of the checkpoint
+    :ivar folder: that holds it
+    :ivar evaluation: None where none was asked for
+    :ivar shortfalls: demands that it does not reach; empty if it is kept
+    :ivar url: where it was published, if it was
+    """
+
+    name: str
+    folder: Path
+    evaluation: Evaluation | None
+    shortfalls: tuple[str, ...]
+    url: str | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """:return: JSON values"""
+        evaluation = self.evaluation
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "kept": not self.shortfalls,
+            "shortfalls": list(self.shortfalls),
+            "recovery": None if evaluation is None else mean_recovery(evaluation),
+            "url": self.url,
+        }
+
+    def __str__(self) -> str:
+        text = f"{self.name}: {'not kept' if self.shortfalls else 'kept'}"
+        if self.evaluation is not None and self.evaluation.divergence is not None:
+            text += f", KL divergence {self.evaluation.divergence.kl:.4f}"
+        recovery = None if self.evaluation is None else mean_recovery(self.evaluation)
+        if recovery is not None:
+            text += f", recovery {recovery:.1%}"
+        text += "".join(f"\n  {shortfall}" for shortfall in self.shortfalls)
+        return f"{text}\n  {self.url or self.folder}"
+
+
+def run_release(
+    release: ReleaseFile,
+    listener: Listener | None = None,
+    dry_run: bool = False,
+) -> list[Released]:
+    """
+    Everything that can be refused is refused before the first step.
+
+    :param release: what to make
+    :param listener: of what happens, for progress
+    :param dry_run: only check
+    :return: the checkpoints, in the order of the file; empty for a dry run
+    :raises FailedError: if a step fails; says what is kept
+    :raises RecipeError: and the other errors of `QuantizationJob.check`
+    """
+    model = resolve_model(release.model, release.platform, release.revision)
+    steps = [_Checkpoint(release, entry, model) for entry in release.checkpoints]
+    for checkpoint in steps:
+        checkpoint.check()
+    if dry_run:
+        return []
+    made = []
+    for checkpoint in steps:
+        try:
+            made.append(checkpoint.make(listener))
+        except BaseException as error:
+            kept = ", ".join(one.name for one in made) or "no checkpoint is finished"
+            raise FailedError(
+                f"{checkpoint.entry.name}: {error or type(error).__name__}\nfinished: {kept}. "
+                "Steps that are done are kept; the same command goes on after them"
+            ) from error
+    return made
+
+
+@dataclass
+class _Checkpoint:
+    release: ReleaseFile
+    entry: CheckpointEntry
+    model: str
+
+    def __post_init__(self) -> None:
+        release = self.release
+        self.folder = release.output / self.entry.name
+        work = release.output / WORK / self.entry.name
+        self.steps = StepsDone(work / "steps.json")
+        self.quantized_with = {
+            "model": self.model,
+            "revision": release.revision,
+            "recipe": self._recipe({}),
+            "dataset": release.data.dataset,
+            "max_seq_length": release.data.max_seq_length,
+        }
+        self.evaluated_with = {
+            "quantized": self.quantized_with,
+            **release.evaluation.model_dump(mode="json"),
+        }
+        # Finished blocks of other settings are left alone.
+        self.blocks = work / f"blocks-{text_digest(self.quantized_with)[:8]}"
+        data, recipe = release.data, self.entry.recipe
+        self.job = QuantizationJob(
+            model=self.model,
+            recipe=self._recipe({"checkpoint_dir": str(self.blocks)}),
+            max_seq_length=data.max_seq_length or (LENGTH if data.dataset else GENERATED_LENGTH),
+            recipe_name=None if recipe is None else Path(recipe).stem,
+            dataset=data.dataset,
+            revision=release.revision,
+            trust_remote_code=release.trust_remote_code,
+        )
+
+    def _recipe(self, more: dict[str, Any]) -> str:
+        entry = self.entry
+        scheme = {} if entry.scheme is None else {"scheme": entry.scheme}
+        fields = {**scheme, **entry.fields, **more}
+        return compose_recipe(
+            entry.recipe, fields, entry.auto_scheme, entry.distillation, entry.settings
+        )
+
+    def check(self) -> None:
+        """:raises OutputExistsError: if its folder holds what was not made with these settings"""
+        if self.is_quantized:
+            return
+        if (self.folder / REPORT_FILE).is_file():
+            raise OutputExistsError(
+                f"{self.folder} was made with other settings than the file has now: give the "
+                "checkpoint another name, or delete the folder"
+            )
+        self.job.check(self.folder)
+
+    @property
+    def is_quantized(self) -> bool:
+        # The note is made before the run, and the report appears when the run has saved.
+        noted = self.steps.is_done("quantize", self.quantized_with)
+        return noted and (self.folder / REPORT_FILE).is_file()
+
+    def make(self, listener: Listener | None) -> Released:
+        name = self.entry.name
+        if not self.is_quantized:
+            self.steps.note("quantize", self.quantized_with)
+            logger.info(f"quantizing {name}")
+            self.job.run(self.folder, listener)
+        shutil.rmtree(self.blocks, ignore_errors=True)  # they are in the checkpoint
+        if not self.steps.is_done("evaluate", self.evaluated_with):
+            logger.info(f"evaluating {name}")
+            save_evaluation(self._evaluate(), self.folder, replace=True)
+            self.steps.note("evaluate", self.evaluated_with)
+        evaluation = read_evaluation(self.folder)
+        shortfalls = tuple(_shortfalls(self.release.keep, evaluation))
+        write_page(self.folder)
+        if shortfalls:
+            return Released(name, self.folder, evaluation, shortfalls)
+        publish = self.release.publish
+        repository = None if publish is None else f"{publish.owner}/{name}"
+        _, card = write_card(
+            self.folder,
+            CardOptions(
+                repo=repository,
+                license=self.release.license,
+                language=tuple(self.release.language),
+            ),
+        )
+        for part, reason in card.left_out:
+            logger.info(f"{name}: the card leaves out {part} ({reason})")
+        url = None
+        if publish is not None and repository is not None:
+            check_before_upload(self.folder)
+            url = upload_checkpoint(
+                self.folder, repository, platform=publish.platform, private=publish.private
+            ).url
+        return Released(name, self.folder, evaluation, (), url)
+
+    def _evaluate(self) -> Evaluation:
+        asked = self.release.evaluation
+        tasks = original_results = None
+        if asked.tasks:
+            settings = text_digest(asked.model_dump(mode="json"))[:8]
+            results = self.release.output / WORK / f"results-{settings}"
+            tasks = TaskSettings(
+                tasks=tuple(asked.tasks),
+                task_path=asked.task_path,
+                engine=asked.engine,
+                limit=asked.limit,
+                num_fewshot=asked.num_fewshot,
+                apply_chat_template=asked.apply_chat_template,
+                batch_size=asked.batch_size,
+                model_args=asked.model_args,
+                trust_remote_code=self.release.trust_remote_code,
+                results_folder=results,
+            )
+            # The original runs once for all checkpoints.
+            known = results_of(self.model, results)
+            original_results = known if known.is_dir() else None
+        return evaluate_checkpoint(
+            self.model,
+            str(self.folder),
+            EvaluationSettings(
+                text=asked.text,
+                match=asked.match,
+                num_samples=asked.samples,
+                length=asked.length,
+                prompts=asked.prompts,
+                tasks=tasks,
+                original_results=original_results,
+                trust_remote_code=self.release.trust_remote_code,
+            ),
+            original_name=self.release.model,
+            command=None if (line := command_line()) is None else shlex.join(line),
+        )
+
+
+def _shortfalls(demands: Demands, evaluation: Evaluation | None) -> Iterator[str]:
+    """Yield each demand that is not reached, in words."""
+    if evaluation is None:
+        return
+    recovery = mean_recovery(evaluation)
+    least = demands.min_recovery
+    if least is not None and (recovery is None or recovery < least):
+        found = "unknown" if recovery is None else f"{recovery:.1%}"
+        yield f"recovery is {found}, and at least {least:.1%} is demanded"
+    divergence = evaluation.divergence
+    if divergence is None:
+        return
+    if demands.max_kl is not None and divergence.kl > demands.max_kl:
+        yield f"KL divergence is {divergence.kl:.4f}, and at most {demands.max_kl} is demanded"
+    if demands.min_top1 is not None and divergence.top1 < demands.min_top1:
+        found = f"{divergence.top1:.1%}"
+        yield f"top-1 agreement is {found}, and at least {demands.min_top1:.1%} is demanded"
+
+
+def mean_recovery(evaluation: Evaluation) -> float | None:
+    """:return: mean over the tasks; None if there is none"""
+    found = [x for task in evaluation.tasks if (x := task.recovery) is not None]
+    return sum(found) / len(found) if found else None

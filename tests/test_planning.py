@@ -1,0 +1,418 @@
+"""planning/: what a run takes, beside what it took, and what is said where it does not fit."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, quantize, tiny_llama, tiny_llama_folder, weight_scheme
+from helpers import saved_tensors
+from tiny_mixtures import tiny_mixture
+from transformers import LlamaConfig
+
+from autoround_modifier import AutoRoundModifier, AutoSchemeModifier, ScaleDistillationModifier
+from autoround_modifier.cli.main import main
+from autoround_modifier.errors import CompressedSourceError, RecipeError, SchemeError
+from autoround_modifier.planning import Plan, find_machine, plan
+from autoround_modifier.planning.hardware import DEVICES, find_device, parse_size
+from autoround_modifier.planning.quantities import total
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "tests" / "architectures"))
+from catalogue import CATALOGUE
+from released_configs import (
+    DEEPSEEK_R1,
+    LLAMA_3_1_8B,
+    LLAMA_3_1_70B,
+    QWEN3_30B_A3B,
+    configuration,
+)
+
+LARGE = find_machine("b200", "10TB", "10TB")
+H100 = find_machine("h100", "2TB", "10TB")
+
+
+def folder_of(path, fields) -> str:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(fields))
+    return str(path)
+
+
+@functools.cache
+def planned_deepseek() -> Plan:
+    return plan(configuration(DEEPSEEK_R1), "deepseek_r1_int2_mixed", machine=H100)
+
+
+# ---------------------------------------------------------------------- what is saved
+
+
+def assert_foretold(model, recipe, folder, config) -> None:
+    foretold = plan(config, recipe, machine=LARGE)
+    quantize(model, recipe, output_dir=folder)
+    saved = sum(tensor.nbytes for tensor in saved_tensors(folder).values())
+    assert foretold.checkpoint.value == saved
+    assert sum(part.original for part in foretold.counts.parts) == foretold.counts.size
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_BLOCK", "NVFP4", "MXFP4", "MXFP8A16"],
+)
+def test_a_checkpoint_has_the_size_that_was_foretold(scheme, tmp_path):
+    model = tiny_llama(hidden_size=128)
+    recipe = AutoRoundModifier(scheme=scheme, preset="rtn", ignore=["lm_head"])
+    assert_foretold(model, recipe, tmp_path, model.config)
+
+
+@pytest.mark.parametrize(("tied", "ignore"), [(True, ["lm_head"]), (False, [])])
+def test_embeddings_that_are_tied_or_quantized(tied, ignore, tmp_path):
+    model = tiny_llama(tied=tied)
+    targets = ["Linear"] if tied else ["Linear", "Embedding"]
+    groups = {"group_0": weight_scheme(4, targets=targets)}
+    recipe = AutoRoundModifier(preset="rtn", config_groups=groups, ignore=ignore, engine="none")
+    assert_foretold(model, recipe, tmp_path, model.config)
+
+
+def test_a_quantized_cache_has_scales(tmp_path):
+    model = tiny_llama(hidden_size=128)
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    recipe = AutoRoundModifier(
+        scheme="W4A16", preset="rtn", ignore=["lm_head"], kv_cache_scheme=cache
+    )
+    assert_foretold(model, recipe, tmp_path, model.config)
+
+
+@pytest.mark.parametrize("prefix", ["Qwen3Moe", "Mixtral"])
+def test_experts_count_as_often_as_they_are_there(prefix, tmp_path):
+    recipe = AutoRoundModifier(
+        preset="rtn", ignore=["lm_head"], config_groups={"group_0": weight_scheme(3)}
+    )
+    model = tiny_mixture(tmp_path / "original", prefix)
+    parameters = model.num_parameters()
+    assert plan(model.config, recipe, machine=LARGE).counts.parameters == parameters
+    assert_foretold(model, recipe, tmp_path / "saved", model.config)
+
+
+def test_a_recipe_may_tell_one_expert_from_another(tmp_path):
+    groups = {
+        "first": {**weight_scheme(8), "targets": [r"re:.*experts\.0\..*"]},
+        "others": {**weight_scheme(4), "targets": [r"re:.*experts\.\d+\..*"]},
+    }
+    recipe = AutoRoundModifier(preset="rtn", config_groups=groups, engine="none")
+    model = tiny_mixture(tmp_path / "original")
+    assert_foretold(model, recipe, tmp_path / "saved", model.config)
+
+
+def test_choosing_bits_gives_at_most_the_budget():
+    recipe = [
+        AutoSchemeModifier(avg_bits=3.0, options=["W2A16G64", "W8A16G64"]),
+        AutoRoundModifier(),
+    ]
+    config = LlamaConfig(**{x: y for x, y in LLAMA_3_1_8B.items() if x != "model_type"})
+    found = plan(config, recipe, machine=LARGE)
+    rest = sum(part.original for part in found.counts.parts if part.bits == "16")
+    assert found.checkpoint.value == pytest.approx(3.0 / 8 * found.counts.chosen + rest)
+    assert any("AutoSchemeModifier" in note for note in found.notes)
+    recipe[0] = AutoSchemeModifier(avg_bits=2.1, options=["W2A16G64", "W8A16G64"])
+    with pytest.raises(SchemeError, match=r"smallest option takes 2\.250"):
+        plan(config, recipe, machine=LARGE)
+
+
+# ---------------------------------------------------------------------- known models
+
+
+@pytest.mark.parametrize(
+    ("fields", "recipe", "parameters", "saved"),
+    [
+        (LLAMA_3_1_8B, "w2a16_autoround", 8.030e9, 4.06e9),
+        (LLAMA_3_1_70B, "w4a16_autoround", 70.554e9, 40.6e9),
+        (QWEN3_30B_A3B, "w4a16_autoround", 30.532e9, 17.2e9),
+    ],
+)
+def test_a_config_alone_is_enough(fields, recipe, parameters, saved, tmp_path):
+    found = plan(folder_of(tmp_path / "model", fields), recipe, machine=H100)
+    assert found.counts.parameters == pytest.approx(parameters, rel=1e-4)
+    assert found.checkpoint.value == pytest.approx(saved, rel=0.01)
+    assert found.fits
+    assert all(block.counted for block in found.counts.blocks)
+    assert total(found.seconds) > 0
+
+
+def test_vision_blocks_are_counted():
+    text = {
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    }
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    config = configuration(
+        {"model_type": "gemma3", "text_config": text, "vision_config": vision, "dtype": "bfloat16"}
+    )
+    found = plan(config, scheme="W4A16G32", machine=LARGE)
+    reached = {block.runs_on_text for block in found.counts.blocks}
+    assert reached == {True, False}
+    assert any("does not reach" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "counted"),
+    [
+        ("Jamba", True),
+        ("Gemma 3n", True),
+        ("gpt-oss", True),
+        ("Llama 4", True),
+        ("Qwen2.5-VL, vision tower too", True),
+        ("OPT", False),
+    ],
+)
+def test_other_architectures(name, counted):
+    (architecture,) = (x for x in CATALOGUE if x.name == name)
+    groups = {"group_0": weight_scheme(4, group_size=16)}
+    recipe = AutoRoundModifier(config_groups=groups, ignore=["lm_head", *architecture.ignore])
+    found = plan(architecture.config(), recipe, machine=LARGE)
+    reached = [block for block in found.counts.blocks if block.runs_on_text]
+    assert reached
+    assert all(block.counted == counted for block in reached)
+    assert found.peak.name.startswith("tuning ")
+
+
+def test_a_model_that_cannot_run_without_content_is_assumed(monkeypatch):
+    from autoround_modifier.planning import block_counts
+
+    def fails(*args):
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    config = configuration({**QWEN3_30B_A3B, "num_hidden_layers": 2})
+    counted = plan(config, machine=LARGE)
+    monkeypatch.setattr(block_counts, "count_passes", fails)
+    assumed = plan(config, machine=LARGE)
+    assert any("assumed from the shapes" in note for note in assumed.notes)
+    (part,) = (x for x in assumed.peak.parts if x.name == "saved for the backward pass")
+    assert part.kind == "assumed"
+    assert assumed.checkpoint == counted.checkpoint
+    assert assumed.peak.size == pytest.approx(counted.peak.size, rel=0.3)
+    assert total(assumed.seconds) == pytest.approx(total(counted.seconds), rel=0.3)
+
+
+def test_experts_cost_what_one_token_takes():
+    config = configuration({**QWEN3_30B_A3B, "num_hidden_layers": 2})
+    found = plan(config, machine=H100)
+    (block,) = found.counts.blocks
+    assert block.experts == 128 * 3 * 2048 * 768
+    assert block.active == 8 * 3 * 2048 * 768
+    router = 128 * 2048
+    assert block.cost.products.linear == 2 * (block.dense + block.active + router)
+    assert block.cost.attention.square == 4 * 32 * 128
+
+
+def test_deepseek_r1():
+    found = planned_deepseek()
+    assert found.counts.parameters == pytest.approx(671.026e9, rel=1e-4)
+    assert found.checkpoint.value == pytest.approx(185.4e9, rel=1e-3)
+    parts = {part.name: part.saved for part in found.counts.parts}
+    assert parts["routed experts"] == pytest.approx(173.7e9, rel=1e-3)
+    assert found.fits
+
+
+def test_layers_that_predict_more_tokens_are_named():
+    found = planned_deepseek()
+    (mtp,) = (part for part in found.disk if "multi-token" in part.name)
+    assert mtp.kind == "assumed"
+    assert mtp.value == pytest.approx(23.2e9, rel=0.01)
+    (original,) = (part for part in found.disk if "original" in part.name)
+    assert original.value == pytest.approx(671e9, rel=0.01)  # in FP8
+
+
+def test_a_step_on_a_gpu_is_near_the_measured_one():
+    """docs/benchmarks/gpu.md: 81.8 and 88.7 ms, 5.22 and 5.23 GiB."""
+    from estimate import MEASURED_ON_H200, on_h200
+
+    for row, (_, milliseconds, gib) in zip(on_h200()[2:], MEASURED_ON_H200, strict=True):
+        _, step, _, peak, _ = (x.strip() for x in row.strip("| ").split("|"))
+        assert float(step) == pytest.approx(milliseconds, rel=0.1)
+        assert float(peak) == pytest.approx(gib, rel=0.05)
+
+
+def test_a_plan_takes_seconds():
+    started = time.process_time()
+    plan(configuration(LLAMA_3_1_8B), machine=H100)
+    assert time.process_time() - started < 10
+
+
+# ---------------------------------------------------------------------- presets and modifiers
+
+
+def test_presets_that_tune_nothing_take_less():
+    config = configuration(LLAMA_3_1_8B)
+    tuned, searched, rounded = (
+        plan(config, machine=H100, preset=name) for name in ("default", "opt_rtn", "rtn")
+    )
+    assert tuned.peak.size > searched.peak.size > rounded.peak.size
+    assert total(tuned.host) > total(searched.host) > total(rounded.host)
+    assert total(tuned.seconds) > total(searched.seconds) > total(rounded.seconds)
+    assert rounded.run.samples == 0
+    assert tuned.checkpoint == searched.checkpoint == rounded.checkpoint
+
+
+def test_scale_distillation_holds_the_whole_model():
+    config = configuration(LLAMA_3_1_8B)
+    found = plan(config, "w2a16_distilled_autoround", machine=H100)
+    assert found.peak.name == "scale distillation"
+    assert found.peak.size > found.counts.size
+
+
+def test_other_modifiers_are_named():
+    found = plan(configuration(LLAMA_3_1_8B), "smoothquant_w4a16_autoround", machine=H100)
+    assert "not estimated: SmoothQuantModifier" in found.notes
+
+
+def test_accumulating_keeps_gradients_of_experts():
+    config = configuration({**QWEN3_30B_A3B, "num_hidden_layers": 2})
+    once = plan(config, machine=H100, batch_size=4)
+    more = plan(config, machine=H100, batch_size=4, gradient_accumulate_steps=2)
+    (block,) = once.counts.blocks
+    assert more.peak.size - once.peak.size == 2 * block.tuned_experts
+
+
+# ---------------------------------------------------------------------- what does not fit
+
+
+def test_advice_makes_it_fit():
+    config = configuration(LLAMA_3_1_8B)
+    machine = find_machine("5GB", "100GB", "1TB")
+    found = plan(config, "w2a16_autoround", machine=machine)
+    assert [x.resource for x in found.shortages] == ["device memory"]
+    assert "batch_size 4 with gradient_accumulate_steps 2" in [x.text for x in found.advice]
+    names = {"samples": "num_calibration_samples"}
+    for change in found.advice:
+        fields = {names.get(key, key): value for key, value in change.settings.items()}
+        length = fields.pop("length", None)
+        again = plan(config, "w2a16_autoround", machine=machine, max_seq_length=length, **fields)
+        assert again.fits, change.text
+    assert "rtx4090" in found.fitting_devices
+
+
+def test_advice_combines_what_does_not_suffice_alone():
+    machine = find_machine("4GB", "8GB", "1TB")
+    found = plan(configuration(LLAMA_3_1_8B), machine=machine)
+    (change,) = found.advice
+    assert change.settings["model_on_disk"]
+    assert len(change.settings) > 1
+    assert "; " in change.text
+
+
+def test_a_smaller_scheme_is_named_where_the_disk_is_small(tmp_path):
+    machine = find_machine("h100", "100GB", "21GB")
+    found = plan(configuration(LLAMA_3_1_8B), scheme="W8A16", machine=machine)
+    assert [x.resource for x in found.shortages] == ["disk"]
+    (change,) = found.advice
+    scheme = change.text.removeprefix("scheme ")
+    assert plan(configuration(LLAMA_3_1_8B), scheme=scheme, machine=machine).fits
+
+
+def test_nothing_helps_where_the_original_is_too_large():
+    found = plan(configuration(LLAMA_3_1_8B), machine=find_machine("h100", "100GB", "2GB"))
+    assert not found.fits
+    assert found.advice == ()
+    assert "with the model on the disk it would lack disk" in found.notes[-1]
+
+
+def test_what_a_run_would_refuse_is_refused(tmp_path):
+    config = configuration({**LLAMA_3_1_8B, "intermediate_size": 14000})
+    with pytest.raises(SchemeError, match="group_size does not divide"):
+        plan(config, scheme="W4A16")
+    with pytest.raises(RecipeError, match="cannot read its config"):
+        plan(folder_of(tmp_path / "unknown", {"model_type": "no_such_model"}))
+    quantized = {**LLAMA_3_1_8B, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    with pytest.raises(CompressedSourceError, match="gptq"):
+        plan(folder_of(tmp_path / "gptq", quantized))
+    with pytest.raises(RecipeError, match="no AutoRoundModifier"):
+        plan(configuration(LLAMA_3_1_8B), [ScaleDistillationModifier()])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="config"):
+        plan(tmp_path / "empty")
+
+
+# ---------------------------------------------------------------------- hardware
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24e9), ("64 GiB", 64 * 2**30), ("80", 80e9), ("1.5T", 1.5e12)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+def test_devices():
+    assert find_device("NVIDIA H100") == DEVICES["h100"]
+    assert find_device("24GB").memory == 24e9
+    assert find_device("24GB").flops is None
+    assert find_device("cpu").is_cpu
+    assert find_device("cpu").flops > 1e8
+    with pytest.raises(ValueError, match="no known device"):
+        find_device("h9000")
+    with pytest.raises(ValueError, match="no size"):
+        parse_size("a lot")
+
+
+def test_a_cpu_holds_all_in_host_memory():
+    found = plan(configuration(LLAMA_3_1_8B), machine=find_machine("cpu", "64GB", "1TB"))
+    assert set(found.peak.parts) <= set(found.host)
+    assert not any("weights of the block" in part.name for part in found.host)
+    assert found.machine.device.kind == "measured"
+
+
+# ---------------------------------------------------------------------- command line
+
+
+def test_the_command_prints_tables(tmp_path, capsys):
+    folder = folder_of(tmp_path / "model", LLAMA_3_1_8B)
+    arguments = ["plan", folder, "--gpu", "h100", "--ram", "64GB", "--disk", "1TB"]
+    assert main([*arguments, "--recipe", "w2a16_autoround"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"device memory at the peak \(tuning model.layers.0\)", out)
+    assert re.search(r"saved for the backward pass +3\.63 GB +counted", out)
+    assert "fits: h100" in out
+
+
+def test_the_command_refuses_and_advises(tmp_path, capsys):
+    folder = folder_of(tmp_path / "model", LLAMA_3_1_8B)
+    arguments = ["plan", folder, "--gpu", "4GB", "--ram", "64GB", "--disk", "1TB"]
+    assert main([*arguments, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"]
+    assert found["device"]["bytes"] > found["machine"]["device_memory"]
+    change = next(x for x in found["advice"] if "gradient_accumulate_steps" in x["settings"])
+    flags = [
+        text
+        for name, value in change["settings"].items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    assert main([*arguments, *flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
+
+
+def test_wrong_usage(tmp_path, capsys):
+    folder = str(tiny_llama_folder(torch.bfloat16, 2, 0, False))
+    assert main(["plan", folder, "--gpu", "h9000"]) == 2
+    assert main(["plan", folder, "--recipe", "w4a16_autoround", "--scheme", "W4A16"]) == 2
+    assert main(["plan", folder, "--ram", "much"]) == 2
+    assert main(["plan", folder, "--scheme", "W4A16G64", "--preset", "fast"]) == 1
+    assert "unknown preset" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path / "nowhere")]) == 1

@@ -1,0 +1,207 @@
+"""`release`: quantize, evaluate, judge, card; what is done is not done again."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import sys
+
+import datasets
+import lm_eval.tasks
+import pytest
+import yaml
+from conftest import ROOT, tiny_llama
+
+from autoround_modifier.cli.main import main
+from autoround_modifier.cli.outcome import DONE, FAILED, REFUSED
+from autoround_modifier.errors import EvaluationError, RecipeError
+from autoround_modifier.release import pipeline
+from autoround_modifier.release.file import read_release
+from autoround_modifier.report.schema import read_evaluation, read_report
+
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "release")]
+from continuation_task import BEGINNING, CHOICES, CONTINUATION, questions, write_task
+
+EXAMPLE = ROOT / "examples" / "release" / "smollm2.yaml"
+
+
+def documents(count: int, words: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(f"w{rng.randint(3, 127)}" for _ in range(words)) for _ in range(count)]
+
+
+def write_rows(path, texts) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """:return: a folder with text, a task and ``release.yaml`` for a tiny model"""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    # without the harness' own fourteen thousand tasks
+    few = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
+    write_rows(tmp_path / "calibration.jsonl", documents(8, 40, seed=1))
+    held_out = documents(4, 90, seed=2)
+    write_rows(tmp_path / "held-out.jsonl", held_out)
+    write_task(
+        [
+            {
+                **row,
+                "beginning": " ".join(row["beginning"].split()[:8]),
+                "choices": [" ".join(choice.split()[:4]) for choice in row["choices"]],
+            }
+            for row in questions(held_out)
+        ],
+        tmp_path / "tasks",
+    )
+    return tmp_path
+
+
+def write_release(folder, **changes):
+    fields = {"iters": 1, "batch_size": 2, "num_calibration_samples": 4}
+    content = {
+        "model": tiny_llama().config._name_or_path,
+        "output": "checkpoints",
+        "checkpoints": [
+            {"name": "tiny-w4", "scheme": "W4A16G32", "fields": fields},
+            {"name": "tiny-w2", "scheme": "W2A16G32", "fields": fields},
+        ],
+        "data": {"dataset": "calibration.jsonl", "max_seq_length": 12},
+        "evaluation": {
+            "text": "held-out.jsonl",
+            "samples": 2,
+            "length": 12,
+            "tasks": ["continuations"],
+            "task_path": "tasks",
+            "batch_size": "2",
+        },
+        **changes,
+    }
+    path = folder / "release.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_every_step(folder, capsys):
+    assert main(["release", write_release(folder), "--json"]) == DONE
+    shown = capsys.readouterr()
+    facts = json.loads(shown.out)
+    assert [one["name"] for one in facts] == ["tiny-w4", "tiny-w2"]
+    assert all(one["kept"] and one["url"] is None for one in facts)
+    for one in facts:
+        checkpoint = folder / "checkpoints" / one["name"]
+        assert read_report(checkpoint).layers
+        evaluation = read_evaluation(checkpoint)
+        (task,) = evaluation.tasks
+        assert one["recovery"] == task.recovery
+        card = (checkpoint / "README.md").read_text()
+        assert "continuations" in card
+        assert (checkpoint / "quantization_report.html").is_file()
+        assert not list((folder / "checkpoints" / ".release" / one["name"]).glob("blocks*"))
+    # The original runs once.
+    assert len(read_evaluation(folder / "checkpoints" / "tiny-w2").task_commands) == 1
+
+
+def test_what_falls_short_gets_no_card(folder, capsys):
+    assert main(["release", write_release(folder, keep={"max_kl": 0.5})]) == DONE
+    shown = capsys.readouterr().out
+    assert "tiny-w4: kept" in shown
+    assert "tiny-w2: not kept" in shown
+    assert "at most 0.5 is demanded" in shown
+    assert (folder / "checkpoints" / "tiny-w4" / "README.md").is_file()
+    assert not (folder / "checkpoints" / "tiny-w2" / "README.md").exists()
+    # Demands are judged again, nothing else is done again.
+    assert main(["release", write_release(folder, keep={"max_kl": 1e-6})]) == REFUSED
+    assert "quantizing" not in capsys.readouterr().err
+
+
+def test_goes_on_after_a_failure(folder, capsys, monkeypatch):
+    evaluate = pipeline.evaluate_checkpoint
+
+    def fails(original, quantized, *args, **kwargs):
+        if quantized.endswith("tiny-w2"):
+            raise EvaluationError("no memory")
+        return evaluate(original, quantized, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "evaluate_checkpoint", fails)
+    path = write_release(folder)
+    assert main(["release", path]) == FAILED
+    shown = capsys.readouterr().err
+    assert "tiny-w2: no memory" in shown
+    assert "finished: tiny-w4" in shown
+    monkeypatch.setattr(pipeline, "evaluate_checkpoint", evaluate)
+    assert main(["release", path]) == DONE
+    shown = capsys.readouterr().err
+    assert "quantizing" not in shown
+    assert "evaluating tiny-w2" in shown
+    assert "evaluating tiny-w4" not in shown
+
+
+def test_other_settings_do_not_overwrite(folder, capsys):
+    assert main(["release", write_release(folder)]) == DONE
+    changed = write_release(folder, data={"dataset": "calibration.jsonl", "max_seq_length": 16})
+    capsys.readouterr()
+    assert main(["release", changed]) == REFUSED
+    assert "was made with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"checkpoints": [{"name": "a"}]}, "give one of `recipe`, `scheme` and `auto_scheme`"),
+        ({"checkpoints": [{"name": "a/b", "scheme": "W4A16"}]}, "checkpoints.0.name"),
+        ({"checkpoints": [{"name": "a", "scheme": "W4A16"}] * 2}, "two checkpoints are named a"),
+        ({"keep": {"min_recovery": 0.9}, "evaluation": {}}, "needs `evaluation.tasks`"),
+        ({"modle": "x"}, "modle"),
+        ({"checkpoints": [{"name": "a", "scheme": "W9"}]}, "unknown scheme `W9`"),
+        ({"model": "nobody/nothing"}, "nobody/nothing"),
+    ],
+)
+def test_refused_before_the_first_step(folder, changes, said, capsys):
+    assert main(["release", write_release(folder, **changes), "--dry-run"]) == REFUSED
+    assert said in capsys.readouterr().err
+    assert not (folder / "checkpoints").exists()
+
+
+def test_the_example_is_sound():
+    release = read_release(EXAMPLE)
+    assert release.output == EXAMPLE.parent / "checkpoints"
+    tiny = release.tiny()
+    assert tiny.output.name == "checkpoints-tiny"
+    assert all(entry.fields["iters"] == 2 for entry in tiny.checkpoints)
+    assert tiny.keep.min_recovery is None
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        read_release(ROOT / "README.md")
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_tiny_on_smollm2(folder):
+    """The example of a release, on the packaged model, without a network."""
+    from smollm2 import save_smollm2
+
+    (folder / "smollm2-135m-instruct").symlink_to(save_smollm2())
+    (folder / "smollm2.yaml").write_text(EXAMPLE.read_text())
+    assert main(["release", str(folder / "smollm2.yaml"), "--tiny"]) == DONE
+    made = sorted(path.name for path in (folder / "checkpoints-tiny").glob("SmolLM2*"))
+    assert made == [
+        "SmolLM2-135M-Instruct-FP8-dynamic",
+        "SmolLM2-135M-Instruct-quantized.w4a16",
+    ]
+    for name in made:
+        assert (folder / "checkpoints-tiny" / name / "README.md").is_file()
+
+
+def test_questions_have_one_right_answer():
+    texts = documents(CHOICES, 2 * (BEGINNING + CONTINUATION) + 5, seed=3)
+    found = questions(texts)
+    assert len(found) == 2 * CHOICES
+    for row in found:
+        whole = f"{row['beginning']} {row['choices'][row['answer']]}"
+        assert sum(whole in text for text in texts) == 1
+        wrong = [x for x in row["choices"] if x != row["choices"][row["answer"]]]
+        assert not any(f"{row['beginning']} {x}" in text for text in texts for x in wrong)
+    with pytest.raises(ValueError, match="fewer than 4 documents"):
+        questions(texts[:3])
