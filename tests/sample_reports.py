@@ -143,7 +143,7 @@ def report(**changes: Any) -> QuantizationReport:
         "started": "2026-01-20T09:30:00Z",
         "seconds": 1604.0,
         "command": [
-            "autoround-modifier",
+            "/home/me/.venv/bin/autoround-modifier",
             "quantize",
             "HuggingFaceTB/SmolLM2-135M",
             "--recipe",

@@ -23,7 +23,9 @@ from autoround_modifier import AutoRoundModifier, EvaluationError, evaluate
 from autoround_modifier.cli.main import main
 from autoround_modifier.evaluation.generations import read_prompts
 from autoround_modifier.evaluation.results import merge_evaluations
-from autoround_modifier.evaluation.task_results import read_results, task_results
+from autoround_modifier.evaluation.results_files import read_results
+from autoround_modifier.evaluation.task_results import task_results
+from autoround_modifier.evaluation.tasks import Harness, TaskSettings
 from autoround_modifier.evaluation.text import check_not_calibrated_on, read_text
 from autoround_modifier.evaluation.tokens import token_texts
 from autoround_modifier.report.digest import token_digest
@@ -218,6 +220,37 @@ def _choices_right(folder: Path) -> float:
     return right / 12
 
 
+def test_tasks_by_the_program_of_another_environment(models_, task_folder, tmp_path):
+    program = tmp_path / "lm_eval"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import functools, lm_eval.tasks\n"
+        "# Without its own fourteen thousand tasks, which take ten seconds to read\n"
+        "few = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)\n"
+        "lm_eval.tasks.TaskManager = few\n"
+        "from lm_eval.__main__ import cli_evaluate\n"
+        "cli_evaluate()\n"
+    )
+    program.chmod(0o755)
+    settings = TaskSettings(
+        ("tiny_words",),
+        task_path=task_folder,
+        batch_size="4",
+        results_folder=tmp_path / "kept",
+        program=program,
+    )
+    model = str(models_[1])
+    (row,) = task_results(None, Harness(model, settings).run(model))
+    assert row.quantized == pytest.approx(_choices_right(models_[1]))
+    assert len(list((tmp_path / "kept").rglob("results_*.json"))) == 1
+
+
+def test_a_program_that_fails(models_, capsys):
+    arguments = ("--no-divergence", "--no-generations", "--tasks", "gsm8k")
+    assert run(models_, *arguments, "--lm-eval", shutil.which("false")) == 3
+    assert "false ended with exit code 1; see above" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -229,6 +262,7 @@ def _choices_right(folder: Path) -> float:
         (["--original-results", "nowhere.json"], "add --tasks"),
         (["--quantized-results", "nowhere"], "there is no file of results"),
         (["--tasks", "gsm8k", "--engine", "vllm"], "vLLM cannot be imported"),
+        (["--tasks", "gsm8k", "--lm-eval", "no-program"], "--lm-eval: no-program is no program"),
     ],
 )
 def test_refused_before_a_model_is_loaded(models_, capsys, monkeypatch, arguments, message):

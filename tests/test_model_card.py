@@ -73,6 +73,7 @@ def test_sections_are_filled_in_from_the_files(checkpoint: Path) -> None:
         "https://arxiv.org/abs/2309.05516",
         "https://arxiv.org/abs/2512.04746",
         "vllm serve me/SmolLM2-135M-quantized.w2a16\n",
+        "```bash\nautoround-modifier quantize HuggingFaceTB/SmolLM2-135M ",
         "--dataset 'my text.jsonl'",
         sample_reports.RECIPE,
         "lm_eval --model hf",

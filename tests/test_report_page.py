@@ -185,6 +185,16 @@ def test_text_of_models_is_escaped() -> None:
     assert "".join(parsed.texts).count(evil) >= 6
 
 
+def test_an_empty_generation_is_named() -> None:
+    page = render_page(
+        sample_reports.report(layers=[], blocks=[], phases=[], size=None),
+        sample_reports.evaluation(
+            generations=[Generation(prompt="Why?", original="Because.", quantized=" \n")], tokens=[]
+        ),
+    )
+    assert "nothing" in Page(page).texts
+
+
 def test_names_in_figures_are_escaped_and_are_no_formulas() -> None:
     made = [x.model_copy(update={"kind": "<b>$x_1$"}) for x in sample_reports.layers(blocks=2)]
     page = render_page(sample_reports.report(layers=made, blocks=[], phases=[]), None)

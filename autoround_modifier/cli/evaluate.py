@@ -108,6 +108,14 @@ def evaluate(
             rich_help_panel=TASKS,
         ),
     ] = None,
+    lm_eval: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PROGRAM",
+            help="lm_eval of another environment, which runs the tasks: that of vLLM",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
     original_results: Annotated[
         Path | None,
         typer.Option(
@@ -198,6 +206,7 @@ def evaluate(
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 results_folder=save_results,
+                program=lm_eval,
             )
         found = evaluate_checkpoint(
             resolve_model(original, platform),

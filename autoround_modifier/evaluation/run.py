@@ -23,7 +23,8 @@ from autoround_modifier.evaluation.generations import (
 )
 from autoround_modifier.evaluation.models import free_memory, load, load_tokenizer
 from autoround_modifier.evaluation.predictions import compare_with_recorded, record_predictions
-from autoround_modifier.evaluation.task_results import read_results, task_results
+from autoround_modifier.evaluation.results_files import read_results
+from autoround_modifier.evaluation.task_results import task_results
 from autoround_modifier.evaluation.tasks import Harness, TaskSettings, task_command
 from autoround_modifier.evaluation.text import (
     EvaluationText,

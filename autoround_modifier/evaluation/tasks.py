@@ -1,15 +1,20 @@
-"""Runs tasks of lm-evaluation-harness, by its own entry point."""
+"""Runs tasks of lm-evaluation-harness, in this process or by its program."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autoround_modifier.errors import EvaluationError, MissingExtraError
+from autoround_modifier.evaluation.results_files import read_results
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -40,6 +45,8 @@ class TaskSettings:
     :param dtype: of the weights in memory
     :param trust_remote_code: let a model run its own code
     :param results_folder: where lm-evaluation-harness writes its own file of results
+    :param program: ``lm_eval`` of another environment, which then runs the tasks; None to run them
+        in this process
     """
 
     tasks: tuple[str, ...]
@@ -53,6 +60,7 @@ class TaskSettings:
     dtype: str = "auto"
     trust_remote_code: bool = False
     results_folder: Path | None = None
+    program: Path | None = None
 
 
 class Harness:
@@ -61,17 +69,18 @@ class Harness:
 
     :param model: any of the models; a few tasks read its tokenizer
     :raises MissingExtraError: if lm-evaluation-harness is not installed
-    :raises EvaluationError: if there is no such task or folder, or vLLM is asked for and cannot be
-        imported
+    :raises EvaluationError: if there is no such task, folder or program, or vLLM is asked for and
+        cannot be imported. A program of another environment says itself which tasks it lacks
     """
 
     def __init__(self, model: str, settings: TaskSettings):
-        if settings.engine == "vllm":
-            try:
-                import vllm  # noqa: F401
-            except ImportError as error:
-                raise EvaluationError(f"--engine vllm: vLLM cannot be imported: {error}") from error
         self._settings = settings
+        if settings.program is not None:
+            if shutil.which(settings.program) is None:
+                raise EvaluationError(f"--lm-eval: {settings.program} is no program")
+            return
+        if settings.engine == "vllm":
+            _check_vllm()
         self._manager = _task_manager(settings, _model_arguments(model, settings))
         self._tasks = _named_tasks(settings.tasks, self._manager)
 
@@ -79,7 +88,10 @@ class Harness:
         """
         :param model: folder, or name on the Hub
         :return: what `lm_eval.simple_evaluate` returns: ``results``, ``groups``, ``n-shot``, ...
+        :raises RuntimeError: if the program of another environment fails
         """
+        if self._settings.program is not None:
+            return _run_program(self._settings.program, model, self._settings)
         from lm_eval import simple_evaluate
         from lm_eval.loggers import EvaluationTracker
 
@@ -110,8 +122,12 @@ class Harness:
 
 def task_command(model: str, settings: TaskSettings) -> str:
     """:return: the command line of lm-evaluation-harness that does what `Harness.run` does"""
+    return shlex.join(["lm_eval", *_command_arguments(model, settings)])
+
+
+def _command_arguments(model: str, settings: TaskSettings) -> list[str]:
     pairs = ",".join(f"{k}={v}" for k, v in _model_arguments(model, settings).items())
-    parts = ["lm_eval", "--model", _MODELS[settings.engine], "--model_args", pairs]
+    parts = ["--model", _MODELS[settings.engine], "--model_args", pairs]
     parts += ["--tasks", ",".join(settings.tasks), "--batch_size", str(_batch_size(settings))]
     device = _device(settings)
     if device is not None:
@@ -124,7 +140,30 @@ def task_command(model: str, settings: TaskSettings) -> str:
         parts += ["--limit", str(settings.limit)]
     if settings.apply_chat_template:
         parts += ["--apply_chat_template", "--fewshot_as_multiturn"]
-    return shlex.join(parts)
+    return parts
+
+
+def _run_program(program: Path, model: str, settings: TaskSettings) -> dict[str, Any]:
+    """:return: the results that `lm_eval` of another environment wrote"""
+    with tempfile.TemporaryDirectory(prefix="lm_eval-") as temporary:
+        arguments = [*_command_arguments(model, settings), "--output_path", temporary]
+        ended = subprocess.run([program, *arguments], stdout=subprocess.PIPE, text=True)
+        sys.stderr.write(ended.stdout)
+        if ended.returncode != 0:
+            raise RuntimeError(f"{program} ended with exit code {ended.returncode}; see above")
+        if settings.results_folder is not None:
+            shutil.copytree(temporary, settings.results_folder, dirs_exist_ok=True)
+        return read_results(Path(temporary))
+
+
+def _check_vllm() -> None:
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise EvaluationError(
+            f"--engine vllm: vLLM cannot be imported: {error}. Where it is in another environment, "
+            "install lm_eval there, and name its program by `--lm-eval PATH/bin/lm_eval`"
+        ) from error
 
 
 def results_of(model: str, results_folder: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from autoround_modifier.report.schema import (
     read_evaluation,
     read_report,
 )
-from autoround_modifier.report.summary import mean_bits, summary
+from autoround_modifier.report.summary import command_text, mean_bits, summary
 from autoround_modifier.report.words import (
     bits_text,
     bytes_text,
@@ -132,7 +131,7 @@ def make_card(checkpoint: Path, options: CardOptions) -> Card:
         cache=_cache_tag(config),
         bits=mean_bits(report),
         settings=settings,
-        command=None if report.command is None else shlex.join(report.command),
+        command=command_text(report),
         script=_script(report, str(data.base_model or report.model.source), name),
         rows=result_rows(evaluation.tasks) if evaluation is not None else [],
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,7 +30,7 @@ from autoround_modifier.report.schema import (
     read_evaluation,
     read_report,
 )
-from autoround_modifier.report.summary import key_figures, summary
+from autoround_modifier.report.summary import command_text, key_figures, summary
 from autoround_modifier.report.words import (
     bits_text,
     bytes_text,
@@ -127,7 +126,7 @@ def render_page(report: QuantizationReport, evaluation: Evaluation | None) -> st
         experts=expert_tokens(report.layers),
         same_bits=_same_bits(report),
         figures={name: _safe(drawn) for name, drawn in _figures(report).items()},
-        command=None if report.command is None else shlex.join(report.command),
+        command=command_text(report),
         tokens=tokens,
         token_levels=_token_levels(tokens),
         most_divergent=sorted(tokens, key=lambda x: -x.kl)[:MOST_DIVERGENT],

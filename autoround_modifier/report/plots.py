@@ -409,12 +409,17 @@ def _spread(count: int) -> list[str]:
 
 def _scale(axes: Axes, axis: str, values: Sequence[float]) -> None:
     """Logarithmic where all values are positive and more than a factor of five apart."""
+    from matplotlib.ticker import LogLocator
+
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return
     if min(finite) > 0 and max(finite) / min(finite) > 5:
         axes.set(**{f"{axis}scale": "log"})
-        _plain_ticks(getattr(axes, f"{axis}axis"))
+        ticks = getattr(axes, f"{axis}axis")
+        if max(finite) / min(finite) < 1000:  # powers of ten alone would be too few
+            ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        _plain_ticks(ticks)
     elif min(finite) >= 0:
         axes.set(**{f"{axis}lim": (0, None)})
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from autoround_modifier.report.run_settings import run_settings
 from autoround_modifier.report.schema import DataRecord, Evaluation, LayerRecord, QuantizationReport
@@ -19,7 +21,7 @@ from autoround_modifier.report.words import (
     scheme_text,
 )
 
-__all__ = ["KeyFigure", "key_figures", "mean_bits", "schemes_text", "summary"]
+__all__ = ["KeyFigure", "command_text", "key_figures", "mean_bits", "schemes_text", "summary"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,14 @@ def summary(report: QuantizationReport, evaluation: Evaluation | None) -> str:
         found = evaluation.divergence
         text += f" (KL divergence {found.kl:.3f}, same top token {percent_text(found.top1)})"
     return text + "."
+
+
+def command_text(report: QuantizationReport) -> str | None:
+    """:return: the command line, with the name of its program alone; None where there was none"""
+    if not report.command:
+        return None
+    program, *arguments = report.command
+    return shlex.join([Path(program).name, *arguments])
 
 
 def _data_text(data: DataRecord) -> str:
