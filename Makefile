@@ -14,7 +14,7 @@ RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # auto-round, which the benchmarks compare with, is run from its own environment.
 export AUTO_ROUND_PYTHON = $(abspath $(AUTO_ROUND_VENV))/bin/python
 
-.PHONY: install auto-round quickstart test lint typecheck test-slow test-vllm test-vllm-architectures bench-accuracy \
+.PHONY: install auto-round quickstart test lint typecheck test-slow test-browser test-vllm test-vllm-architectures bench-accuracy \
 	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
 	gpu-wheels gpu-check table-architectures sweep-architectures docs build clean
 
@@ -42,6 +42,15 @@ test: install
 
 test-slow: install
 	$(PYTEST) -m slow
+
+# Headless Chromium: `apt-get install chromium` on Debian. On Ubuntu that is a snap: install Google
+# Chrome's .deb there, or set CHROMIUM to the path of any Chromium.
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+test-browser: install
+	@test -n "$(CHROMIUM)" || { echo "no Chromium: apt-get install chromium, or set CHROMIUM"; exit 1; }
+	$(VENV)/bin/pip install --quiet "playwright>=1.50"
+	CHROMIUM="$(CHROMIUM)" $(PYTEST) -m browser tests/browser
 
 $(VLLM_VENV)/.installed:
 	$(PYTHON) -m venv $(VLLM_VENV)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import typer
+from conftest import ROOT
 
-from autoround_modifier.cli.main import COMMANDS, GROUPS, main
+from autoround_modifier.cli.main import COMMANDS, GROUPS, app, main
 from autoround_modifier.cli.outcome import (
     DONE,
     FAILED,
@@ -91,3 +93,54 @@ def test_wrong_flags_are_usage_errors(capsys):
 def test_version(capsys):
     assert main(["--version"]) == DONE
     assert capsys.readouterr().out.strip() == __version__
+
+
+# ---------------------------------------------------------------------- documentation
+
+
+def flags_of(command: str) -> set[str]:
+    """:return: all flags of a command, such as ``quantize`` or ``recipes new``"""
+    found = typer.main.get_command(app)
+    for name in command.split():
+        found = found.commands[name]
+    flags = {flag for item in found.params for flag in (*item.opts, *item.secondary_opts)}
+    return flags | {"--help"}
+
+
+def documented() -> list[tuple[str, str]]:
+    """:return: file and command line of each call that the documentation shows"""
+    found = []
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    files += sorted((ROOT / "examples").rglob("*.*"))
+    for file in files:
+        if file.suffix not in (".md", ".yaml", ".py"):
+            continue
+        text = file.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(r"^[#$ ]*autoround-modifier (.+)$", text, re.MULTILINE):
+            found.append((file.name, line.split(" #")[0]))
+    return found
+
+
+def test_the_documentation_shows_commands_and_flags_that_exist():
+    groups = {name: typer.main.get_command(group) for name, group in GROUPS.items()}
+    calls = documented()
+    assert len(calls) > 20
+    for file, call in calls:
+        words = call.split()
+        command = words[0]
+        if command in groups:
+            command = " ".join(words[:2])
+        elif command not in COMMANDS:
+            assert command.startswith("--"), f"{file}: {call}"
+            continue
+        given = {word.partition("=")[0].replace("_", "-") for word in words if word[:2] == "--"}
+        assert given <= flags_of(command), f"{file}: {call}"
+
+
+def test_flags_beside_those_of_auto_round_exist():
+    text = (ROOT / "docs" / "guides" / "from-auto-round.md").read_text(encoding="utf-8")
+    ours = flags_of("quantize") | flags_of("evaluate")
+    rows = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| `")]
+    given = {flag for cell in rows for flag in re.findall(r"--[a-z][a-z-]*", cell)}
+    assert len(given) > 15
+    assert given - {"--no-"} <= ours
