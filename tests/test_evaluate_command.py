@@ -220,6 +220,32 @@ def _choices_right(folder: Path) -> float:
     return right / 12
 
 
+def test_program_of_another_environment(models_, tmp_path, capsys):
+    """What the program is asked for, and that what it writes is read."""
+    program = tmp_path / "lm_eval"
+    results = json.dumps(harness_results())
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--output_path') + 1]) / 'someone__tiny'\n"
+        "folder.mkdir()\n"
+        f"(folder / 'results_2026-01-01.json').write_text({results!r})\n"
+        "print(*sys.argv[1:9])\n"
+    )
+    program.chmod(0o755)
+    arguments = ("--engine", "vllm", "--tasks", "mmlu", "--lm-eval", program, "--json")
+    assert run(models_, *arguments, "--save-results", tmp_path / "kept") == 0
+    printed = capsys.readouterr()
+    rows = Evaluation.model_validate_json(printed.out).tasks
+    assert {row.task for row in rows} == {"mmlu", "mmlu_law", "wikitext"}
+    assert all(row.recovery == 1 for row in rows)
+    for model in models_:
+        asked = f"--model vllm --model_args pretrained={model},dtype=auto --tasks mmlu"
+        assert f"{asked} --batch_size auto" in printed.err
+    assert list((tmp_path / "kept").rglob("results_*.json"))
+
+
+@pytest.mark.slow
 def test_tasks_by_the_program_of_another_environment(models_, task_folder, tmp_path):
     program = tmp_path / "lm_eval"
     program.write_text(
