@@ -223,7 +223,7 @@ def _choices_right(folder: Path) -> float:
 def test_program_of_another_environment(models_, tmp_path, capsys):
     """What the program is asked for, and that what it writes is read."""
     program = tmp_path / "lm_eval"
-    results = json.dumps(harness_results())
+    results = json.dumps(harness_results(lm_eval_version="0.4.99"))
     program.write_text(
         f"#!{sys.executable}\n"
         "import pathlib, sys\n"
@@ -236,7 +236,9 @@ def test_program_of_another_environment(models_, tmp_path, capsys):
     arguments = ("--engine", "vllm", "--tasks", "mmlu", "--lm-eval", program, "--json")
     assert run(models_, *arguments, "--save-results", tmp_path / "kept") == 0
     printed = capsys.readouterr()
-    rows = Evaluation.model_validate_json(printed.out).tasks
+    found = Evaluation.model_validate_json(printed.out)
+    rows = found.tasks
+    assert found.versions["lm_eval"] == "0.4.99"
     assert {row.task for row in rows} == {"mmlu", "mmlu_law", "wikitext"}
     assert all(row.recovery == 1 for row in rows)
     for model in models_:

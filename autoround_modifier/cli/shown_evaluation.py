@@ -19,9 +19,10 @@ def show_evaluation(evaluation: Evaluation) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    typer.echo(f"original   {evaluation.original}\nquantized  {evaluation.quantized}\n")
+    typer.echo(f"original   {evaluation.original}\nquantized  {evaluation.quantized}")
     if evaluation.divergence is not None and evaluation.text is not None:
         text, found = evaluation.text, evaluation.divergence
+        typer.echo()
         table = Table(
             title=f"{text.source}: {text.samples} samples of {text.length} tokens",
             title_justify="left",

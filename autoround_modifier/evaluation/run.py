@@ -124,9 +124,11 @@ def evaluate_checkpoint(
                 )
                 written.append(continuations)
                 free_memory()
-    tasks, task_commands = rows.compared(harness, original, quantized, settings.tasks)
+    tasks, task_commands, harness_version = rows.compared(
+        harness, original, quantized, settings.tasks
+    )
     return Evaluation(
-        versions=_versions(),
+        versions=_versions() | harness_version,
         original=original_name or original,
         quantized=quantized,
         engine=settings.tasks.engine if settings.tasks else "transformers",
@@ -220,11 +222,11 @@ class _Results:
         original: str,
         quantized: str,
         settings: TaskSettings | None,
-    ) -> tuple[list[TaskResult], list[str]]:
+    ) -> tuple[list[TaskResult], list[str], dict[str, str]]:
         """
         Run what is missing.
 
-        :return: rows, and the commands with the same results
+        :return: rows; the commands with the same results; the version of lm-evaluation-harness
         """
         first, second = self.original, self.quantized
         commands, engine = [], None
@@ -237,7 +239,11 @@ class _Results:
                 second, engine = harness.run(quantized), settings.engine
                 commands.append(task_command(quantized, settings))
                 free_memory()
-        return ([] if second is None else task_results(first, second, engine)), commands
+        if second is None:
+            return [], commands, {}
+        version = second.get("lm_eval_version")
+        versions = {"lm_eval": str(version)} if version else {}
+        return task_results(first, second, engine), commands, versions
 
 
 def _versions() -> dict[str, str]:
