@@ -28,7 +28,6 @@ from autoround_modifier.evaluation.task_results import task_results
 from autoround_modifier.evaluation.tasks import Harness, TaskSettings
 from autoround_modifier.evaluation.text import check_not_calibrated_on, read_text
 from autoround_modifier.evaluation.tokens import token_texts
-from autoround_modifier.report.digest import token_digest
 from autoround_modifier.report.schema import (
     DataRecord,
     Evaluation,
@@ -36,6 +35,7 @@ from autoround_modifier.report.schema import (
     TaskResult,
     read_evaluation,
 )
+from autoround_modifier.runs.calibration_data import calibration_digest
 
 CHAT_TEMPLATE = "{% for m in messages %}w5 {{ m['content'] }} w6 {% endfor %}"
 
@@ -125,7 +125,7 @@ def test_text_and_generations(models_, text, capsys):
     samples = torch.tensor(ids).view(-1, 16)
     assert printed.text is not None
     assert (printed.text.samples, printed.text.length) == (5, 16)
-    assert printed.text.digest == token_digest(samples.tolist())
+    assert printed.text.digest == calibration_digest([{"input_ids": samples}])
     first, second = (AutoModelForCausalLM.from_pretrained(x, dtype="auto") for x in models_)
     expected = evaluate(first, second, samples)
     found = printed.divergence

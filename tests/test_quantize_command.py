@@ -20,7 +20,8 @@ FAST = ["--batch-size", "2", "--nsamples", "4", "--seqlen", "12"]
 
 @pytest.fixture
 def folder():
-    return tiny_llama().config._name_or_path
+    # wide enough for groups and blocks of 128
+    return tiny_llama(hidden_size=256).config._name_or_path
 
 
 @pytest.fixture
@@ -137,6 +138,18 @@ def test_usage(folder, arguments, said, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     assert main(["quantize", folder, *arguments, "--dry-run"]) == USAGE
     assert said in capsys.readouterr().err
+
+
+def test_what_shapes_rule_out_is_refused_before_weights_are_loaded(capsys):
+    narrow = tiny_llama().config._name_or_path
+    assert main(["quantize", narrow, "--scheme", "W4A16", "--dry-run"]) == REFUSED
+    shown = capsys.readouterr().err
+    assert "64 input features, group_size 128; 64, 32, 16 would divide" in shown
+    budget = ["--bits", "9", "--options", "W2A16G32,W4A16G32,UNQUANTIZED"]
+    assert main(["quantize", narrow, *budget, "--dry-run"]) == DONE
+    budget[1] = "1"
+    assert main(["quantize", narrow, *budget, "--dry-run"]) == REFUSED
+    assert "avg_bits is 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

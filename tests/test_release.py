@@ -8,6 +8,7 @@ import random
 import sys
 
 import datasets
+import huggingface_hub.constants
 import lm_eval.tasks
 import pytest
 import yaml
@@ -159,7 +160,8 @@ def test_other_settings_do_not_overwrite(folder, capsys):
         ({"model": "nobody/nothing"}, "nobody/nothing"),
     ],
 )
-def test_refused_before_the_first_step(folder, changes, said, capsys):
+def test_refused_before_the_first_step(folder, changes, said, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert main(["release", write_release(folder, **changes), "--dry-run"]) == REFUSED
     assert said in capsys.readouterr().err
     assert not (folder / "checkpoints").exists()

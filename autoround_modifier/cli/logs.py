@@ -30,7 +30,7 @@ def own_logs(level: str = INFO) -> Iterator[Console]:
     console = Console(stderr=True)
     logger.remove()
     with contextlib.redirect_stdout(sys.stderr), _no_bars(level):
-        import llmcompressor  # noqa: F401
+        import autoround_modifier.host.lifecycle  # noqa: F401, which imports LLM-Compressor
 
         logger.remove()
         logger.add(

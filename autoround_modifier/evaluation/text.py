@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from autoround_modifier.calibration import read_samples
 from autoround_modifier.errors import CalibrationError, EvaluationError
-from autoround_modifier.report.digest import token_digest
 from autoround_modifier.report.schema import DataRecord, TextRecord
+from autoround_modifier.runs.calibration_data import calibration_digest
 
 __all__ = ["PACKAGED", "EvaluationText", "check_not_calibrated_on", "read_text"]
 
@@ -64,7 +64,7 @@ def read_text(
     ids = [list(row) for row in rows["input_ids"] if len(row) > 1]
     record = TextRecord(
         source=str(path) if path else "the packaged text",
-        digest=token_digest(ids),
+        digest=calibration_digest([{"input_ids": [row]} for row in ids]),
         samples=len(ids),
         length=max(map(len, ids)),
     )

@@ -67,7 +67,12 @@ def source_config(name: str | Path, revision: str | None = None) -> dict[str, An
     :return: its ``config.json``; empty if there is none
     :raises OSError: if it is not there and cannot be downloaded
     """
-    path = cached_file(str(name), "config.json", revision=revision)
+    try:
+        path = cached_file(str(name), "config.json", revision=revision)
+    except OSError as error:
+        raise OSError(
+            f"there is no folder `{name}`, and no such model was found: {error}"
+        ) from error
     return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 

@@ -130,8 +130,15 @@ def check_experts(model: nn.Module) -> None:
 
 
 def check_finite(layers: dict[str, Layer]) -> None:
-    """:raises NonFiniteError: naming every layer whose weight has NaN or infinity"""
-    non_finite = [name for name, x in layers.items() if not torch.isfinite(x.weight).all()]
+    """
+    :param layers: those on the meta device have no values
+    :raises NonFiniteError: naming every layer whose weight has NaN or infinity
+    """
+    non_finite = [
+        name
+        for name, x in layers.items()
+        if not (weight := x.weight).is_meta and not torch.isfinite(weight).all()
+    ]
     if non_finite:
         raise NonFiniteError(f"weights with NaN or infinity: {listed(non_finite)}")
 
@@ -139,7 +146,7 @@ def check_finite(layers: dict[str, Layer]) -> None:
 def check_fit(schemes: Schemes) -> None:
     """:raises SchemeError: naming every layer whose scheme is not supported or does not fit"""
     unsupported: dict[str, list[str]] = {}  # by reason
-    indivisible: list[str] = []
+    indivisible: dict[str, list[str]] = {}  # by what would do
     for name, (module, scheme) in schemes.items():
         reason = (
             unsupported_weights(scheme.weights)
@@ -154,18 +161,19 @@ def check_fit(schemes: Schemes) -> None:
         for group_size in sizes - {None}:
             if columns % group_size:
                 fitting = [size for size in range(256, 15, -8) if columns % size == 0]
-                indivisible.append(
-                    f"{name}: {columns} input features, group_size {group_size}"
-                    + (f"; {', '.join(map(str, fitting))} would divide" if fitting else "")
+                remedy = f"{columns} input features, group_size {group_size}" + (
+                    f"; {', '.join(map(str, fitting))} would divide" if fitting else ""
                 )
+                indivisible.setdefault(remedy, []).append(name)
 
     if unsupported:
         reasons = [f"{reason}: {listed(names)}" for reason, names in unsupported.items()]
         raise SchemeError("AutoRoundModifier cannot quantize these layers: " + "; ".join(reasons))
     if indivisible:
+        layers = [f"{remedy}: {listed(names)}" for remedy, names in indivisible.items()]
         raise SchemeError(
             "group_size does not divide the input features of these layers; choose one that does, "
-            "use `strategy: channel`, or add the layers to `ignore`:\n  " + "\n  ".join(indivisible)
+            "use `strategy: channel`, or add the layers to `ignore`:\n  " + "\n  ".join(layers)
         )
 
 

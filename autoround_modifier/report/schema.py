@@ -166,7 +166,7 @@ class QuantizationReport(Record):
 
 class TextRecord(Record):
     source: str = Field(description="file or name")
-    digest: str = Field(description="SHA-256 of the token ids")
+    digest: str = Field(description="as that of calibration data")
     samples: int = Field(description="number of samples")
     length: int = Field(description="tokens of each sample")
 
