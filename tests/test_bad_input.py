@@ -84,17 +84,16 @@ MODEL_ROWS = [
         groups(group_size=48),
         SchemeError,
         (
-            "model.layers.0.self_attn.q_proj: 64 input features",
-            "group_size 48",
-            "64, 32, 16",
-            "model.layers.1.mlp.down_proj: 128",
+            "64 input features, group_size 48; 64, 32, 16 would divide: model.layers.0.self_attn.q_proj",
+            "128 input features, group_size 48",
+            "model.layers.1.mlp.down_proj",
         ),
     ),
     Row(
         "group larger than the layer",
         groups(group_size=128),
         SchemeError,
-        ("model.layers.1.mlp.up_proj: 64 input features, group_size 128",),
+        ("64 input features, group_size 128", "model.layers.0.mlp.up_proj", "and 4 more"),
     ),
     Row("no data", groups(), CalibrationError, ("dataset=", "self_generated", "rtn"), NO_DATA),
     Row(

@@ -71,14 +71,14 @@ def test_iters_0_searches_scales(folder, capsys):
 def test_bits_and_options(folder, capsys):
     found = dry_run(
         folder,
-        *("--bits", "2.5", "--options", "W2A16G32,W4A16G32", "--options", "W8A16"),
+        *("--bits", "3.5", "--options", "W2A16G32,W4A16G32", "--options", "W8A16"),
         *("--engine", "vllm", "--seed", "3", "--auto-scheme-batch-size", "1"),
         capsys=capsys,
     )
     assert list(found) == ["AutoSchemeModifier", "AutoRoundModifier"]
     scheme = AutoSchemeModifier(**found["AutoSchemeModifier"])
     assert scheme.options == ["W2A16G32", "W4A16G32", "W8A16"]
-    assert (scheme.avg_bits, scheme.engine, scheme.seed, scheme.batch_size) == (2.5, "vllm", 3, 1)
+    assert (scheme.avg_bits, scheme.engine, scheme.seed, scheme.batch_size) == (3.5, "vllm", 3, 1)
     assert found["AutoRoundModifier"] == {"ignore": ["lm_head"], "engine": "vllm", "seed": 3}
 
 
