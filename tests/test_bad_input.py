@@ -84,7 +84,8 @@ MODEL_ROWS = [
         groups(group_size=48),
         SchemeError,
         (
-            "64 input features, group_size 48; 64, 32, 16 would divide: model.layers.0.self_attn.q_proj",
+            "64 input features, group_size 48; 64, 32, 16 would divide",
+            "model.layers.0.self_attn.q_proj",
             "128 input features, group_size 48",
             "model.layers.1.mlp.down_proj",
         ),
