@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoround_modifier.device import device_name
 from autoround_modifier.host.layers import disable_onloading
 from autoround_modifier.parallel import gathered
 from autoround_modifier.progress.block_report import BlockReport
@@ -166,7 +167,7 @@ class RunRecorder:
         layers = layer_records(model, tuned, self._weight_errors, original.dtype)
         return QuantizationReport(
             versions=package_versions(),
-            device=_device_name(),
+            device=device_name(),
             started=self._started.isoformat(timespec="seconds"),
             seconds=round((datetime.now(timezone.utc) - self._started).total_seconds(), 3),
             command=None if self.command is None else list(self.command),
@@ -275,11 +276,3 @@ def _choice_record(choice: Any, budget: float | None) -> AutoSchemeRecord:
         chosen=(choice.avg_bits(), choice.score),
         layers=layers,
     )
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    accelerator = torch.accelerator.current_accelerator()
-    name = "CPU" if accelerator is None else str(accelerator)
-    return f"{name}, {torch.get_num_threads()} threads" if name == "CPU" else name
