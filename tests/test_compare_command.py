@@ -124,8 +124,8 @@ def test_without_a_report(pair, tmp_path, capsys):
     assert main(["compare", str(plain), pair[1], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["sides"][0]["schemes"]) == [
-        "W4 int sym group 32",
-        "W4 int sym group 32 A8",
+        "W4A16 G32",
+        "W4A8 G32 static",
     ]
     assert found["sides"][0]["saved_bytes"] == 1000
     assert found["kinds"] == []

@@ -27,6 +27,8 @@ from autoround_modifier.report.words import (
     scheme_text,
     unbroken,
 )
+from autoround_modifier.scheme_catalogue import written_scheme
+from autoround_modifier.scheme_names import SCHEMES
 
 EXPERTS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -268,13 +270,22 @@ def test_words() -> None:
         "3.20e7",
     ]
     assert scheme_text("W4A16 asym G128") == "W4A16 asymmetric, groups of 128"
-    assert scheme_text("W8A8 channel") == "W8A8 symmetric, one scale for each channel"
-    assert scheme_text("FP8 128x128") == "FP8, blocks of 128 x 128"
+    assert scheme_text("W8A8 channel static") == (
+        "W8A8 symmetric, one scale for each channel, static activations"
+    )
+    assert scheme_text("FP8 block 128x128") == "FP8, blocks of 128 x 128"
     assert scheme_text("NVFP4A16") == "NVFP4A16"
     assert scheme_text("one of its own") == "one of its own"
     assert model_name("/home/me/cache/models--a--b-c/snapshots/0123") == "b-c"
     assert model_name("owner/name") == model_name("/folder/name/") == "name"
     assert unbroken("87 MB, 68 % less") == "87\u00a0MB, 68\u00a0% less"
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_labels_of_all_schemes_are_put_into_words(name: str) -> None:
+    label = written_scheme(SCHEMES[name]).label
+    name, _, details = label.partition(" ")
+    assert scheme_text(label) == name if not details else ", " in scheme_text(label)
 
 
 def test_layers_are_summed_up_by_kind_and_block() -> None:

@@ -12,10 +12,12 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from autoround_modifier.errors import CheckpointError
+from autoround_modifier.export.saved_config import quantization_of
+from autoround_modifier.export.saved_files import CONFIG, read_json
 from autoround_modifier.report.own_files import check_own, write_own
 from autoround_modifier.report.results_table import result_rows
 from autoround_modifier.report.run_settings import run_settings
-from autoround_modifier.report.saved_schemes import SavedScheme, read_config, saved_schemes
+from autoround_modifier.report.saved_schemes import SavedScheme, saved_schemes
 from autoround_modifier.report.schema import (
     Evaluation,
     QuantizationReport,
@@ -94,7 +96,7 @@ def make_card(checkpoint: Path, options: CardOptions) -> Card:
     :raises CheckpointError: see `write_card`
     """
     report, evaluation = read_report(checkpoint), read_evaluation(checkpoint)
-    config = read_config(checkpoint)
+    config = read_json(checkpoint / CONFIG)
     schemes, settings = saved_schemes(config), run_settings(report.recipe)
     card = Card()
     data = _front_matter(checkpoint, report, config, schemes, options, card)
@@ -126,8 +128,8 @@ def make_card(checkpoint: Path, options: CardOptions) -> Card:
         evaluation=evaluation,
         data=data,
         schemes=schemes,
-        weight_tags=_listed(x.tag for x in schemes),
-        activation_tags=_listed(x.activation_tag or "none, 16 bits" for x in schemes),
+        weight_tags=_listed(x.scheme.weight_tag for x in schemes),
+        activation_tags=_listed(x.scheme.activation_tag or "none, 16 bits" for x in schemes),
         cache=_cache_tag(config),
         bits=mean_bits(report),
         settings=settings,
@@ -165,7 +167,8 @@ def _front_matter(
     if found["license"] == "other" and not options.license:
         found |= {key: source.get(key) for key in ("license_name", "license_link")}
     tags = ["llmcompressor", "quantized"] if schemes else ["quantized"]
-    tags += [x.tag for x in schemes] + [x.activation_tag for x in schemes if x.activation_tag]
+    tags += [x.scheme.weight_tag for x in schemes]
+    tags += [tag for x in schemes if (tag := x.scheme.activation_tag) is not None]
     tags += ["compressed-tensors", "vllm"] if schemes else []
     if found["base_model"]:
         found["base_model_relation"] = "quantized"
@@ -210,7 +213,7 @@ def _pipeline_tag(config: Mapping[str, Any]) -> str | None:
 
 def _cache_tag(config: Mapping[str, Any]) -> str | None:
     """:return: what the key-value cache is quantized to"""
-    cache = (config.get("quantization_config") or {}).get("kv_cache_scheme")
+    cache = (quantization_of(config) or {}).get("kv_cache_scheme")
     if not cache:
         return None
     return f"{'FP' if cache.get('type') == 'float' else 'INT'}{cache.get('num_bits')}"

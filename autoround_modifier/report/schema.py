@@ -100,7 +100,7 @@ class LayerRecord(Record):
     name: str = Field(description="in the model")
     kind: str = Field(description="last part of the name, such as `q_proj`; experts have one kind")
     block: int | None = Field(description="number of the block that holds it; None outside blocks")
-    scheme: str = Field(description="short name, such as `W2 sym G64`")
+    scheme: str = Field(description="short name, such as `W2A16 G64`")
     bits_per_weight: float = Field(description="as saved, scales and zero points included")
     weights: int = Field(description="number of weights")
     error_of: Literal["output", "weight"] = Field(description="what its errors are errors of")

@@ -89,23 +89,26 @@ def unbroken(text: str) -> str:
 
 def scheme_text(scheme: str) -> str:
     """
-    :param scheme: short name, such as ``W2A16 G64``, ``W4A16 asym channel`` or ``FP8 128x128``
+    :param scheme: `engines.scheme.Scheme.label`, such as ``W2A16 G64`` or ``FP8 tensor static``
     :return: in words, such as ``W2A16 symmetric, groups of 64``; names of other kinds as they are
     """
     name, *details = scheme.split(" ")
-    signs, scales = ["symmetric"] if re.match(r"W\d+A", name) else [], []
+    signs = ["symmetric"] if re.match(r"W\d+A", name) else []
+    parts = []
     for detail in details:
         if detail == "asym":
             signs = ["asymmetric"]
         elif re.fullmatch(r"G\d+", detail):
-            scales.append(f"groups of {detail[1:]}")
+            parts.append(f"groups of {detail[1:]}")
         elif re.fullmatch(r"\d+x\d+", detail):
-            scales.append(f"blocks of {detail.replace('x', ' x ')}")
+            parts.append(f"blocks of {detail.replace('x', ' x ')}")
         elif detail in ("channel", "tensor"):
-            scales.append(f"one scale for each {detail}")
-        else:
+            parts.append(f"one scale for each {detail}")
+        elif detail in ("dynamic", "static"):
+            parts.append(f"{detail} activations")
+        elif detail != "block":
             return scheme
-    return ", ".join([" ".join([name, *signs]), *scales])
+    return ", ".join([" ".join([name, *signs]), *parts])
 
 
 def hub_name(source: str) -> str | None:
