@@ -42,7 +42,7 @@ from autoround_modifier.report.schema import (
 )
 from autoround_modifier.version import __version__
 
-__all__ = ["EvaluationSettings", "evaluate_checkpoint"]
+__all__ = ["EvaluationSettings", "check_evaluation", "evaluate_checkpoint"]
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "lm_eval", "vllm")
 
@@ -80,6 +80,17 @@ class EvaluationSettings:
     trust_remote_code: bool = False
 
 
+def check_evaluation(original: str, settings: EvaluationSettings) -> None:
+    """
+    Refuse what `evaluate_checkpoint` would refuse of any quantized model, before there is one.
+
+    :param original: folder, or name on the Hugging Face Hub
+    :raises EvaluationError: if a text, prompts, tasks or results cannot be read
+    :raises MissingExtraError: if tasks are asked for and lm-evaluation-harness is not installed
+    """
+    _Prepared.of(original, settings)
+
+
 def evaluate_checkpoint(
     original: str,
     quantized: str,
@@ -101,17 +112,11 @@ def evaluate_checkpoint(
         model is loaded; or if results cannot be compared
     :raises MissingExtraError: if tasks are asked for and lm-evaluation-harness is not installed
     """
-    rows = _Results.read(settings)
-    harness = None
-    if settings.tasks is not None and not rows.complete:
-        harness = Harness(original, settings.tasks)
-    prompts = read_prompts(settings.prompts) if settings.generations else ()
-    text = None
-    tokenizer = None
-    if settings.divergence or settings.generations:
-        tokenizer = load_tokenizer(original, settings.trust_remote_code)
-    if settings.divergence and tokenizer is not None:
-        text = _checked_text(tokenizer, quantized, settings)
+    prepared = _Prepared.of(original, settings)
+    rows, harness, prompts = prepared.rows, prepared.harness, prepared.prompts
+    tokenizer, text = prepared.tokenizer, prepared.text
+    if text is not None and (Path(quantized) / REPORT_FILE).is_file():
+        check_not_calibrated_on(text.record, read_report(Path(quantized)).data, settings.match)
 
     statistics: list[TokenStatistics] = []
     written: list[list[str]] = []
@@ -178,15 +183,35 @@ def _run(
     return statistics, generate(model, tokenizer, prompts, settings.max_new_tokens)
 
 
-def _checked_text(
-    tokenizer: PreTrainedTokenizerBase, quantized: str, settings: EvaluationSettings
-) -> EvaluationText:
-    text = read_text(
-        settings.text, tokenizer, settings.num_samples, settings.length, settings.match
-    )
-    if (Path(quantized) / REPORT_FILE).is_file():
-        check_not_calibrated_on(text.record, read_report(Path(quantized)).data, settings.match)
-    return text
+@dataclass(frozen=True)
+class _Prepared:
+    """
+    What an evaluation needs beside the models; None for what is not asked for.
+
+    :param harness: of the tasks that must be run
+    """
+
+    rows: _Results
+    harness: Harness | None
+    prompts: tuple[Prompt, ...]
+    tokenizer: PreTrainedTokenizerBase | None
+    text: EvaluationText | None
+
+    @classmethod
+    def of(cls, original: str, settings: EvaluationSettings) -> _Prepared:
+        """:raises EvaluationError: see `evaluate_checkpoint`"""
+        rows = _Results.read(settings)
+        harness = tokenizer = text = None
+        if settings.tasks is not None and not rows.complete:
+            harness = Harness(original, settings.tasks)
+        prompts = read_prompts(settings.prompts) if settings.generations else ()
+        if settings.divergence or settings.generations:
+            tokenizer = load_tokenizer(original, settings.trust_remote_code)
+        if settings.divergence and tokenizer is not None:
+            text = read_text(
+                settings.text, tokenizer, settings.num_samples, settings.length, settings.match
+            )
+        return cls(rows, harness, prompts, tokenizer, text)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,11 @@ from loguru import logger
 from autoround_modifier.command import command_line
 from autoround_modifier.errors import FailedError, OutputExistsError
 from autoround_modifier.evaluation.results import save_evaluation
-from autoround_modifier.evaluation.run import EvaluationSettings, evaluate_checkpoint
+from autoround_modifier.evaluation.run import (
+    EvaluationSettings,
+    check_evaluation,
+    evaluate_checkpoint,
+)
 from autoround_modifier.evaluation.tasks import TaskSettings, results_of
 from autoround_modifier.hub import resolve_model
 from autoround_modifier.hub.upload import check_before_upload, upload_checkpoint
@@ -27,7 +31,7 @@ from autoround_modifier.recipe_composition import compose_recipe
 from autoround_modifier.release.file import CheckpointEntry, Demands, ReleaseFile
 from autoround_modifier.release.state import StepsDone
 from autoround_modifier.report.card import CardOptions, write_card
-from autoround_modifier.report.page import write_page
+from autoround_modifier.report.page import check_matplotlib, write_page
 from autoround_modifier.report.schema import REPORT_FILE, Evaluation, read_evaluation
 from autoround_modifier.runs.digests import text_digest
 
@@ -43,34 +47,32 @@ class Released:
     """
     :ivar name: of the checkpoint
     :ivar folder: that holds it
-    :ivar evaluation: None where none was asked for
     :ivar shortfalls: demands that it does not reach; empty if it is kept
     :ivar url: where it was published, if it was
     """
 
     name: str
     folder: Path
-    evaluation: Evaluation | None
+    evaluation: Evaluation
     shortfalls: tuple[str, ...]
     url: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """:return: JSON values"""
-        evaluation = self.evaluation
         return {
             "name": self.name,
             "folder": str(self.folder),
             "kept": not self.shortfalls,
             "shortfalls": list(self.shortfalls),
-            "recovery": None if evaluation is None else mean_recovery(evaluation),
+            "recovery": mean_recovery(self.evaluation),
             "url": self.url,
         }
 
     def __str__(self) -> str:
         text = f"{self.name}: {'not kept' if self.shortfalls else 'kept'}"
-        if self.evaluation is not None and self.evaluation.divergence is not None:
+        if self.evaluation.divergence is not None:
             text += f", KL divergence {self.evaluation.divergence.kl:.4f}"
-        recovery = None if self.evaluation is None else mean_recovery(self.evaluation)
+        recovery = mean_recovery(self.evaluation)
         if recovery is not None:
             text += f", recovery {recovery:.1%}"
         text += "".join(f"\n  {shortfall}" for shortfall in self.shortfalls)
@@ -90,12 +92,15 @@ def run_release(
     :param dry_run: only check
     :return: the checkpoints, in the order of the file; empty for a dry run
     :raises FailedError: if a step fails; says what is kept
-    :raises RecipeError: and the other errors of `QuantizationJob.check`
+    :raises RecipeError: and the other errors of `QuantizationJob.check` and `check_evaluation`
+    :raises MissingExtraError: if a package is not installed that a step needs
     """
+    check_matplotlib()
     model = resolve_model(release.model, release.platform, release.revision)
     steps = [_Checkpoint(release, entry, model) for entry in release.checkpoints]
     for checkpoint in steps:
         checkpoint.check()
+    check_evaluation(model, steps[0].evaluation_settings())
     if dry_run:
         return []
     made = []
@@ -179,11 +184,11 @@ class _Checkpoint:
             logger.info(f"quantizing {name}")
             self.job.run(self.folder, listener)
         shutil.rmtree(self.blocks, ignore_errors=True)  # they are in the checkpoint
-        if not self.steps.is_done("evaluate", self.evaluated_with):
-            logger.info(f"evaluating {name}")
-            save_evaluation(self._evaluate(), self.folder, replace=True)
-            self.steps.note("evaluate", self.evaluated_with)
         evaluation = read_evaluation(self.folder)
+        if evaluation is None or not self.steps.is_done("evaluate", self.evaluated_with):
+            logger.info(f"evaluating {name}")
+            evaluation = save_evaluation(self._evaluate(), self.folder, replace=True)
+            self.steps.note("evaluate", self.evaluated_with)
         shortfalls = tuple(_shortfalls(self.release.keep, evaluation))
         write_page(self.folder)
         if shortfalls:
@@ -208,7 +213,7 @@ class _Checkpoint:
             ).url
         return Released(name, self.folder, evaluation, (), url)
 
-    def _evaluate(self) -> Evaluation:
+    def evaluation_settings(self) -> EvaluationSettings:
         asked = self.release.evaluation
         tasks = original_results = None
         if asked.tasks:
@@ -229,28 +234,29 @@ class _Checkpoint:
             # The original runs once for all checkpoints.
             known = results_of(self.model, results)
             original_results = known if known.is_dir() else None
+        return EvaluationSettings(
+            text=asked.text,
+            match=asked.match,
+            num_samples=asked.samples,
+            length=asked.length,
+            prompts=asked.prompts,
+            tasks=tasks,
+            original_results=original_results,
+            trust_remote_code=self.release.trust_remote_code,
+        )
+
+    def _evaluate(self) -> Evaluation:
         return evaluate_checkpoint(
             self.model,
             str(self.folder),
-            EvaluationSettings(
-                text=asked.text,
-                match=asked.match,
-                num_samples=asked.samples,
-                length=asked.length,
-                prompts=asked.prompts,
-                tasks=tasks,
-                original_results=original_results,
-                trust_remote_code=self.release.trust_remote_code,
-            ),
+            self.evaluation_settings(),
             original_name=self.release.model,
             command=None if (line := command_line()) is None else shlex.join(line),
         )
 
 
-def _shortfalls(demands: Demands, evaluation: Evaluation | None) -> Iterator[str]:
+def _shortfalls(demands: Demands, evaluation: Evaluation) -> Iterator[str]:
     """Yield each demand that is not reached, in words."""
-    if evaluation is None:
-        return
     recovery = mean_recovery(evaluation)
     least = demands.min_recovery
     if least is not None and (recovery is None or recovery < least):
@@ -258,6 +264,8 @@ def _shortfalls(demands: Demands, evaluation: Evaluation | None) -> Iterator[str
         yield f"recovery is {found}, and at least {least:.1%} is demanded"
     divergence = evaluation.divergence
     if divergence is None:
+        if demands.max_kl is not None or demands.min_top1 is not None:
+            yield "the divergence from the original is unknown"
         return
     if demands.max_kl is not None and divergence.kl > demands.max_kl:
         yield f"KL divergence is {divergence.kl:.4f}, and at most {demands.max_kl} is demanded"

@@ -44,7 +44,7 @@ from autoround_modifier.report.words import (
     unbroken,
 )
 
-__all__ = ["PAGE_FILE", "render_page", "write_page"]
+__all__ = ["PAGE_FILE", "check_matplotlib", "render_page", "write_page"]
 
 PAGE_FILE = "quantization_report.html"
 MARK = '<meta name="generator" content="autoround-modifier report">'
@@ -85,16 +85,21 @@ def write_page(checkpoint: Path, output: Path | None = None, overwrite: bool = F
     return path
 
 
+def check_matplotlib() -> None:
+    """:raises MissingExtraError: if matplotlib, which draws the figures, is not installed"""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("the page of a report", "matplotlib", "plot") from None
+
+
 def render_page(report: QuantizationReport, evaluation: Evaluation | None) -> str:
     """
     :return: HTML; sections without data are left out
     :raises MissingExtraError: if matplotlib is not installed
     :raises CheckpointError: if the recipe in the report cannot be read
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("the page of a report", "matplotlib", "plot") from None
+    check_matplotlib()
     environment = Environment(
         loader=PackageLoader("autoround_modifier.report", ""),
         autoescape=True,
