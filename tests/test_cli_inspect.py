@@ -56,7 +56,7 @@ def test_inspect_prints_contents_engines_and_problems(saved, capsys):
     assert "compressed-tensors: pack-quantized" in text
     assert "4.524 bits per weight, scales and zero points included; 73,728 weights" in text
     (row,) = (line.split() for line in text.splitlines() if line.split()[:1] == ["q_proj"])
-    assert row == ["q_proj", "W4A16", "G32", "2", "8,192", "4.531", "4.6", "kB"]
+    assert row == ["q_proj", "W4A16", "G32", "2", "8,192", "4.531", "4.64", "kB"]
     assert "Not quantized:\n  lm_head\n  model.embed_tokens\n" in text
     assert f"  vllm serve {saved}\n" in text
     assert f"  python -m sglang.launch_server --model-path {saved}\n" in text

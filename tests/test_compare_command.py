@@ -102,7 +102,13 @@ def test_tables(pair, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["compare", *pair]) == 0
     out = capsys.readouterr().out
-    for words in ("bits per quantized weight", "0.25000", "90.00%", "0.4500 (90.00%)", "down_proj"):
+    for words in (
+        "bits per quantized weight",
+        "0.25000",
+        "90.00 %",
+        "0.4500 (90.00 %)",
+        "down_proj",
+    ):
         assert words in out
     assert "different samples" not in out
 

@@ -13,20 +13,14 @@ import sample_reports
 from sample_reports import write_checkpoint
 
 from autoround_modifier.cli.main import main
+from autoround_modifier.readable import bytes_text, duration_text, figures_text, unbroken
 from autoround_modifier.report.layer_table import expert_tokens, grid_of, scheme_grid
 from autoround_modifier.report.page import render_page
 from autoround_modifier.report.plots import shade_edges
-from autoround_modifier.report.run_settings import run_settings
+from autoround_modifier.report.rounding_method import rounding_method
 from autoround_modifier.report.schema import Generation, QuantizationReport, TokenDivergence
 from autoround_modifier.report.summary import summary
-from autoround_modifier.report.words import (
-    bytes_text,
-    duration_text,
-    figures_text,
-    model_name,
-    scheme_text,
-    unbroken,
-)
+from autoround_modifier.report.words import model_name, scheme_text
 from autoround_modifier.scheme_catalogue import written_scheme
 from autoround_modifier.scheme_names import SCHEMES
 
@@ -240,12 +234,12 @@ def test_the_sentence() -> None:
 )
 def test_the_method_is_that_of_the_recipe(fields: str, method: str) -> None:
     recipe = f"a_stage:\n  b_modifiers:\n    AutoRoundModifier: {fields}\n"
-    assert run_settings(recipe).method == method
+    assert rounding_method(recipe).text == method
 
 
 def test_the_method_of_other_modifiers_is_their_names() -> None:
     recipe = "a_stage:\n  b_modifiers:\n    AWQModifier: {}\n    GPTQModifier: {}\n"
-    assert run_settings(recipe).method == "AWQModifier and GPTQModifier"
+    assert rounding_method(recipe).text == "AWQModifier and GPTQModifier"
 
 
 def test_words() -> None:

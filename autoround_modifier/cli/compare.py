@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoround_modifier.cli.shown_evaluation import percent
+from autoround_modifier.readable import bytes_text, duration_text
 
 if TYPE_CHECKING:
     from autoround_modifier.report.comparison import Comparison, Side
@@ -73,9 +74,9 @@ def _rows(sides: list[Side]) -> list[tuple[str, list[str]]]:
         ("recipe", [side.recipe or "" for side in sides]),
         ("layers by scheme", [_counted(side.schemes) for side in sides]),
         ("bits per quantized weight", [_number(side.quantized_bits, ".3f") for side in sides]),
-        ("size", [_gigabytes(side.saved_bytes) for side in sides]),
-        ("size of the original", [_gigabytes(side.original_bytes) for side in sides]),
-        ("seconds", [_number(side.seconds, ".0f") for side in sides]),
+        ("size", [_size(side.saved_bytes) for side in sides]),
+        ("size of the original", [_size(side.original_bytes) for side in sides]),
+        ("time", [_time(side.seconds) for side in sides]),
         ("evaluated on", [side.text.source if side.text else "" for side in sides]),
         ("KL divergence, nats per token", [f"{x.kl:.5f}" if x else "" for x in found]),
         ("same first choice", [percent(x.top1) if x else "" for x in found]),
@@ -91,10 +92,12 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _gigabytes(size: int | None) -> str:
-    if size is None:
-        return ""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+def _size(size: int | None) -> str:
+    return "" if size is None else bytes_text(size)
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else duration_text(seconds)
 
 
 def _is_shown(filtered: str | None) -> bool:

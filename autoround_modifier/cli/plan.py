@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoround_modifier import defaults
 from autoround_modifier.cli.outcome import REFUSED, UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def plan(
     model: Annotated[str, typer.Argument(help="folder with a config.json, or a name on the Hub")],
     recipe: Annotated[
         str | None,
-        typer.Option(help="file, or name of a shipped recipe; default: w4a16_autoround"),
+        typer.Option(help=f"file, or name of a shipped recipe; default: {defaults.RECIPE}"),
     ] = None,
     scheme: Annotated[
         str | None,
@@ -36,7 +37,10 @@ def plan(
     ] = None,
     num_calibration_samples: Annotated[int | None, typer.Option(help="calibration samples")] = None,
     max_seq_length: Annotated[
-        int | None, typer.Option(min=1, help="tokens of a calibration sample; default: 2048")
+        int | None,
+        typer.Option(
+            min=1, help=f"tokens of a calibration sample; default: {defaults.MAX_SEQ_LENGTH}"
+        ),
     ] = None,
     model_on_disk: Annotated[
         bool, typer.Option("--model-on-disk", help="weights stay on the disk, block by block")
@@ -82,7 +86,6 @@ def plan(
     with own_logs(WARNING):
         from autoround_modifier.hub import resolve_model
         from autoround_modifier.planning import find_machine, plan
-        from autoround_modifier.planning.settings import DEFAULT_RECIPE
         from autoround_modifier.planning.tables import as_data
 
         try:
@@ -91,7 +94,7 @@ def plan(
             raise UsageError(str(error)) from error
         found = plan(
             resolve_model(model, platform),
-            recipe or DEFAULT_RECIPE,
+            recipe or defaults.RECIPE,
             scheme=scheme,
             max_seq_length=max_seq_length,
             model_on_disk=model_on_disk,

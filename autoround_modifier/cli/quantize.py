@@ -11,19 +11,17 @@ import typer
 from autoround_modifier.cli.flags import FieldFlags, with_fields
 from autoround_modifier.cli.outcome import UsageError
 from autoround_modifier.command import COMMAND
+from autoround_modifier.defaults import GENERATED_SEQ_LENGTH, MAX_SEQ_LENGTH
 from autoround_modifier.fields import (
     AutoSchemeFields,
     DistillationFields,
     SchemeFields,
     TuningFields,
 )
+from autoround_modifier.readable import bytes_text, count_text
 from autoround_modifier.report.schema import QuantizationReport
 
 __all__ = ["quantize"]
-
-# Tokens in each sample
-LENGTH = 2048
-GENERATED_LENGTH = 512
 
 # Flags that stand for a field of two modifiers
 SHARED = frozenset({"targets", "ignore", "engine", "seed"})
@@ -90,7 +88,8 @@ def quantize(
             "--max-seq-length",
             "--seqlen",
             min=2,
-            help=f"tokens in each sample. Default: {LENGTH}, of generated text {GENERATED_LENGTH}",
+            help=f"tokens in each sample. Default: {MAX_SEQ_LENGTH}, of text that the model writes "
+            f"{GENERATED_SEQ_LENGTH}",
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="of the model on the hub")] = None,
@@ -158,7 +157,7 @@ def quantize(
             ),
             recipe_name=None if recipe is None else Path(recipe).stem,
             dataset=dataset,
-            max_seq_length=max_seq_length or (LENGTH if dataset else GENERATED_LENGTH),
+            max_seq_length=max_seq_length,
             revision=revision,
             device_map=device_map,
             overwrite=overwrite,
@@ -186,8 +185,8 @@ def _summary(report: QuantizationReport, output: Path) -> str:
     size = report.size
     if size is not None:
         lines[0] += (
-            f": {size.saved_bytes / 1e6:.1f} MB instead of {size.original_bytes / 1e6:.1f} MB; "
-            f"{size.quantized_weights / 1e6:.1f} million weights are quantized, to "
+            f": {bytes_text(size.saved_bytes)} instead of {bytes_text(size.original_bytes)}; "
+            f"{count_text(size.quantized_weights)} weights are quantized, to "
             f"{size.quantized_bits:.2f} bits each"
         )
     lines += [

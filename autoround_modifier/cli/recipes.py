@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoround_modifier import defaults
 from autoround_modifier.cli.outcome import reported
 from autoround_modifier.cli.tables import print_json, print_table
 
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from autoround_modifier.recipe_files import RecipeSummary
 
 __all__ = ["app"]
-
-START = "w4a16_autoround"
 
 app = typer.Typer(help="List, show and start recipes.", no_args_is_help=True)
 
@@ -69,7 +68,7 @@ def new_recipe(
     file: Annotated[Path, typer.Argument(help="to write; it must not exist")],
     source: Annotated[
         str, typer.Option("--from", help="shipped recipe, or a file, to start from")
-    ] = START,
+    ] = defaults.RECIPE,
 ) -> None:
     """Write a recipe with comments, to be changed and given to `quantize`."""
     from autoround_modifier.errors import OutputExistsError

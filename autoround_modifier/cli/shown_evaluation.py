@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from autoround_modifier.readable import percent_text
+
 if TYPE_CHECKING:
     from autoround_modifier.report.schema import Evaluation, TaskResult
 
@@ -68,7 +70,7 @@ def shown_tasks(tasks: list[TaskResult]) -> list[TaskResult]:
 
 
 def percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.2%}"
+    return "" if share is None else percent_text(share, 2)
 
 
 def _value(value: float | None, error: float | None) -> str:

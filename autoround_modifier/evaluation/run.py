@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,7 +38,7 @@ from autoround_modifier.report.schema import (
     TaskResult,
     read_report,
 )
-from autoround_modifier.version import __version__
+from autoround_modifier.version import package_versions
 
 __all__ = ["EvaluationSettings", "check_evaluation", "evaluate_checkpoint"]
 
@@ -133,7 +131,7 @@ def evaluate_checkpoint(
         harness, original, quantized, settings.tasks
     )
     return Evaluation(
-        versions=_versions() | harness_version,
+        versions=package_versions(*PACKAGES) | harness_version,
         original=original_name or original,
         quantized=quantized,
         engine=settings.tasks.engine if settings.tasks else "transformers",
@@ -269,13 +267,3 @@ class _Results:
         version = second.get("lm_eval_version")
         versions = {"lm_eval": str(version)} if version else {}
         return task_results(first, second, engine), commands, versions
-
-
-def _versions() -> dict[str, str]:
-    found = {"autoround_modifier": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -27,6 +27,7 @@ from autoround_modifier.hub import resolve_model
 from autoround_modifier.hub.upload import check_before_upload, upload_checkpoint
 from autoround_modifier.job import QuantizationJob
 from autoround_modifier.progress.events import Listener
+from autoround_modifier.readable import percent_text
 from autoround_modifier.recipe_composition import compose_recipe
 from autoround_modifier.release.file import CheckpointEntry, Demands, ReleaseFile
 from autoround_modifier.release.state import StepsDone
@@ -39,7 +40,6 @@ __all__ = ["Released", "run_release"]
 
 # Beside the checkpoints: finished blocks, notes on steps, results of tasks
 WORK = ".release"
-LENGTH, GENERATED_LENGTH = 2048, 512
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Released:
             text += f", KL divergence {self.evaluation.divergence.kl:.4f}"
         recovery = mean_recovery(self.evaluation)
         if recovery is not None:
-            text += f", recovery {recovery:.1%}"
+            text += f", recovery {percent_text(recovery)}"
         text += "".join(f"\n  {shortfall}" for shortfall in self.shortfalls)
         return f"{text}\n  {self.url or self.folder}"
 
@@ -145,7 +145,7 @@ class _Checkpoint:
             model=self.model,
             model_name=release.model,
             recipe=self._recipe({"checkpoint_dir": str(self.blocks)}),
-            max_seq_length=data.max_seq_length or (LENGTH if data.dataset else GENERATED_LENGTH),
+            max_seq_length=data.max_seq_length,
             recipe_name=None if recipe is None else Path(recipe).stem,
             dataset=data.dataset,
             revision=release.revision,
@@ -260,8 +260,8 @@ def _shortfalls(demands: Demands, evaluation: Evaluation) -> Iterator[str]:
     recovery = mean_recovery(evaluation)
     least = demands.min_recovery
     if least is not None and (recovery is None or recovery < least):
-        found = "unknown" if recovery is None else f"{recovery:.1%}"
-        yield f"recovery is {found}, and at least {least:.1%} is demanded"
+        found = "unknown" if recovery is None else percent_text(recovery)
+        yield f"recovery is {found}, and at least {percent_text(least)} is demanded"
     divergence = evaluation.divergence
     if divergence is None:
         if demands.max_kl is not None or demands.min_top1 is not None:
@@ -270,8 +270,8 @@ def _shortfalls(demands: Demands, evaluation: Evaluation) -> Iterator[str]:
     if demands.max_kl is not None and divergence.kl > demands.max_kl:
         yield f"KL divergence is {divergence.kl:.4f}, and at most {demands.max_kl} is demanded"
     if demands.min_top1 is not None and divergence.top1 < demands.min_top1:
-        found = f"{divergence.top1:.1%}"
-        yield f"top-1 agreement is {found}, and at least {demands.min_top1:.1%} is demanded"
+        found, wanted = percent_text(divergence.top1), percent_text(demands.min_top1)
+        yield f"top-1 agreement is {found}, and at least {wanted} is demanded"
 
 
 def mean_recovery(evaluation: Evaluation) -> float | None:

@@ -14,9 +14,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from autoround_modifier.errors import CheckpointError
 from autoround_modifier.export.saved_config import quantization_of
 from autoround_modifier.export.saved_files import CONFIG, read_json
+from autoround_modifier.readable import (
+    bits_text,
+    bytes_text,
+    count_text,
+    figures_text,
+    percent_text,
+)
 from autoround_modifier.report.own_files import check_own, write_own
 from autoround_modifier.report.results_table import result_rows
-from autoround_modifier.report.run_settings import run_settings
+from autoround_modifier.report.rounding_method import rounding_method
 from autoround_modifier.report.saved_schemes import SavedScheme, saved_schemes
 from autoround_modifier.report.schema import (
     Evaluation,
@@ -25,15 +32,7 @@ from autoround_modifier.report.schema import (
     read_report,
 )
 from autoround_modifier.report.summary import command_text, mean_bits, summary
-from autoround_modifier.report.words import (
-    bits_text,
-    bytes_text,
-    count_text,
-    figures_text,
-    hub_name,
-    model_name,
-    percent_text,
-)
+from autoround_modifier.report.words import hub_name, model_name
 
 __all__ = ["CARD_FILE", "Card", "CardOptions", "make_card", "write_card"]
 
@@ -97,7 +96,7 @@ def make_card(checkpoint: Path, options: CardOptions) -> Card:
     """
     report, evaluation = read_report(checkpoint), read_evaluation(checkpoint)
     config = read_json(checkpoint / CONFIG)
-    schemes, settings = saved_schemes(config), run_settings(report.recipe)
+    schemes, method = saved_schemes(config), rounding_method(report.recipe)
     card = Card()
     data = _front_matter(checkpoint, report, config, schemes, options, card)
     name = (options.repo or checkpoint.resolve().name).rpartition("/")[2]
@@ -132,7 +131,7 @@ def make_card(checkpoint: Path, options: CardOptions) -> Card:
         activation_tags=_listed(x.scheme.activation_tag or "none, 16 bits" for x in schemes),
         cache=_cache_tag(config),
         bits=mean_bits(report),
-        settings=settings,
+        method=method,
         command=command_text(report),
         script=_script(report, str(data.base_model or report.model.source), name),
         rows=result_rows(evaluation.tasks) if evaluation is not None else [],

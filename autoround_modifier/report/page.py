@@ -12,6 +12,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from autoround_modifier.errors import MissingExtraError
+from autoround_modifier.readable import (
+    bits_text,
+    bytes_text,
+    count_text,
+    duration_text,
+    figures_text,
+    percent_text,
+    unbroken,
+)
 from autoround_modifier.report.layer_table import (
     bits_by_block,
     by_kind,
@@ -31,18 +40,7 @@ from autoround_modifier.report.schema import (
     read_report,
 )
 from autoround_modifier.report.summary import command_text, key_figures, summary
-from autoround_modifier.report.words import (
-    bits_text,
-    bytes_text,
-    count_text,
-    duration_text,
-    figures_text,
-    model_name,
-    percent_text,
-    result_text,
-    scheme_text,
-    unbroken,
-)
+from autoround_modifier.report.words import model_name, result_text, scheme_text
 
 __all__ = ["PAGE_FILE", "check_matplotlib", "render_page", "write_page"]
 

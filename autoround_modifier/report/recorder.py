@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
-import platform
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -41,9 +39,9 @@ from autoround_modifier.report.schema import (
     SizeRecord,
 )
 from autoround_modifier.runs.calibration_data import calibration_digest, sample_lengths
-from autoround_modifier.version import __version__
+from autoround_modifier.version import package_versions
 
-__all__ = ["OriginalModel", "RunRecorder", "active_recorder", "package_versions", "recording"]
+__all__ = ["OriginalModel", "RunRecorder", "active_recorder", "recording"]
 
 _active: ContextVar[RunRecorder | None] = ContextVar("recorder", default=None)
 
@@ -165,7 +163,7 @@ class RunRecorder:
         tuned = {layer.name: layer for block in self._blocks for layer in block.layers}
         layers = layer_records(model, tuned, self._weight_errors, original.dtype)
         return QuantizationReport(
-            versions=package_versions(),
+            versions=package_versions(*PACKAGES),
             device=_device_name(),
             started=self._started.isoformat(timespec="seconds"),
             seconds=round((datetime.now(timezone.utc) - self._started).total_seconds(), 3),
@@ -224,14 +222,6 @@ def recording(recorder: RunRecorder) -> Iterator[None]:
 def active_recorder() -> RunRecorder | None:
     """:return: the recorder of the run that goes on, if it has one"""
     return _active.get()
-
-
-def package_versions() -> dict[str, str]:
-    """:return: version of each package that results depend on, of Python and the system"""
-    found = {"autoround_modifier": __version__}
-    for name in PACKAGES:
-        found[name] = importlib.metadata.version(name)
-    return found | {"python": platform.python_version(), "system": platform.platform()}
 
 
 def _block_record(block: BlockReport) -> BlockRecord:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from autoround_modifier.readable import percent_text
 from autoround_modifier.report.schema import TaskResult
-from autoround_modifier.report.words import percent_text, result_text
+from autoround_modifier.report.words import result_text
 
 __all__ = ["ResultRow", "recovery_text", "result_rows"]
 
