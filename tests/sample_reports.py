@@ -318,7 +318,6 @@ def evaluation(**changes: Any) -> Evaluation:
             TaskResult(
                 task="arc_challenge",
                 metric="acc_norm",
-                filter="none",
                 shots=25,
                 original=0.2901,
                 quantized=0.2457,

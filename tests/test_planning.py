@@ -110,6 +110,12 @@ def test_a_recipe_may_tell_one_expert_from_another(tmp_path):
     }
     recipe = AutoRoundModifier(preset="rtn", config_groups=groups, engine="none")
     model = tiny_mixture(tmp_path / "original")
+    alike = AutoRoundModifier(preset="rtn", config_groups={"all": groups["others"]}, engine="none")
+    active = [
+        [block.active for block in plan(model.config, one, machine=LARGE).counts.blocks]
+        for one in (recipe, alike)
+    ]
+    assert active[0] == active[1]
     assert_predicted(model, recipe, tmp_path / "saved")
 
 
@@ -120,7 +126,7 @@ def test_choosing_bits_gives_at_most_the_budget():
     ]
     config = configuration(SHORT_LLAMA)
     found = plan(config, recipe, machine=LARGE)
-    rest = sum(part.original for part in found.counts.parts if part.bits == "16")
+    rest = sum(part.original for part in found.counts.parts if part.scheme == "bfloat16")
     assert found.checkpoint.value == pytest.approx(3.0 / 8 * found.counts.chosen + rest)
     assert any("AutoSchemeModifier" in note for note in found.notes)
     recipe[0] = AutoSchemeModifier(avg_bits=2.1, options=["W2A16G64", "W8A16G64"])

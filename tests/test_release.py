@@ -207,6 +207,8 @@ def test_other_settings_do_not_overwrite(runs, material):
         ({"modle": "x"}, "modle"),
         ({"checkpoints": [{"name": "a", "scheme": "W9"}]}, "unknown scheme `W9`"),
         ({"model": "nobody/nothing"}, "nobody/nothing"),
+        ({"publish": {"owner": "me", "platform": "hugs"}}, "unknown platform `hugs`"),
+        ({"publish": {"owner": "me"}}, "HF_HUB_OFFLINE is set"),
         ({"evaluation": {"text": "nowhere.jsonl"}}, "there is no file"),
         ({"evaluation": {"tasks": ["nothing"], "task_path": "tasks"}}, "has no task nothing"),
     ],

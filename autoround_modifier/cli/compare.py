@@ -47,7 +47,7 @@ def _show(found: Comparison) -> None:
             table.add_row(name, *values)
     for task in found.tasks:
         table.add_row(
-            f"{task.task}, {task.metric}" + (f" ({task.filter})" if _is_shown(task.filter) else ""),
+            f"{task.task}, {task.metric}" + (f" ({task.filter})" if task.filter else ""),
             *(
                 "" if value is None else f"{value:.4f}" + (f" ({percent(part)})" if part else "")
                 for value, part in zip(task.values, task.recovery, strict=True)
@@ -98,7 +98,3 @@ def _size(size: int | None) -> str:
 
 def _time(seconds: float | None) -> str:
     return "" if seconds is None else duration_text(seconds)
-
-
-def _is_shown(filtered: str | None) -> bool:
-    return filtered not in (None, "none")

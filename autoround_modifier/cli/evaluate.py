@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from autoround_modifier.cli.outcome import UsageError
-from autoround_modifier.command import command_line
+from autoround_modifier.command import quoted_command_line
 
 __all__ = ["evaluate"]
 
@@ -227,7 +226,7 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
             ),
             original_name=original,
-            command=None if (line := command_line()) is None else shlex.join(line),
+            command=quoted_command_line(),
         )
         if file is not None:
             save_evaluation(found, file, replace)

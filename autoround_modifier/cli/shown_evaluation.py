@@ -43,7 +43,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
         for result in shown_tasks(evaluation.tasks):
             table.add_row(
                 result.task,
-                f"{result.metric}{_filter(result)}",
+                result.metric + (f" ({result.filter})" if result.filter else ""),
                 "" if result.shots is None else str(result.shots),
                 _value(result.original, result.original_stderr),
                 _value(result.quantized, result.quantized_stderr),
@@ -77,7 +77,3 @@ def _value(value: float | None, error: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
-
-
-def _filter(result: TaskResult) -> str:
-    return f" ({result.filter})" if result.filter not in (None, "none") else ""

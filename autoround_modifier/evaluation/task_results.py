@@ -95,7 +95,8 @@ def _rows(
                 continue
             suffix = f",{filtered}" if filtered else ""
             error = values.get(f"{metric}_stderr{suffix}")
-            found[task, metric, filtered or None] = (
+            shown = filtered if filtered not in ("", "none") else None
+            found[task, metric, shown] = (
                 float(value),
                 float(error) if _is_number(error) else None,
             )

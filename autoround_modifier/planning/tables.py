@@ -90,7 +90,7 @@ def _parts(plan: Plan) -> Table:
         (
             part.name,
             count_text(part.parameters),
-            part.bits,
+            part.scheme,
             bytes_text(part.original),
             bytes_text(part.saved),
         )
@@ -98,9 +98,9 @@ def _parts(plan: Plan) -> Table:
         if part.parameters or part.saved
     ]
     saved, numbers = plan.counts.saved, plan.counts.parameters
-    mean = f"{8 * saved / numbers:.3f} in the mean"
+    mean = f"{8 * saved / numbers:.3f} bits in the mean"
     rows.append(("all", count_text(numbers), mean, bytes_text(original), bytes_text(saved)))
-    columns = ("part", "parameters", "bits", "as loaded", "as saved")
+    columns = ("part", "parameters", "scheme", "as loaded", "as saved")
     return Table("tensors of the checkpoint (counted)", columns, tuple(rows))
 
 

@@ -5,7 +5,6 @@ are done are not done again, so that a release that stopped goes on where it was
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 from loguru import logger
 
-from autoround_modifier.command import command_line
+from autoround_modifier.command import quoted_command_line
 from autoround_modifier.errors import FailedError, OutputExistsError
 from autoround_modifier.evaluation.results import save_evaluation
 from autoround_modifier.evaluation.run import (
@@ -24,13 +23,13 @@ from autoround_modifier.evaluation.run import (
 )
 from autoround_modifier.evaluation.tasks import TaskSettings, results_of
 from autoround_modifier.hub import resolve_model
-from autoround_modifier.hub.upload import check_before_upload, upload_checkpoint
+from autoround_modifier.hub.upload import check_before_upload, check_repository, upload_checkpoint
 from autoround_modifier.job import QuantizationJob
 from autoround_modifier.progress.events import Listener
 from autoround_modifier.readable import percent_text
 from autoround_modifier.recipe_composition import compose_recipe
 from autoround_modifier.release.file import CheckpointEntry, Demands, ReleaseFile
-from autoround_modifier.release.state import StepsDone
+from autoround_modifier.release.finished_steps import FinishedSteps
 from autoround_modifier.report.card import CardOptions, write_card
 from autoround_modifier.report.page import check_matplotlib, write_page
 from autoround_modifier.report.schema import REPORT_FILE, Evaluation, read_evaluation
@@ -126,7 +125,7 @@ class _Checkpoint:
         release = self.release
         self.folder = release.output / self.entry.name
         work = release.output / WORK / self.entry.name
-        self.steps = StepsDone(work / "steps.json")
+        self.steps = FinishedSteps(work / "steps.json")
         self.quantized_with = {
             "model": self.model,
             "revision": release.revision,
@@ -161,7 +160,13 @@ class _Checkpoint:
         )
 
     def check(self) -> None:
-        """:raises OutputExistsError: if its folder holds what was not made with these settings"""
+        """
+        :raises OutputExistsError: if its folder holds what was not made with these settings
+        :raises HubError: if it is to be published and cannot be
+        """
+        publish = self.release.publish
+        if publish is not None and self.repository is not None:
+            check_repository(self.repository, publish.platform)
         if self.is_quantized:
             return
         if (self.folder / REPORT_FILE).is_file():
@@ -170,6 +175,12 @@ class _Checkpoint:
                 "checkpoint another name, or delete the folder"
             )
         self.job.check(self.folder)
+
+    @property
+    def repository(self) -> str | None:
+        """Where it is published; None where it is not."""
+        publish = self.release.publish
+        return None if publish is None else f"{publish.owner}/{self.entry.name}"
 
     @property
     def is_quantized(self) -> bool:
@@ -194,11 +205,10 @@ class _Checkpoint:
         if shortfalls:
             return Released(name, self.folder, evaluation, shortfalls)
         publish = self.release.publish
-        repository = None if publish is None else f"{publish.owner}/{name}"
         _, card = write_card(
             self.folder,
             CardOptions(
-                repo=repository,
+                repo=self.repository,
                 license=self.release.license,
                 language=tuple(self.release.language),
             ),
@@ -206,10 +216,10 @@ class _Checkpoint:
         for part, reason in card.left_out:
             logger.info(f"{name}: the card leaves out {part} ({reason})")
         url = None
-        if publish is not None and repository is not None:
+        if publish is not None and self.repository is not None:
             check_before_upload(self.folder)
             url = upload_checkpoint(
-                self.folder, repository, platform=publish.platform, private=publish.private
+                self.folder, self.repository, platform=publish.platform, private=publish.private
             ).url
         return Released(name, self.folder, evaluation, (), url)
 
@@ -251,7 +261,7 @@ class _Checkpoint:
             str(self.folder),
             self.evaluation_settings(),
             original_name=self.release.model,
-            command=None if (line := command_line()) is None else shlex.join(line),
+            command=quoted_command_line(),
         )
 
 

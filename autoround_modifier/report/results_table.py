@@ -83,8 +83,8 @@ def _category(task: str) -> str:
 
 def _row(category: str, task: TaskResult) -> ResultRow:
     details = [task.metric] if task.metric else []
-    if task.filter not in (None, "none"):
-        details.append(str(task.filter))
+    if task.filter is not None:
+        details.append(task.filter)
     if task.shots is not None:
         details.append(f"{task.shots}-shot")
     return ResultRow(
