@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from autoround_modifier.cli.options import AsJson, Platform, TrustRemoteCode
 from autoround_modifier.cli.outcome import UsageError
+from autoround_modifier.cli.tables import print_json
 from autoround_modifier.command import quoted_command_line
 
 __all__ = ["evaluate"]
@@ -147,18 +149,12 @@ def evaluate(
             "--replace", help="forget what the file holds already", rich_help_panel=RESULTS
         ),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print JSON", rich_help_panel=RESULTS)
-    ] = False,
-    platform: Annotated[
-        str | None, typer.Option(help="hub of the names: huggingface or modelscope")
-    ] = None,
+    as_json: AsJson = False,
+    platform: Platform = None,
     dtype: Annotated[
         str, typer.Option(help="of weights in memory: auto, bfloat16, float16 or float32")
     ] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="let models run their own code")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare a quantized model with its original: on a text, in what it writes, on tasks."""
     only_read = bool(original_results or quantized_results) and tasks is None
@@ -231,7 +227,7 @@ def evaluate(
         if file is not None:
             save_evaluation(found, file, replace)
     if as_json:
-        typer.echo(found.model_dump_json(indent=2))
+        print_json(found.model_dump(mode="json"))
         return
     from autoround_modifier.cli.shown_evaluation import show_evaluation
 

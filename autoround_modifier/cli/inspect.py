@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autoround_modifier.cli.kernels import kernels_as_json, print_kernels
+from autoround_modifier.cli.options import AsJson
 from autoround_modifier.cli.outcome import REFUSED, UsageError
 from autoround_modifier.cli.tables import print_json, print_table
 from autoround_modifier.readable import bytes_text
@@ -37,7 +38,7 @@ def inspect(
             "code is 0"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     What is in a checkpoint, and which engines load it.

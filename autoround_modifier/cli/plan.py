@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from autoround_modifier import defaults
+from autoround_modifier.cli.options import AsJson, Platform, TrustRemoteCode
 from autoround_modifier.cli.outcome import REFUSED, UsageError
+from autoround_modifier.cli.tables import print_json, print_table
 
 if TYPE_CHECKING:
     from autoround_modifier.planning import Plan
-    from autoround_modifier.planning.tables import Table
 
 __all__ = ["plan"]
+
+NUMBERS = ("size", "time", "parameters", "as loaded", "as saved")
 
 
 def plan(
@@ -45,9 +47,7 @@ def plan(
     model_on_disk: Annotated[
         bool, typer.Option("--model-on-disk", help="weights stay on the disk, block by block")
     ] = False,
-    platform: Annotated[
-        str | None, typer.Option(help="hub of the model: huggingface or modelscope")
-    ] = None,
+    platform: Platform = None,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -62,10 +62,8 @@ def plan(
         str | None,
         typer.Option(help="folder that files go to, or free space such as 500GB; default: here"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="let the model run its own code")
-    ] = False,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
     What a run will take: memory, disk, hours. Refuses what will not fit, and says what to change.
@@ -103,7 +101,7 @@ def plan(
             **{name: value for name, value in given.items() if value is not None},
         )
     if as_json:
-        typer.echo(json.dumps(as_data(found), indent=1))
+        print_json(as_data(found))
     else:
         _show(found)
     if not found.fits:
@@ -111,32 +109,16 @@ def plan(
 
 
 def _show(found: Plan) -> None:
-    from rich.console import Console
-
     from autoround_modifier.planning.tables import summary, tables, verdict
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.print(summary(found))
+    typer.echo(summary(found))
     for table in tables(found):
-        console.print()
-        console.print(_rich(table))
+        typer.echo()
+        print_table(table.columns, table.rows, NUMBERS, table.title)
         for remark in table.remarks:
-            console.print(remark)
-    console.print()
+            typer.echo(remark)
+    typer.echo()
     for note in found.notes:
-        console.print(f"note: {note}")
+        typer.echo(f"note: {note}")
     for line in verdict(found):
-        console.print(line)
-
-
-def _rich(table: Table) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table as RichTable
-
-    shown = RichTable(title=table.title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for column in table.columns:
-        numbers = column in ("size", "time", "parameters", "as loaded", "as saved")
-        shown.add_column(column, justify="right" if numbers else "left", overflow="fold")
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
+        typer.echo(line)

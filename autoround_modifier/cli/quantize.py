@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from autoround_modifier.cli.flags import FieldFlags, with_fields
+from autoround_modifier.cli.options import AsJson, Platform, Quiet, TrustRemoteCode, Verbose
 from autoround_modifier.cli.outcome import UsageError
+from autoround_modifier.cli.tables import print_json
 from autoround_modifier.command import COMMAND
 from autoround_modifier.defaults import GENERATED_SEQ_LENGTH, MAX_SEQ_LENGTH
 from autoround_modifier.fields import (
@@ -93,9 +94,7 @@ def quantize(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="of the model on the hub")] = None,
-    platform: Annotated[
-        str | None, typer.Option(help="hub of the model: huggingface or modelscope")
-    ] = None,
+    platform: Platform = None,
     device_map: Annotated[
         str | None,
         typer.Option(
@@ -106,17 +105,13 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="save into a folder that holds files")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="let the model run its own code")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check, and print the recipe; load no weights")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only warnings and errors")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="all that is logged")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print one JSON document at the end")
-    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
     *,
     schemes: dict[str, Any],
     tuning: dict[str, Any],
@@ -137,10 +132,10 @@ def quantize(
     _check_schemes(recipe, schemes, auto_scheme)
     if disable_opt_rtn:
         tuning = _round_to_nearest(tuning)
-    from autoround_modifier.cli.logs import DEBUG, ERROR, INFO, own_logs
+    from autoround_modifier.cli.logs import level_of, own_logs
     from autoround_modifier.cli.progress import RunProgress
 
-    with own_logs(DEBUG if verbose else ERROR if quiet else INFO) as console:
+    with own_logs(level_of(quiet, verbose)) as console:
         from autoround_modifier.hub import resolve_model
         from autoround_modifier.job import QuantizationJob
         from autoround_modifier.recipe_composition import compose_recipe
@@ -174,7 +169,7 @@ def quantize(
     if report is None or output is None:
         typer.echo(job.recipe)
     elif as_json:
-        typer.echo(json.dumps({"output": str(output), "report": report.model_dump(mode="json")}))
+        print_json({"output": str(output), "report": report.model_dump(mode="json")})
     else:
         typer.echo(_summary(report, output))
 

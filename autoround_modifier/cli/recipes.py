@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autoround_modifier import defaults
+from autoround_modifier.cli.options import AsJson
 from autoround_modifier.cli.outcome import reported
 from autoround_modifier.cli.tables import print_json, print_table
 
@@ -22,7 +23,7 @@ app = typer.Typer(help="List, show and start recipes.", no_args_is_help=True)
 @app.command("list")
 @reported
 def list_recipes(
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     The shipped recipes, with bits per weight and the engines that run them.
