@@ -37,7 +37,7 @@ class QuantizationJob:
     :ivar model: folder, or name on the Hugging Face Hub
     :ivar model_name: as the report calls it, where it was downloaded from elsewhere
     :ivar recipe: YAML
-    :ivar recipe_name: of the shipped recipe that it is made of, or None
+    :ivar recipe_name: of the recipe or file that it is made of, or None
     :ivar dataset: path, or name on the hub; None lets the model write its own
     :ivar max_seq_length: tokens in each sample; None for `defaults.calibration_length`
     :ivar device_map: of Transformers

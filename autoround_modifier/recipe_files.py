@@ -19,6 +19,7 @@ __all__ = [
     "list_recipes",
     "modifiers_of",
     "new_recipe",
+    "recipe_name",
     "replace_fields",
     "summarize_recipe",
 ]
@@ -68,6 +69,17 @@ def find_recipe(recipe: str | Path) -> Path:
         f"no file `{recipe}`, and no shipped recipe of that name; shipped are: "
         f"{', '.join(sorted(shipped))}"
     )
+
+
+def recipe_name(recipe: object) -> str | None:
+    """
+    :param recipe: as in `oneshot`
+    :return: what a report calls it: the name of a shipped recipe or of a file, without ending; None
+        for YAML text and objects
+    """
+    if not isinstance(recipe, (str, Path)) or "\n" in str(recipe):
+        return None
+    return Path(recipe).stem
 
 
 def summarize_recipe(path: Path) -> RecipeSummary:

@@ -308,7 +308,8 @@ def test_shades_span_the_values() -> None:
 
 
 def small() -> QuantizationReport:
-    return sample_reports.report(layers=[], blocks=[], phases=[])
+    """Without figures."""
+    return sample_reports.report(layers=[], blocks=[], phases=[], size=None)
 
 
 def test_the_command_writes_the_page_beside_the_checkpoint(

@@ -139,6 +139,7 @@ def quantize(
         from autoround_modifier.hub import resolve_model
         from autoround_modifier.job import QuantizationJob
         from autoround_modifier.recipe_composition import compose_recipe
+        from autoround_modifier.recipe_files import recipe_name
 
         job = QuantizationJob(
             model=resolve_model(model, platform, revision),
@@ -150,7 +151,7 @@ def quantize(
                 distillation=_distillation_fields(distill, distillation, tuning),
                 settings=settings or (),
             ),
-            recipe_name=None if recipe is None else Path(recipe).stem,
+            recipe_name=recipe_name(recipe),
             dataset=dataset,
             max_seq_length=max_seq_length,
             revision=revision,

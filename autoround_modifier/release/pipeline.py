@@ -28,6 +28,7 @@ from autoround_modifier.job import QuantizationJob
 from autoround_modifier.progress.events import Listener
 from autoround_modifier.readable import percent_text
 from autoround_modifier.recipe_composition import compose_recipe
+from autoround_modifier.recipe_files import recipe_name
 from autoround_modifier.release.file import CheckpointEntry, Demands, ReleaseFile
 from autoround_modifier.release.finished_steps import FinishedSteps
 from autoround_modifier.report.card import CardOptions, write_card
@@ -139,13 +140,13 @@ class _Checkpoint:
         }
         # Finished blocks of other settings are left alone.
         self.blocks = work / f"blocks-{text_digest(self.quantized_with)[:8]}"
-        data, recipe = release.data, self.entry.recipe
+        data = release.data
         self.job = QuantizationJob(
             model=self.model,
             model_name=release.model,
             recipe=self._recipe({"checkpoint_dir": str(self.blocks)}),
             max_seq_length=data.max_seq_length,
-            recipe_name=None if recipe is None else Path(recipe).stem,
+            recipe_name=recipe_name(self.entry.recipe),
             dataset=data.dataset,
             revision=release.revision,
             trust_remote_code=release.trust_remote_code,

@@ -152,13 +152,13 @@ def _front_matter(
     source = _source_card(report)
     found: dict[str, Any] = {
         "base_model": options.base_model or _base_model(report),
-        "license": options.license or report.model.license or source.get("license"),
+        "license": options.license or source.get("license"),
         "language": list(options.language) or source.get("language"),
         "pipeline_tag": source.get("pipeline_tag") or _pipeline_tag(config),
     }
     reasons = {
         "base_model": "the model was loaded from a folder; name it with `--base-model`",
-        "license": "neither the report nor a card of the original names one; use `--license`",
+        "license": "no card of the original names one; use `--license`",
         "language": "no card of the original names one; use `--language`",
         "pipeline_tag": "not known of this architecture",
     }

@@ -34,6 +34,7 @@ from autoround_modifier.report.schema import (
     BlockRecord,
     DataRecord,
     DistillationRecord,
+    LayerRecord,
     ModelRecord,
     QuantizationReport,
     SizeRecord,
@@ -90,7 +91,7 @@ class RunRecorder:
     A listener of `progress.events`. Reports may be made while the run goes on.
 
     :param command: the command line that started the run; None where there was none
-    :param recipe_name: of a shipped recipe
+    :param recipe_name: of a shipped recipe, or of a file
     :param dataset: where the calibration data is from, in words
     :param model: name of the original; None for what its config says
     """
@@ -241,7 +242,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _size(layers: list[Any], original: OriginalModel, folder: Path) -> SizeRecord:
+def _size(layers: list[LayerRecord], original: OriginalModel, folder: Path) -> SizeRecord:
     weights = sum(layer.weights for layer in layers)
     bits = sum(layer.bits_per_weight * layer.weights for layer in layers)
     return SizeRecord(

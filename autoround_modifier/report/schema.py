@@ -51,7 +51,6 @@ class ModelRecord(Record):
     revision: str | None = Field(default=None, description="commit on the hub, where there is one")
     architecture: str = Field(description="class of the model")
     parameters: int = Field(description="number of parameters, tied ones once")
-    license: str | None = Field(default=None, description="as its card spells it")
 
 
 class DataRecord(Record):
@@ -148,9 +147,13 @@ class QuantizationReport(Record):
     seconds: float = Field(description="of the whole run")
     command: list[str] | None = Field(description="the command line, where there was one")
     recipe: str = Field(description="YAML, as run")
-    recipe_name: str | None = Field(default=None, description="of a shipped recipe")
+    recipe_name: str | None = Field(
+        default=None, description="of a shipped recipe, or of a file, without ending"
+    )
     model: ModelRecord = Field(description="the original")
-    data: DataRecord | None = Field(description="calibration data; None if there was none")
+    data: DataRecord | None = Field(
+        description="calibration data; None if there was none, or it cannot be read twice"
+    )
     phases: list[PhaseRecord] = Field(description="in the order in which they began")
     blocks: list[BlockRecord] = Field(description="those that were tuned, in their order")
     layers: list[LayerRecord] = Field(description="those that are quantized")
