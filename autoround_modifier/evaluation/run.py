@@ -11,6 +11,7 @@ from typing import Any
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
+from autoround_modifier import defaults
 from autoround_modifier.errors import EvaluationError
 from autoround_modifier.evaluation.divergence import TokenStatistics, mean_divergence
 from autoround_modifier.evaluation.generations import (
@@ -66,11 +67,11 @@ class EvaluationSettings:
     divergence: bool = True
     text: Path | None = None
     match: Mapping[str, str] = field(default_factory=dict)
-    num_samples: int = 32
-    length: int = 512
+    num_samples: int = defaults.EVALUATION_SAMPLES
+    length: int = defaults.EVALUATION_LENGTH
     generations: bool = True
     prompts: Path | None = None
-    max_new_tokens: int = 64
+    max_new_tokens: int = defaults.MAX_NEW_TOKENS
     tasks: TaskSettings | None = None
     original_results: Path | None = None
     quantized_results: Path | None = None

@@ -29,6 +29,7 @@ class RunSettings:
     :ivar model_on_disk: weights stay on the disk and are loaded block by block
     :ivar checkpoint_dir: finished blocks are kept
     :ivar distillation_batch: samples in one pass of scale distillation; 0 without it
+    :ivar choosing_samples: on which `AutoSchemeModifier` measures; 0 without it
     """
 
     iters: int
@@ -46,6 +47,7 @@ class RunSettings:
     distillation_batch: int = 0
     distillation_samples: int = 0
     distillation_checkpointing: bool = True
+    choosing_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class RecipeParts:
             distillation_batch=distiller.batch_size if distiller else 0,
             distillation_samples=distiller.num_calibration_samples if distiller else 0,
             distillation_checkpointing=distiller.gradient_checkpointing if distiller else True,
+            choosing_samples=self.chooser.num_calibration_samples if self.chooser else 0,
         )
 
 

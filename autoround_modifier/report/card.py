@@ -9,18 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from autoround_modifier.errors import CheckpointError
 from autoround_modifier.export.saved_config import quantization_of
 from autoround_modifier.export.saved_files import CONFIG, read_json
-from autoround_modifier.readable import (
-    bits_text,
-    bytes_text,
-    count_text,
-    figures_text,
-    percent_text,
-)
 from autoround_modifier.report.own_files import check_own, write_own
 from autoround_modifier.report.results_table import result_rows
 from autoround_modifier.report.rounding_method import rounding_method
@@ -32,6 +24,7 @@ from autoround_modifier.report.schema import (
     read_report,
 )
 from autoround_modifier.report.summary import command_text, mean_bits, summary
+from autoround_modifier.report.templates import template
 from autoround_modifier.report.words import hub_name, model_name
 
 __all__ = ["CARD_FILE", "Card", "CardOptions", "make_card", "write_card"]
@@ -100,24 +93,9 @@ def make_card(checkpoint: Path, options: CardOptions) -> Card:
     card = Card()
     data = _front_matter(checkpoint, report, config, schemes, options, card)
     name = (options.repo or checkpoint.resolve().name).rpartition("/")[2]
-    environment = Environment(
-        loader=PackageLoader("autoround_modifier.report", ""),
-        autoescape=False,  # Markdown; what is not ours goes through `plain`, `code` and `fenced`
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "bits": bits_text,
-        "bytes": bytes_text,
-        "code": _code,
-        "count": count_text,
-        "fenced": _fenced,
-        "figures": figures_text,
-        "percent": percent_text,
-        "plain": _plain,
-    }
-    body = environment.get_template("card.md").render(
+    # Markdown: what is not ours goes through `plain`, `code` and `fenced`
+    markdown = template("card.md", autoescape=False, code=_code, fenced=_fenced, plain=_plain)
+    body = markdown.render(
         mark=MARK,
         name=name,
         served=options.repo or f"./{name}",

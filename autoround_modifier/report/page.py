@@ -8,16 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from autoround_modifier.errors import MissingExtraError
 from autoround_modifier.readable import (
     bits_text,
-    bytes_text,
-    count_text,
     duration_text,
-    figures_text,
     percent_text,
     unbroken,
 )
@@ -40,6 +36,7 @@ from autoround_modifier.report.schema import (
     read_report,
 )
 from autoround_modifier.report.summary import command_text, key_figures, summary
+from autoround_modifier.report.templates import template
 from autoround_modifier.report.words import model_name, result_text, scheme_text
 
 __all__ = ["PAGE_FILE", "check_matplotlib", "render_page", "write_page"]
@@ -98,27 +95,17 @@ def render_page(report: QuantizationReport, evaluation: Evaluation | None) -> st
     :raises CheckpointError: if the recipe in the report cannot be read
     """
     check_matplotlib()
-    environment = Environment(
-        loader=PackageLoader("autoround_modifier.report", ""),
+    page = template(
+        "page.html",
         autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        duration=duration_text,
+        recovery=recovery_text,
+        result=result_text,
+        scheme=scheme_text,
+        unbroken=unbroken,
     )
-    environment.filters |= {
-        "bits": bits_text,
-        "bytes": bytes_text,
-        "count": count_text,
-        "duration": duration_text,
-        "figures": figures_text,
-        "percent": percent_text,
-        "recovery": recovery_text,
-        "result": result_text,
-        "scheme": scheme_text,
-        "unbroken": unbroken,
-    }
     tokens = [] if evaluation is None else _tokens(evaluation.tokens)
-    return environment.get_template("page.html").render(
+    return page.render(
         mark=Markup(MARK),
         name=model_name(report.model.source),
         summary=summary(report, evaluation),

@@ -8,7 +8,7 @@ Fields may be added within a version; where one changes its meaning, the version
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
@@ -29,6 +29,7 @@ __all__ = [
     "PhaseRecord",
     "QuantizationReport",
     "SizeRecord",
+    "TaskEngine",
     "TaskResult",
     "TextRecord",
     "TokenDivergence",
@@ -39,6 +40,7 @@ __all__ = [
 REPORT_FILE = "quantization_report.json"
 EVALUATION_FILE = "evaluation.json"
 VERSION: Literal[1] = 1
+TaskEngine: TypeAlias = Literal["transformers", "vllm"]
 
 
 class Record(BaseModel):
@@ -208,7 +210,7 @@ class TaskResult(Record):
     quantized_stderr: float | None = Field(default=None, description="standard error")
     higher_is_better: bool | None = Field(default=None, description="what the harness says of it")
     group: str | None = Field(default=None, description="whose own result is a mean over this one")
-    engine: Literal["transformers", "vllm"] | None = Field(
+    engine: TaskEngine | None = Field(
         default=None, description="that ran it here; None for results that were read from files"
     )
 
@@ -229,7 +231,7 @@ class Evaluation(Record):
     versions: dict[str, str] = Field(description="of packages, Python and the operating system")
     original: str = Field(description="folder or name")
     quantized: str = Field(description="folder or name")
-    engine: Literal["transformers", "vllm"] = Field(
+    engine: TaskEngine = Field(
         default="transformers",
         description="that ran the tasks last; text and generations are those of Transformers",
     )
