@@ -37,7 +37,7 @@ SHARED = frozenset({"targets", "ignore", "engine", "seed"})
     ),
     auto_scheme=FieldFlags(
         AutoSchemeFields,
-        "Bits where they pay (AutoSchemeModifier)",
+        "A scheme chosen for each layer (AutoSchemeModifier)",
         prefix="auto_scheme_",
         names={"avg_bits": ("--avg-bits", "--bits"), "options": ("--options",)},
         without=SHARED,
