@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from autoround_modifier.calibration import self_generated
 from autoround_modifier.command import command_line
+from autoround_modifier.defaults import NUM_CALIBRATION_SAMPLES, calibration_length
 from autoround_modifier.entrypoint import oneshot, source_folders
 from autoround_modifier.errors import FailedError, OutputExistsError, RecipeError
 from autoround_modifier.host.lifecycle import Modifier, as_recipe
@@ -29,8 +30,6 @@ from autoround_modifier.runs.output_folder import check_output_folder
 
 __all__ = ["QuantizationJob"]
 
-DEFAULT_SAMPLES = 128
-
 
 @dataclass(frozen=True)
 class QuantizationJob:
@@ -38,15 +37,15 @@ class QuantizationJob:
     :ivar model: folder, or name on the Hugging Face Hub
     :ivar model_name: as the report calls it, where it was downloaded from elsewhere
     :ivar recipe: YAML
-    :ivar recipe_name: of the shipped recipe that it is made of, or None
+    :ivar recipe_name: of the recipe or file that it is made of, or None
     :ivar dataset: path, or name on the hub; None lets the model write its own
-    :ivar max_seq_length: tokens in each sample
+    :ivar max_seq_length: tokens in each sample; None for `defaults.calibration_length`
     :ivar device_map: of Transformers
     """
 
     model: str
     recipe: str
-    max_seq_length: int
+    max_seq_length: int | None = None
     model_name: str | None = None
     recipe_name: str | None = None
     dataset: str | None = None
@@ -111,11 +110,15 @@ class QuantizationJob:
                 dataset=self._samples(model, recipe.modifiers),
                 output_dir=output,
                 overwrite_output_dir=self.overwrite,
-                max_seq_length=self.max_seq_length,
+                max_seq_length=self._length,
                 num_calibration_samples=_num_samples(recipe.modifiers),
                 trust_remote_code_model=self.trust_remote_code,
             )
         return read_report(output)
+
+    @property
+    def _length(self) -> int:
+        return self.max_seq_length or calibration_length(self.dataset is not None)
 
     def _loaded(self) -> PreTrainedModel:
         device_map = {} if self.device_map is None else {"device_map": self.device_map}
@@ -147,13 +150,13 @@ class QuantizationJob:
         tokenizer = AutoTokenizer.from_pretrained(
             self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
-        return self_generated(model, tokenizer, _num_samples(modifiers), self.max_seq_length)
+        return self_generated(model, tokenizer, _num_samples(modifiers), self._length)
 
 
 def _num_samples(modifiers: list[Modifier]) -> int:
     """:return: as many calibration samples as the modifier that wants most of them"""
     wanted = [getattr(modifier, "num_calibration_samples", None) or 0 for modifier in modifiers]
-    return max(wanted, default=0) or DEFAULT_SAMPLES
+    return max(wanted, default=0) or NUM_CALIBRATION_SAMPLES
 
 
 @contextlib.contextmanager

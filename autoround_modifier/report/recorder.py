@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
-import platform
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -37,14 +35,15 @@ from autoround_modifier.report.schema import (
     BlockRecord,
     DataRecord,
     DistillationRecord,
+    LayerRecord,
     ModelRecord,
     QuantizationReport,
     SizeRecord,
 )
 from autoround_modifier.runs.calibration_data import calibration_digest, sample_lengths
-from autoround_modifier.version import __version__
+from autoround_modifier.version import package_versions
 
-__all__ = ["OriginalModel", "RunRecorder", "active_recorder", "package_versions", "recording"]
+__all__ = ["OriginalModel", "RunRecorder", "active_recorder", "recording"]
 
 _active: ContextVar[RunRecorder | None] = ContextVar("recorder", default=None)
 
@@ -93,7 +92,7 @@ class RunRecorder:
     A listener of `progress.events`. Reports may be made while the run goes on.
 
     :param command: the command line that started the run; None where there was none
-    :param recipe_name: of a shipped recipe
+    :param recipe_name: of a shipped recipe, or of a file
     :param dataset: where the calibration data is from, in words
     :param model: name of the original; None for what its config says
     """
@@ -166,7 +165,7 @@ class RunRecorder:
         tuned = {layer.name: layer for block in self._blocks for layer in block.layers}
         layers = layer_records(model, tuned, self._weight_errors, original.dtype)
         return QuantizationReport(
-            versions=package_versions(),
+            versions=package_versions(*PACKAGES),
             device=device_name(),
             started=self._started.isoformat(timespec="seconds"),
             seconds=round((datetime.now(timezone.utc) - self._started).total_seconds(), 3),
@@ -227,14 +226,6 @@ def active_recorder() -> RunRecorder | None:
     return _active.get()
 
 
-def package_versions() -> dict[str, str]:
-    """:return: version of each package that results depend on, of Python and the system"""
-    found = {"autoround_modifier": __version__}
-    for name in PACKAGES:
-        found[name] = importlib.metadata.version(name)
-    return found | {"python": platform.python_version(), "system": platform.platform()}
-
-
 def _block_record(block: BlockReport) -> BlockRecord:
     return BlockRecord(
         name=block.name,
@@ -252,7 +243,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _size(layers: list[Any], original: OriginalModel, folder: Path) -> SizeRecord:
+def _size(layers: list[LayerRecord], original: OriginalModel, folder: Path) -> SizeRecord:
     weights = sum(layer.weights for layer in layers)
     bits = sum(layer.bits_per_weight * layer.weights for layer in layers)
     return SizeRecord(
