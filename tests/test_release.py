@@ -225,7 +225,8 @@ def test_the_example_is_sound():
     assert release.output == EXAMPLE.parent / "checkpoints"
     tiny = release.tiny()
     assert tiny.output.name == "checkpoints-tiny"
-    assert all(entry.fields["iters"] == 2 for entry in tiny.checkpoints)
+    assert [entry.fields["iters"] for entry in tiny.checkpoints] == [2, 0]
+    assert tiny.checkpoints[1].fields["scale_search"] is False
     assert tiny.keep.min_recovery is None
     with pytest.raises(RecipeError, match="not valid YAML"):
         read_release(ROOT / "README.md")

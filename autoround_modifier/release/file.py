@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from autoround_modifier import defaults
 from autoround_modifier.errors import RecipeError
+from autoround_modifier.presets import PRESETS
 from autoround_modifier.report.schema import TaskEngine
 
 __all__ = [
@@ -132,7 +133,10 @@ class ReleaseFile(Entry):
 
         def small(entry: CheckpointEntry) -> CheckpointEntry:
             fields = {**entry.fields, **TINY_FIELDS}
-            fields.pop("preset", None)
+            preset = PRESETS.get(fields.pop("preset", "default"))
+            if preset is not None and not preset.iters:
+                fields["iters"] = 0
+                fields["scale_search"] = preset.scale_search
             return entry.model_copy(update={"fields": fields})
 
         few = {
