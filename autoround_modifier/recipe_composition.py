@@ -14,6 +14,7 @@ from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
 from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
 from autoround_modifier.presets import PRESET_FIELDS
+from autoround_modifier.recipe_files import read_recipe
 from autoround_modifier.recipes import check_recipe, find_recipe
 from autoround_modifier.schemes.options import named_scheme
 
@@ -47,7 +48,7 @@ def compose_recipe(
     source = "recipe of these flags"
     if base is not None:
         path = find_recipe(base)
-        text = path.read_text(encoding="utf-8")
+        text = read_recipe(path)
         check_recipe(text, str(path))
         content, source = yaml.safe_load(text), f"{path} with these flags"
     fields = dict(auto_round or {})

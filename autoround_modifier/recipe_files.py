@@ -12,7 +12,14 @@ import yaml
 from autoround_modifier.errors import RecipeError, SchemeError
 from autoround_modifier.scheme_names import group_named
 
-__all__ = ["RecipeSummary", "find_recipe", "list_recipes", "new_recipe", "summarize_recipe"]
+__all__ = [
+    "RecipeSummary",
+    "find_recipe",
+    "list_recipes",
+    "new_recipe",
+    "read_recipe",
+    "summarize_recipe",
+]
 
 _PACKAGE = Path(__file__).parent
 # A wheel carries the recipes inside the package; in a checkout they are beside it.
@@ -61,12 +68,24 @@ def find_recipe(recipe: str | Path) -> Path:
     )
 
 
+def read_recipe(path: Path) -> str:
+    """
+    :param path: of a recipe file
+    :return: its text
+    :raises RecipeError: if it is not UTF-8
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text, so no recipe: {error}") from error
+
+
 def summarize_recipe(path: Path) -> RecipeSummary:
     """
     :param path: of a recipe file
     :raises RecipeError: if it is no YAML, or names a scheme that is not known
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_recipe(path)
     try:
         content = yaml.safe_load(text)
         bodies = [body for body in _bodies(content) if isinstance(body, Mapping)]
@@ -90,7 +109,7 @@ def new_recipe(source: str) -> str:
     :raises RecipeError: if there is no such recipe
     """
     path = find_recipe(source)
-    text = path.read_text(encoding="utf-8")
+    text = read_recipe(path)
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     comment = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:start])

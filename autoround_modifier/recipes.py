@@ -15,7 +15,7 @@ from autoround_modifier.host.lifecycle import Modifier, Recipe, known_modifiers
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.registration import OWN_MODIFIERS
 from autoround_modifier.presets import PRESET_FIELDS
-from autoround_modifier.recipe_files import find_recipe, list_recipes
+from autoround_modifier.recipe_files import find_recipe, list_recipes, read_recipe
 
 __all__ = ["check_recipe", "find_recipe", "list_recipes", "load_recipe"]
 
@@ -31,7 +31,7 @@ def load_recipe(recipe: str | Path, **fields: Any) -> Recipe:
         fields
     """
     path = find_recipe(recipe)
-    text = path.read_text(encoding="utf-8")
+    text = read_recipe(path)
     check_recipe(text, str(path))
     content = yaml.safe_load(text)
     bodies = [
@@ -96,7 +96,7 @@ def _check_fields(place: str, modifier: type[Modifier], body: dict[Any, Any]) ->
             hint = ""
             if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
                 hint = _nearest(field, modifier.model_fields)
-            problems.append(f"{field}: {item['msg']}{hint}")
+            problems.append(f"{field}: {item['msg']}{hint}" if field else item["msg"])
         raise RecipeError(f"{place}: `{name}`: {'; '.join(problems)}") from error
 
 

@@ -61,8 +61,8 @@ def _is_for_users(record: Any) -> bool:
     tell of each block is shown as progress.
     """
     important = record["level"].no >= logger.level(WARNING).no
-    if important:
-        return "No accelerator available" not in record["message"]
+    if important:  # LLM-Compressor's level METRIC is above that of warnings
+        return record["level"].name != "METRIC" and "No accelerator" not in record["message"]
     package, _, room = record["name"].partition(".")
     return package == "autoround_modifier" and not room.startswith("modifiers.")
 

@@ -22,6 +22,7 @@ from autoround_modifier.errors import (
     RecipeError,
     SavingError,
     SchemeError,
+    described_problems,
 )
 
 __all__ = ["DONE", "FAILED", "REFUSED", "USAGE", "UsageError", "reported"]
@@ -84,13 +85,8 @@ def reported(command: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
 
 def _explained(error: Exception) -> str:
-    """:return: the message; of pydantic, one line for each field"""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    return "; ".join(
-        f"{'.'.join(map(str, item['loc'])) or error.title}: {item['msg']}"
-        for item in error.errors(include_url=False)
-    )
+    """:return: the message; of pydantic, one part for each field"""
+    return described_problems(error) if isinstance(error, ValidationError) else str(error)
 
 
 def _print_traceback(error: BaseException) -> None:

@@ -135,6 +135,8 @@ def quantize(
     """
     if output is None and not dry_run:
         raise UsageError("--output is missing: the folder to save the checkpoint in")
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose exclude each other")
     _check_schemes(recipe, schemes, auto_scheme)
     if disable_opt_rtn:
         tuning = _round_to_nearest(tuning)
@@ -173,7 +175,7 @@ def quantize(
             with RunProgress(console) as progress:
                 report = job.run(output, progress)
     if report is None or output is None:
-        typer.echo(job.recipe)
+        typer.echo(json.dumps({"recipe": job.recipe}) if as_json else job.recipe)
     elif as_json:
         typer.echo(json.dumps({"output": str(output), "report": report.model_dump(mode="json")}))
     else:

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from autoround_modifier.evaluation.generations import (
     prompt_text,
     read_prompts,
 )
-from autoround_modifier.evaluation.models import free_memory, load, load_tokenizer
+from autoround_modifier.evaluation.models import check_models, free_memory, load, load_tokenizer
 from autoround_modifier.evaluation.predictions import compare_with_recorded, record_predictions
 from autoround_modifier.evaluation.results_files import read_results
 from autoround_modifier.evaluation.task_results import task_results
@@ -109,6 +109,10 @@ def evaluate_checkpoint(
     text = None
     tokenizer = None
     if settings.divergence or settings.generations:
+        positions = check_models((original, quantized), settings.trust_remote_code)
+        if positions is not None and settings.length > positions:
+            logger.info(f"samples have {positions} tokens: the model has positions for no more")
+            settings = replace(settings, length=positions)
         tokenizer = load_tokenizer(original, settings.trust_remote_code)
     if settings.divergence and tokenizer is not None:
         text = _checked_text(tokenizer, quantized, settings)

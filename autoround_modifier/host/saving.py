@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import re
 import secrets
@@ -198,7 +199,9 @@ def recipe_text(modifiers: Sequence[Modifier], stage: str, source: str) -> str:
     earlier = infer_recipe_from_model_path(source)
     if earlier:
         recipe = append_recipe_dict(yaml.safe_load(Path(earlier).read_text()), recipe)
-    return yaml.dump(recipe, allow_unicode=True, sort_keys=False, width=88)
+    # Named tuples of other modifiers would become tags, which no safe loader reads.
+    plain = json.loads(json.dumps(recipe, default=str))
+    return yaml.safe_dump(plain, allow_unicode=True, sort_keys=False, width=88)
 
 
 def prepare_compression(layer: nn.Module, scheme: QuantizationScheme) -> None:

@@ -19,6 +19,7 @@ from autoround_modifier.report.saved_schemes import SavedScheme, read_config, sa
 from autoround_modifier.report.schema import (
     Evaluation,
     QuantizationReport,
+    check_folder,
     read_evaluation,
     read_report,
 )
@@ -93,6 +94,7 @@ def make_card(checkpoint: Path, options: CardOptions) -> Card:
     :param checkpoint: folder with a report
     :raises CheckpointError: see `write_card`
     """
+    check_folder(checkpoint)
     report, evaluation = read_report(checkpoint), read_evaluation(checkpoint)
     config = read_config(checkpoint)
     schemes, settings = saved_schemes(config), run_settings(report.recipe)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from autoround_modifier.config_sections import check_config
 from autoround_modifier.errors import CheckpointError
 from autoround_modifier.report.schema import (
     EVALUATION_FILE,
@@ -192,8 +193,8 @@ def _tasks(evaluations: list[Evaluation | None]) -> list[TaskComparison]:
 def _configured_schemes(path: Path) -> dict[str, int | None]:
     """:return: of a checkpoint without report, as far as its ``config.json`` says them"""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = check_config(json.loads(path.read_text(encoding="utf-8")), path)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     for part in (config, config.get("text_config") or {}):
         found = part.get("quantization_config") or part.get("compression_config")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoround_modifier.config_sections import check_config
 from autoround_modifier.errors import CheckpointError
 
 __all__ = ["SavedScheme", "read_config", "saved_schemes"]
@@ -42,14 +43,11 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return check_config(json.loads(path.read_text(encoding="utf-8")), path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not there; name the folder of a checkpoint") from None
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: not a mapping")
-    return config
 
 
 def saved_schemes(config: Mapping[str, Any]) -> list[SavedScheme]:
