@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -305,6 +307,31 @@ def test_a_report_is_asked_for_by_its_folder(command, tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "versions: Field required" in shown
     assert "errors.pydantic.dev" not in shown
+
+
+# ---------------------------------------------------------------------- other processes
+
+
+def in_a_process(*arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "autoround_modifier", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_reader_that_leaves():
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = in_a_process("recipes", "show", "w4a16_autoround", stdout=writing)
+    os.close(writing)
+    assert process.communicate()[1] == ""
+    assert process.returncode == REFUSED
+
+
+def test_libraries_say_nothing(folder):
+    process = in_a_process("inspect", folder, "--json", stdout=subprocess.PIPE)
+    shown, said = process.communicate()
+    assert process.returncode == DONE
+    assert said == ""
+    json.loads(shown)
 
 
 # ---------------------------------------------------------------------- signals

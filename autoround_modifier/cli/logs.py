@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 import warnings
@@ -30,7 +31,9 @@ def own_logs(level: str = INFO) -> Iterator[Console]:
     console = Console(stderr=True)
     logger.remove()
     with contextlib.redirect_stdout(sys.stderr), _no_bars(level):
-        import autoround_modifier.host.lifecycle  # noqa: F401, which imports LLM-Compressor
+        # It begins to log, to stdout, and says that there is no accelerator, before it is told how.
+        with contextlib.redirect_stdout(sys.stderr if level == DEBUG else io.StringIO()):
+            import autoround_modifier.host.lifecycle  # noqa: F401, which imports LLM-Compressor
 
         logger.remove()
         logger.add(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -75,6 +77,9 @@ def reported(command: Callable[Arguments, Result]) -> Callable[Arguments, Result
             _end(f"failed: {error}", FAILED)
         except KeyboardInterrupt:
             _end("interrupted", FAILED)
+        except BrokenPipeError:  # who reads stdout, such as `head`, has left, which is no fault
+            _drop_stdout()
+            raise typer.Exit(REFUSED) from None
         except REFUSALS as error:
             _end(f"refused: {_explained(error)}", REFUSED)
         except Exception as error:
@@ -87,6 +92,12 @@ def reported(command: Callable[Arguments, Result]) -> Callable[Arguments, Result
 def _explained(error: Exception) -> str:
     """:return: the message; of pydantic, one part for each field"""
     return described_problems(error) if isinstance(error, ValidationError) else str(error)
+
+
+def _drop_stdout() -> None:
+    """Python would complain, as it ends, that it cannot write what is left."""
+    with contextlib.suppress(OSError):  # a stdout that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_traceback(error: BaseException) -> None:
