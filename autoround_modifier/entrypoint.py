@@ -338,7 +338,12 @@ def _samples(
     processor = kwargs.get("tokenizer") or kwargs.get("processor")
     if processor is None or isinstance(processor, str):
         source = _processor_source(processor, model, kwargs)
-        processor = AutoTokenizer.from_pretrained(**source, **hub)
+        try:
+            processor = AutoTokenizer.from_pretrained(**source, **hub)
+        except ValueError as error:
+            reason = str(error).strip().partition("\n")[0]
+            name = source["pretrained_model_name_or_path"]
+            raise CalibrationError(f"the tokenizer of {name} cannot be loaded: {reason}") from error
     max_seq_length = kwargs.get("max_seq_length")
     if max_seq_length is None and not isinstance(model, (str, Path)):
         max_seq_length = min(2048, model_positions(model.config) or 2048)

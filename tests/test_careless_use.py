@@ -294,6 +294,56 @@ def test_devices_are_not_replaced(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def with_own_code(folder: str, copied) -> str:
+    shutil.copytree(folder, copied)
+    config = json.loads((copied / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (copied / "config.json").write_text(json.dumps(config))
+    (copied / "own.py").write_text("raise SystemExit('this ran')")
+    return str(copied)
+
+
+def test_nobody_is_asked_on_the_terminal_to_trust_code(folder, tmp_path, capsys, monkeypatch):
+    def asked(*args):
+        raise AssertionError("a question on the terminal")
+
+    monkeypatch.setattr("builtins.input", asked)
+    own = with_own_code(folder, tmp_path / "own")
+    assert main(["inspect", own]) == DONE
+    assert "not checked for Transformers" in capsys.readouterr().err
+    assert main(["evaluate", folder, own, "--no-save"]) == REFUSED
+    assert "--trust-remote-code" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "quantize", "quantize on data"])
+def test_no_tokenizer(folder, text, command, tmp_path, capsys):
+    copied = tmp_path / "model"
+    shutil.copytree(folder, copied)
+    for path in copied.glob("tokenizer*"):
+        path.unlink()
+    more = {
+        "evaluate": ["evaluate", str(copied), folder, "--no-save"],
+        "quantize": ["quantize", str(copied), *SCHEME, "-o", str(tmp_path / "out")],
+    }
+    data = ["--dataset", text] if command.endswith("data") else []
+    assert main([*more[command.split()[0]], *data]) == REFUSED
+    assert f"the tokenizer of {copied} cannot be loaded" in capsys.readouterr().err
+
+
+def test_an_interrupted_release(folder, text, tmp_path, capsys, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "release.yaml"
+    entry = {"name": "tiny", "scheme": "W4A16G32"}
+    path.write_text(yaml.safe_dump({"model": folder, "output": "out", "checkpoints": [entry]}))
+    monkeypatch.setattr(job_module.QuantizationJob, "_loaded", interrupted)
+    assert main(["release", str(path)]) == FAILED
+    shown = capsys.readouterr().err
+    assert "failed: tiny: interrupted" in shown
+    assert "Traceback" not in shown
+
+
 # ---------------------------------------------------------------------- reports
 
 

@@ -72,8 +72,9 @@ def reported(command: Callable[Arguments, Result]) -> Callable[Arguments, Result
         except UsageError as error:
             raise typer.BadParameter(str(error)) from error
         except FailedError as error:
-            if error.__cause__ is not None and not isinstance(error.__cause__, KeyboardInterrupt):
-                _print_traceback(error.__cause__)
+            cause = _first_cause(error)
+            if not isinstance(cause, (KeyboardInterrupt, FailedError, *REFUSALS)):
+                _print_traceback(cause)
             _end(f"failed: {error}", FAILED)
         except KeyboardInterrupt:
             _end("interrupted", FAILED)
@@ -92,6 +93,13 @@ def reported(command: Callable[Arguments, Result]) -> Callable[Arguments, Result
 def _explained(error: Exception) -> str:
     """:return: the message; of pydantic, one part for each field"""
     return described_problems(error) if isinstance(error, ValidationError) else str(error)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """:return: what a `FailedError` tells of, which may be another one"""
+    while isinstance(error, FailedError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _drop_stdout() -> None:

@@ -25,9 +25,18 @@ __all__ = ["check_models", "free_memory", "load", "load_tokenizer"]
 def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """
     :param name: folder, or name on the Hub
-    :raises OSError: if there is none
+    :raises EvaluationError: if it has no tokenizer, or one whose code is not trusted
+    :raises OSError: if there is no such model
     """
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise EvaluationError(_not_loaded(f"the tokenizer of {name}", error)) from error
+
+
+def _not_loaded(what: str, error: ValueError) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    return f"{what} cannot be loaded: {reason}"
 
 
 def check_models(names: Iterable[str], trust_remote_code: bool) -> int | None:
@@ -45,6 +54,11 @@ def check_models(names: Iterable[str], trust_remote_code: bool) -> int | None:
         if not config:
             raise EvaluationError(f"{name} has no config.json: it is no model")
         if "auto_map" in config:  # code of its own says what it is
+            if not trust_remote_code:
+                raise EvaluationError(
+                    f"{name} has code of its own, which is not run unless you trust it: read it, "
+                    "and add --trust-remote-code"
+                )
             continue
         kind = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         if type(kind) not in auto_class(config)._model_mapping:
