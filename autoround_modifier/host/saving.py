@@ -47,6 +47,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from autoround_modifier.errors import SavingError
 from autoround_modifier.host.saved_format import choose_saved_format
 from autoround_modifier.progress.events import phase
+from autoround_modifier.runs.lock import in_use, is_in_use
 
 __all__ = [
     "RECIPE",
@@ -244,12 +245,14 @@ def _written_at_once(folder: Path) -> Iterator[_Unfinished]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob(f"{UNFINISHED_PREFIX}*"):
-        if left_over.is_dir():  # of a process that was killed while it saved
+        # of a process that was killed while it saved
+        if left_over.is_dir() and not is_in_use(left_over):
             shutil.rmtree(left_over, ignore_errors=True)
     unfinished = _Unfinished(folder / f"{UNFINISHED_PREFIX}{secrets.token_hex(8)}")
     unfinished.path.mkdir()
     try:
-        yield unfinished
+        with in_use(unfinished.path):
+            yield unfinished
     finally:
         try:
             if unfinished.complete:
