@@ -52,8 +52,8 @@ from autoround_modifier.host.shared_state import (
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.validation import check_not_quantized
 from autoround_modifier.parallel import gathered, is_distributed, process_rank
-from autoround_modifier.recipe_files import read_recipe
-from autoround_modifier.recipes import check_recipe, find_recipe, list_recipes
+from autoround_modifier.recipe_files import find_recipe, read_recipe, recipe_name
+from autoround_modifier.recipes import check_recipe
 from autoround_modifier.report.recorder import RunRecorder, recording
 from autoround_modifier.runs.output_folder import check_output_folder
 
@@ -109,7 +109,7 @@ def oneshot(
     :raises CompressedSourceError: if the model is compressed already
     """
     recorder = RunRecorder(
-        recipe_name=str(recipe) if isinstance(recipe, str) and recipe in list_recipes() else None,
+        recipe_name=recipe_name(recipe),
         dataset=str(dataset) if isinstance(dataset, (str, Path)) else None,
     )
     revision = kwargs.get("model_revision")

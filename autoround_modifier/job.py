@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from autoround_modifier.calibration import self_generated
 from autoround_modifier.command import command_line
+from autoround_modifier.defaults import NUM_CALIBRATION_SAMPLES, calibration_length
 from autoround_modifier.entrypoint import check_dataset_name, oneshot, source_folders
 from autoround_modifier.errors import CalibrationError, FailedError, OutputExistsError, RecipeError
 from autoround_modifier.host.lifecycle import Modifier, as_recipe
@@ -32,8 +33,6 @@ from autoround_modifier.runs.output_folder import check_output_folder
 
 __all__ = ["QuantizationJob"]
 
-DEFAULT_SAMPLES = 128
-
 
 @dataclass(frozen=True)
 class QuantizationJob:
@@ -41,15 +40,15 @@ class QuantizationJob:
     :ivar model: folder, or name on the Hugging Face Hub
     :ivar model_name: as the report calls it, where it was downloaded from elsewhere
     :ivar recipe: YAML
-    :ivar recipe_name: of the shipped recipe that it is made of, or None
+    :ivar recipe_name: of the recipe or file that it is made of, or None
     :ivar dataset: path, or name on the hub; None lets the model write its own
-    :ivar max_seq_length: tokens in each sample
+    :ivar max_seq_length: tokens in each sample; None for `defaults.calibration_length`
     :ivar device_map: of Transformers
     """
 
     model: str
     recipe: str
-    max_seq_length: int
+    max_seq_length: int | None = None
     model_name: str | None = None
     recipe_name: str | None = None
     dataset: str | None = None
@@ -164,10 +163,11 @@ class QuantizationJob:
     def _length(self, config: PreTrainedConfig) -> int:
         """:return: tokens in each sample that the model has positions for"""
         positions = model_positions(config)
-        if positions is None or self.max_seq_length <= positions:
-            return self.max_seq_length
+        wanted = self.max_seq_length or calibration_length(self.dataset is not None)
+        if positions is None or wanted <= positions:
+            return wanted
         logger.warning(
-            f"samples have {positions} tokens instead of {self.max_seq_length}: the model has "
+            f"samples have {positions} tokens instead of {wanted}: the model has "
             "positions for no more"
         )
         return positions
@@ -208,7 +208,7 @@ def _check_kept_apart(modifiers: list[Modifier], output: Path) -> None:
 def _num_samples(modifiers: list[Modifier]) -> int:
     """:return: as many calibration samples as the modifier that wants most of them"""
     wanted = [getattr(modifier, "num_calibration_samples", None) or 0 for modifier in modifiers]
-    return max(wanted, default=0) or DEFAULT_SAMPLES
+    return max(wanted, default=0) or NUM_CALIBRATION_SAMPLES
 
 
 @contextlib.contextmanager

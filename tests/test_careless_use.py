@@ -21,7 +21,7 @@ from autoround_modifier.cli.outcome import DONE, FAILED, REFUSED, USAGE
 from autoround_modifier.errors import CheckpointError
 from autoround_modifier.evaluation import results
 from autoround_modifier.host.saving import _written_at_once
-from autoround_modifier.release.state import StepsDone
+from autoround_modifier.release.finished_steps import FinishedSteps
 from autoround_modifier.report.schema import read_report
 from autoround_modifier.runs.files import check_writable, write_atomically
 
@@ -128,7 +128,7 @@ def test_steps_that_are_none(tmp_path):
     path = tmp_path / "steps.json"
     path.write_text("[]")
     with pytest.raises(CheckpointError, match="no JSON object"):
-        StepsDone(path)
+        FinishedSteps(path)
 
 
 # ---------------------------------------------------------------------- flags and recipes

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from autoround_modifier import defaults
+from autoround_modifier.cli.options import AsJson, Platform, TrustRemoteCode
 from autoround_modifier.cli.outcome import UsageError
-from autoround_modifier.command import command_line
+from autoround_modifier.cli.tables import print_json
+from autoround_modifier.command import quoted_command_line
+from autoround_modifier.report.schema import TaskEngine
 
 __all__ = ["evaluate"]
 
@@ -18,11 +20,6 @@ TEXT, TASKS, RESULTS = "Text and generations", "Tasks", "Results"
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-
-
-class Engine(str, Enum):
-    transformers = "transformers"
-    vllm = "vllm"
 
 
 def evaluate(
@@ -52,8 +49,10 @@ def evaluate(
     ] = None,
     samples: Annotated[
         int, typer.Option(help="largest number of samples of the text", rich_help_panel=TEXT)
-    ] = 32,
-    length: Annotated[int, typer.Option(help="tokens of each", rich_help_panel=TEXT)] = 512,
+    ] = defaults.EVALUATION_SAMPLES,
+    length: Annotated[int, typer.Option(help="tokens of each", rich_help_panel=TEXT)] = (
+        defaults.EVALUATION_LENGTH
+    ),
     generations: Annotated[
         bool | None,
         typer.Option(
@@ -70,7 +69,7 @@ def evaluate(
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="in each generation", rich_help_panel=TEXT)
-    ] = 64,
+    ] = defaults.MAX_NEW_TOKENS,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -83,8 +82,8 @@ def evaluate(
         Path | None, typer.Option(help="folder of further tasks", rich_help_panel=TASKS)
     ] = None,
     engine: Annotated[
-        Engine, typer.Option(help="that runs the tasks", rich_help_panel=TASKS)
-    ] = Engine.transformers,
+        TaskEngine, typer.Option(help="that runs the tasks", rich_help_panel=TASKS)
+    ] = "transformers",
     limit: Annotated[
         int | None, typer.Option(help="samples of each task, for a trial", rich_help_panel=TASKS)
     ] = None,
@@ -151,27 +150,21 @@ def evaluate(
             "--replace", help="forget what the file holds already", rich_help_panel=RESULTS
         ),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print JSON", rich_help_panel=RESULTS)
-    ] = False,
-    platform: Annotated[
-        str | None, typer.Option(help="hub of the names: huggingface or modelscope")
-    ] = None,
+    as_json: AsJson = False,
+    platform: Platform = None,
     dtype: Annotated[str, typer.Option(help=f"of weights in memory: {', '.join(DTYPES)}")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="let models run their own code")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare a quantized model with its original: on a text, in what it writes, on tasks."""
     only_read = bool(original_results or quantized_results) and tasks is None
-    runs_here = engine is Engine.transformers and not only_read
+    runs_here = engine == "transformers" and not only_read
     wants_text = runs_here or text is not None if divergence is None else divergence
     wants_generations = runs_here or prompts is not None if generations is None else generations
     if not (wants_text or wants_generations or tasks or original_results or quantized_results):
         raise UsageError("nothing to evaluate: give --tasks, or leave out --no-divergence")
     if text is not None and not wants_text:
         raise UsageError("--text needs --divergence")
-    if engine is Engine.vllm and tasks is None:
+    if engine == "vllm" and tasks is None:
         raise UsageError("--engine vllm runs tasks: give --tasks")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype: `{dtype}` is none of {', '.join(DTYPES)}")
@@ -191,7 +184,7 @@ def evaluate(
         from autoround_modifier.report.schema import read_evaluation
         from autoround_modifier.runs.files import check_writable
 
-        if engine is Engine.vllm and not wants_text:
+        if engine == "vllm" and not wants_text:
             typer.echo("not computed with vLLM: divergence and generations", err=True)
         file = _file(output, quantized) if save else None
         if file is not None:
@@ -203,7 +196,7 @@ def evaluate(
             task_settings = TaskSettings(
                 tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
                 task_path=task_path,
-                engine=engine.value,
+                engine=engine,
                 limit=limit,
                 num_fewshot=num_fewshot,
                 apply_chat_template=apply_chat_template,
@@ -233,11 +226,11 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
             ),
             original_name=original,
-            command=None if (line := command_line()) is None else shlex.join(line),
+            command=quoted_command_line(),
         )
     # Shown first: a disk that is full costs the file, not the results.
     if as_json:
-        typer.echo(found.model_dump_json(indent=2))
+        print_json(found.model_dump(mode="json"))
     else:
         from autoround_modifier.cli.shown_evaluation import show_evaluation
 

@@ -14,9 +14,14 @@ from unittest import mock
 from loguru import logger
 from rich.console import Console
 
-__all__ = ["DEBUG", "ERROR", "INFO", "WARNING", "own_logs"]
+__all__ = ["DEBUG", "ERROR", "INFO", "WARNING", "level_of", "own_logs"]
 
 DEBUG, INFO, WARNING, ERROR = "DEBUG", "INFO", "WARNING", "ERROR"
+
+
+def level_of(quiet: bool, verbose: bool) -> str:
+    """:return: from which level on is logged under these flags"""
+    return DEBUG if verbose else ERROR if quiet else INFO
 
 
 @contextlib.contextmanager

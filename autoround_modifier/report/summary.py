@@ -8,18 +8,17 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoround_modifier.report.run_settings import run_settings
-from autoround_modifier.report.schema import DataRecord, Evaluation, LayerRecord, QuantizationReport
-from autoround_modifier.report.words import (
+from autoround_modifier.readable import (
     bits_text,
     bytes_text,
     count_text,
     duration_text,
     figures_text,
-    model_name,
     percent_text,
-    scheme_text,
 )
+from autoround_modifier.report.rounding_method import rounding_method
+from autoround_modifier.report.schema import DataRecord, Evaluation, LayerRecord, QuantizationReport
+from autoround_modifier.report.words import model_name, scheme_text
 
 __all__ = ["KeyFigure", "command_text", "key_figures", "mean_bits", "schemes_text", "summary"]
 
@@ -42,7 +41,7 @@ def summary(report: QuantizationReport, evaluation: Evaluation | None) -> str:
     if report.layers:
         text += f" to {bits_text(mean_bits(report))} bits per weight"
         text += f" ({schemes_text(report.layers)})"
-    text += f" by {run_settings(report.recipe).method}"
+    text += f" by {rounding_method(report.recipe).text}"
     if report.data is not None:
         text += f" on {_data_text(report.data)}"
     if report.auto_scheme is not None:

@@ -1,21 +1,20 @@
-"""What a recipe as run did to weights, read from its YAML alone."""
+"""How a recipe that was run rounded weights, read from its YAML alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
 from autoround_modifier.errors import CheckpointError
 from autoround_modifier.presets import PRESETS
+from autoround_modifier.recipe_files import modifiers_of
 
-__all__ = ["RunSettings", "run_settings"]
+__all__ = ["RoundingMethod", "rounding_method"]
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class RoundingMethod:
     """
     :param modifiers: names, in the order in which they ran
     :param iters: steps of SignRound for each block; None without an AutoRoundModifier
@@ -27,8 +26,8 @@ class RunSettings:
     scale_search: bool = False
 
     @property
-    def method(self) -> str:
-        """How weights were rounded: the end of a sentence that begins "was quantized by"."""
+    def text(self) -> str:
+        """The end of a sentence that begins "was quantized by"."""
         if self.iters is None:
             return " and ".join(self.modifiers)
         if self.iters:
@@ -38,7 +37,7 @@ class RunSettings:
         return "rounding to nearest"
 
 
-def run_settings(recipe: str) -> RunSettings:
+def rounding_method(recipe: str) -> RoundingMethod:
     """
     :param recipe: YAML
     :raises CheckpointError: if it is not a recipe
@@ -47,7 +46,7 @@ def run_settings(recipe: str) -> RunSettings:
         content = yaml.safe_load(recipe)
     except yaml.YAMLError as error:
         raise CheckpointError(f"the recipe in the report is not valid YAML: {error}") from error
-    bodies = list(_modifiers(content))
+    bodies = list(modifiers_of(content))
     if not bodies:
         raise CheckpointError("the recipe in the report has no modifiers")
     names = tuple(name for name, _ in bodies)
@@ -55,22 +54,9 @@ def run_settings(recipe: str) -> RunSettings:
         if name == "AutoRoundModifier":
             preset = PRESETS.get(body.get("preset", "default"), PRESETS["default"])
             iters, search = body.get("iters"), body.get("scale_search")
-            return RunSettings(
+            return RoundingMethod(
                 names,
                 preset.iters if iters is None else iters,
                 preset.scale_search if search is None else search,
             )
-    return RunSettings(names)
-
-
-def _modifiers(recipe: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """:return: name and fields of each modifier; a recipe is stages, groups, modifiers"""
-    for stage in _values(recipe):
-        for group in _values(stage):
-            if isinstance(group, dict):
-                for name, body in group.items():
-                    yield str(name), body if isinstance(body, dict) else {}
-
-
-def _values(mapping: Any) -> list[Any]:
-    return list(mapping.values()) if isinstance(mapping, dict) else []
+    return RoundingMethod(names)
