@@ -13,7 +13,7 @@ from autoround_modifier.host.schemes import is_preset_scheme
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
 from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
-from autoround_modifier.recipe_files import find_recipe, modifiers_of, replace_fields
+from autoround_modifier.recipe_files import find_recipe, modifiers_of, read_recipe, replace_fields
 from autoround_modifier.recipes import check_recipe
 from autoround_modifier.schemes.options import named_scheme
 
@@ -47,7 +47,7 @@ def compose_recipe(
     source = "recipe of these flags"
     if base is not None:
         path = find_recipe(base)
-        text = path.read_text(encoding="utf-8")
+        text = read_recipe(path)
         check_recipe(text, str(path))
         content, source = yaml.safe_load(text), f"{path} with these flags"
     fields = dict(auto_round or {})

@@ -19,6 +19,7 @@ __all__ = [
     "list_recipes",
     "modifiers_of",
     "new_recipe",
+    "read_recipe",
     "recipe_name",
     "replace_fields",
     "summarize_recipe",
@@ -71,6 +72,18 @@ def find_recipe(recipe: str | Path) -> Path:
     )
 
 
+def read_recipe(path: Path) -> str:
+    """
+    :param path: of a recipe file
+    :return: its text
+    :raises RecipeError: if it is not UTF-8
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text, so no recipe: {error}") from error
+
+
 def recipe_name(recipe: object) -> str | None:
     """
     :param recipe: as in `oneshot`
@@ -87,7 +100,7 @@ def summarize_recipe(path: Path) -> RecipeSummary:
     :param path: of a recipe file
     :raises RecipeError: if it is no YAML, or names a scheme that is not known
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_recipe(path)
     try:
         content = yaml.safe_load(text)
         bodies = [body for _, body in modifiers_of(content)]
@@ -111,7 +124,7 @@ def new_recipe(source: str) -> str:
     :raises RecipeError: if there is no such recipe
     """
     path = find_recipe(source)
-    text = path.read_text(encoding="utf-8")
+    text = read_recipe(path)
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     comment = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:start])

@@ -14,7 +14,7 @@ from autoround_modifier.errors import RecipeError
 from autoround_modifier.host.lifecycle import Modifier, Recipe, known_modifiers
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.registration import OWN_MODIFIERS
-from autoround_modifier.recipe_files import find_recipe, modifiers_of, replace_fields
+from autoround_modifier.recipe_files import find_recipe, modifiers_of, read_recipe, replace_fields
 
 __all__ = ["check_recipe", "load_recipe"]
 
@@ -30,7 +30,7 @@ def load_recipe(recipe: str | Path, **fields: Any) -> Recipe:
         fields
     """
     path = find_recipe(recipe)
-    text = path.read_text(encoding="utf-8")
+    text = read_recipe(path)
     check_recipe(text, str(path))
     content = yaml.safe_load(text)
     bodies = [body for name, body in modifiers_of(content) if name == AutoRoundModifier.__name__]
@@ -87,7 +87,7 @@ def _check_fields(place: str, modifier: type[Modifier], body: dict[Any, Any]) ->
             hint = ""
             if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
                 hint = _nearest(field, modifier.model_fields)
-            problems.append(f"{field}: {item['msg']}{hint}")
+            problems.append(f"{field}: {item['msg']}{hint}" if field else item["msg"])
         raise RecipeError(f"{place}: `{name}`: {'; '.join(problems)}") from error
 
 

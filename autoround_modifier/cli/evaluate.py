@@ -19,6 +19,9 @@ __all__ = ["evaluate"]
 TEXT, TASKS, RESULTS = "Text and generations", "Tasks", "Results"
 
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
 def evaluate(
     original: Annotated[str, typer.Argument(help="folder or name of the original model")],
     quantized: Annotated[str, typer.Argument(help="folder or name of the quantized one")],
@@ -65,7 +68,7 @@ def evaluate(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(help="in each generation", rich_help_panel=TEXT)
+        int, typer.Option(min=1, help="in each generation", rich_help_panel=TEXT)
     ] = defaults.MAX_NEW_TOKENS,
     tasks: Annotated[
         str | None,
@@ -149,9 +152,7 @@ def evaluate(
     ] = False,
     as_json: AsJson = False,
     platform: Platform = None,
-    dtype: Annotated[
-        str, typer.Option(help="of weights in memory: auto, bfloat16, float16 or float32")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"of weights in memory: {', '.join(DTYPES)}")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare a quantized model with its original: on a text, in what it writes, on tasks."""
@@ -165,6 +166,8 @@ def evaluate(
         raise UsageError("--text needs --divergence")
     if engine == "vllm" and tasks is None:
         raise UsageError("--engine vllm runs tasks: give --tasks")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype: `{dtype}` is none of {', '.join(DTYPES)}")
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
         raise UsageError("--batch-size: give a number of at least 1, or auto")
 
@@ -179,10 +182,13 @@ def evaluate(
         from autoround_modifier.evaluation.tasks import TaskSettings
         from autoround_modifier.hub import resolve_model
         from autoround_modifier.report.schema import read_evaluation
+        from autoround_modifier.runs.files import check_writable
 
         if engine == "vllm" and not wants_text:
             typer.echo("not computed with vLLM: divergence and generations", err=True)
         file = _file(output, quantized) if save else None
+        if file is not None:
+            check_writable(file)
         if file is not None and not replace:
             check_mergeable(read_evaluation(file), original)
         task_settings = None
@@ -222,16 +228,17 @@ def evaluate(
             original_name=original,
             command=quoted_command_line(),
         )
-        if file is not None:
-            save_evaluation(found, file, replace)
+    # Shown first: a disk that is full costs the file, not the results.
     if as_json:
         print_json(found.model_dump(mode="json"))
-        return
-    from autoround_modifier.cli.shown_evaluation import show_evaluation
+    else:
+        from autoround_modifier.cli.shown_evaluation import show_evaluation
 
-    show_evaluation(found)
+        show_evaluation(found)
     if file is not None:
-        typer.echo(f"written to {file}")
+        save_evaluation(found, file, replace)
+        if not as_json:
+            typer.echo(f"written to {file}")
 
 
 def _file(output: Path | None, quantized: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 import warnings
@@ -35,7 +36,9 @@ def own_logs(level: str = INFO) -> Iterator[Console]:
     console = Console(stderr=True)
     logger.remove()
     with contextlib.redirect_stdout(sys.stderr), _no_bars(level):
-        import autoround_modifier.host.lifecycle  # noqa: F401, which imports LLM-Compressor
+        # It begins to log, to stdout, and says that there is no accelerator, before it is told how.
+        with contextlib.redirect_stdout(sys.stderr if level == DEBUG else io.StringIO()):
+            import autoround_modifier.host.lifecycle  # noqa: F401, which imports LLM-Compressor
 
         logger.remove()
         logger.add(
@@ -66,8 +69,8 @@ def _is_for_users(record: Any) -> bool:
     tell of each block is shown as progress.
     """
     important = record["level"].no >= logger.level(WARNING).no
-    if important:
-        return "No accelerator available" not in record["message"]
+    if important:  # LLM-Compressor's level METRIC is above that of warnings
+        return record["level"].name != "METRIC" and "No accelerator" not in record["message"]
     package, _, room = record["name"].partition(".")
     return package == "autoround_modifier" and not room.startswith("modifiers.")
 

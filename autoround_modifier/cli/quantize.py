@@ -129,6 +129,8 @@ def quantize(
     """
     if output is None and not dry_run:
         raise UsageError("--output is missing: the folder to save the checkpoint in")
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose exclude each other")
     _check_schemes(recipe, schemes, auto_scheme)
     if disable_opt_rtn:
         tuning = _round_to_nearest(tuning)
@@ -168,7 +170,10 @@ def quantize(
             with RunProgress(console) as progress:
                 report = job.run(output, progress)
     if report is None or output is None:
-        typer.echo(job.recipe)
+        if as_json:
+            print_json({"recipe": job.recipe})
+        else:
+            typer.echo(job.recipe)
     elif as_json:
         print_json({"output": str(output), "report": report.model_dump(mode="json")})
     else:

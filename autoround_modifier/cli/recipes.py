@@ -58,9 +58,9 @@ def show_recipe(
     name: Annotated[str, typer.Argument(help="of a shipped recipe, or a file")],
 ) -> None:
     """Print a recipe."""
-    from autoround_modifier.recipe_files import find_recipe
+    from autoround_modifier.recipe_files import find_recipe, read_recipe
 
-    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+    typer.echo(read_recipe(find_recipe(name)), nl=False)
 
 
 @app.command("new")

@@ -36,9 +36,11 @@ def release(
     is 1 if no checkpoint reaches what is demanded.
     """
     from autoround_modifier.cli.logs import level_of, own_logs
-    from autoround_modifier.cli.outcome import REFUSED
+    from autoround_modifier.cli.outcome import REFUSED, UsageError
     from autoround_modifier.cli.progress import RunProgress
 
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose exclude each other")
     with own_logs(level_of(quiet, verbose)) as console:
         from autoround_modifier.release.file import read_release
         from autoround_modifier.release.pipeline import run_release
@@ -49,7 +51,11 @@ def release(
         with contextlib.nullcontext() if quiet else RunProgress(console) as progress:
             made = run_release(wanted, progress, dry_run)
     if dry_run:
-        typer.echo(f"{file} can be made: {', '.join(x.name for x in wanted.checkpoints)}")
+        names = [entry.name for entry in wanted.checkpoints]
+        if as_json:
+            print_json({"checkpoints": names})
+        else:
+            typer.echo(f"{file} can be made: {', '.join(names)}")
         return
     if as_json:
         print_json([one.facts() for one in made])

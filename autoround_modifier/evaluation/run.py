@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from autoround_modifier.evaluation.generations import (
     prompt_text,
     read_prompts,
 )
-from autoround_modifier.evaluation.models import free_memory, load, load_tokenizer
+from autoround_modifier.evaluation.models import check_models, free_memory, load, load_tokenizer
 from autoround_modifier.evaluation.predictions import compare_with_recorded, record_predictions
 from autoround_modifier.evaluation.results_files import read_results
 from autoround_modifier.evaluation.task_results import task_results
@@ -111,6 +111,12 @@ def evaluate_checkpoint(
         model is loaded; or if results cannot be compared
     :raises MissingExtraError: if tasks are asked for and lm-evaluation-harness is not installed
     """
+    positions = None
+    if settings.divergence or settings.generations:
+        positions = check_models((original, quantized), settings.trust_remote_code)
+    if positions is not None and settings.length > positions:
+        logger.info(f"samples have {positions} tokens: the model has positions for no more")
+        settings = replace(settings, length=positions)
     prepared = _Prepared.of(original, settings)
     rows, harness, prompts = prepared.rows, prepared.harness, prepared.prompts
     tokenizer, text = prepared.tokenizer, prepared.text

@@ -150,7 +150,7 @@ def checkpoint_contents(folder: Path, layout: CheckpointLayout | None = None) ->
         kv_cache=_kv_cache(quantization.get("kv_cache_scheme")),
         mtp_layers=promised,
         mtp_tensors=len(mtp),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
         notes=tuple(dict.fromkeys(notes)),
     )
 

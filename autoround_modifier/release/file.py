@@ -166,6 +166,8 @@ def read_release(path: Path) -> ReleaseFile:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         release = ReleaseFile.model_validate(content)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     except ValidationError as error:

@@ -31,6 +31,8 @@ class FinishedSteps:
             raise CheckpointError(
                 f"{self.path}: {error}; delete it to do all steps again"
             ) from error
+        if not isinstance(self._steps, dict):
+            raise CheckpointError(f"{self.path}: no JSON object; delete it to do all steps again")
 
     def is_done(self, step: str, settings: Any) -> bool:
         """

@@ -109,8 +109,9 @@ def run_release(
             made.append(checkpoint.make(listener))
         except BaseException as error:
             kept = ", ".join(one.name for one in made) or "no checkpoint is finished"
+            what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             raise FailedError(
-                f"{checkpoint.entry.name}: {error or type(error).__name__}\nfinished: {kept}. "
+                f"{checkpoint.entry.name}: {what or type(error).__name__}\nfinished: {kept}. "
                 "Steps that are done are kept; the same command goes on after them"
             ) from error
     return made

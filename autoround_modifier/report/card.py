@@ -20,6 +20,7 @@ from autoround_modifier.report.saved_schemes import SavedScheme, saved_schemes
 from autoround_modifier.report.schema import (
     Evaluation,
     QuantizationReport,
+    check_folder,
     read_evaluation,
     read_report,
 )
@@ -87,6 +88,7 @@ def make_card(checkpoint: Path, options: CardOptions) -> Card:
     :param checkpoint: folder with a report
     :raises CheckpointError: see `write_card`
     """
+    check_folder(checkpoint)
     report, evaluation = read_report(checkpoint), read_evaluation(checkpoint)
     config = read_json(checkpoint / CONFIG)
     schemes, method = saved_schemes(config), rounding_method(report.recipe)

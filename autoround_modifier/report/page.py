@@ -32,6 +32,7 @@ from autoround_modifier.report.schema import (
     Evaluation,
     QuantizationReport,
     TokenDivergence,
+    check_folder,
     read_evaluation,
     read_report,
 )
@@ -73,6 +74,7 @@ def write_page(checkpoint: Path, output: Path | None = None, overwrite: bool = F
     :raises OutputExistsError: if the file is there and is no such page
     """
     path = checkpoint / PAGE_FILE if output is None else output
+    check_folder(checkpoint)
     report = read_report(checkpoint)
     evaluation = read_evaluation(checkpoint)
     check_own(path, MARK, overwrite)

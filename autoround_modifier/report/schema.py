@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
-from autoround_modifier.errors import CheckpointError
+from autoround_modifier.errors import CheckpointError, described_problems
 
 __all__ = [
     "EVALUATION_FILE",
@@ -33,6 +33,7 @@ __all__ = [
     "TaskResult",
     "TextRecord",
     "TokenDivergence",
+    "check_folder",
     "read_evaluation",
     "read_report",
 ]
@@ -270,6 +271,12 @@ def read_evaluation(checkpoint: Path) -> Evaluation | None:
     return _read(path, Evaluation) if path.is_file() else None
 
 
+def check_folder(checkpoint: Path) -> None:
+    """:raises CheckpointError: if it is a file, beside which nothing is looked for"""
+    if checkpoint.is_file():
+        raise CheckpointError(f"{checkpoint} is a file; name the folder of the checkpoint")
+
+
 def _read(path: Path, kind: type[Read]) -> Read:
     try:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
@@ -277,5 +284,7 @@ def _read(path: Path, kind: type[Read]) -> Read:
         raise CheckpointError(
             f"{path} is not there; `autoround-modifier quantize` writes it"
         ) from None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {described_problems(error)}") from error

@@ -291,12 +291,14 @@ class RunCheckpoint:
             finished = self._num_finished()
             what = "" if name is None else f" {name} could not be saved;"
             kept = f" {finished} finished groups of blocks are kept there." if finished else ""
-            raise OSError(
-                error.errno,
+            said = (
                 f"checkpoint_dir {self.folder} cannot be written to ({error.strerror or error})."
                 f"{what}{kept} Free disk space or fix its permissions, then start the same run "
-                "again",
-            ) from error
+                "again"
+            )
+            # that of safetensors has no number
+            numbered = (said,) if error.errno is None else (error.errno, said)
+            raise OSError(*numbered) from error
 
 
 def _write(path: Path, state: BlockState) -> None:
