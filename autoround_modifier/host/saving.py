@@ -46,8 +46,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from autoround_modifier.errors import SavingError
 from autoround_modifier.host.saved_format import choose_saved_format
+from autoround_modifier.locks import in_use, is_in_use
 from autoround_modifier.progress.events import phase
-from autoround_modifier.runs.lock import in_use, is_in_use
 
 __all__ = [
     "RECIPE",

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autoround_modifier.errors import CheckpointError
+from autoround_modifier.locks import LOCK_FILE, FolderLock
 from autoround_modifier.parallel import (
     gathered,
     is_source_process,
@@ -38,7 +39,6 @@ from autoround_modifier.progress.block_report import BlockReport
 from autoround_modifier.runs.block_data import COLUMNS, BlockData
 from autoround_modifier.runs.digests import DATA, MODEL, Described
 from autoround_modifier.runs.files import TEMPORARY_PREFIX, atomic_file, write_atomically
-from autoround_modifier.runs.lock import LOCK_FILE, FolderLock
 
 __all__ = ["BlockState", "RunCheckpoint"]
 

@@ -27,7 +27,7 @@ ORDER = (
         "readable",
         "version",
     ),
-    ("calibration", "fields", "formats", "scheme_names"),
+    ("calibration", "config_sections", "fields", "formats", "locks", "scheme_names"),
     ("engines",),
     ("host", "recipe_files"),
     ("activations", "export", "scheme_catalogue"),
