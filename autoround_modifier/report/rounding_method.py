@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 
 from autoround_modifier.errors import CheckpointError
-from autoround_modifier.presets import PRESETS
+from autoround_modifier.presets import PRESETS, Preset
 from autoround_modifier.recipe_files import modifiers_of
 
 __all__ = ["RoundingMethod", "rounding_method"]
@@ -19,11 +21,13 @@ class RoundingMethod:
     :param modifiers: names, in the order in which they ran
     :param iters: steps of SignRound for each block; None without an AutoRoundModifier
     :param scale_search: whether scales were searched before tuning (SignRoundV2)
+    :param samples: largest number of samples that it tuned on; None where it tuned nothing
     """
 
     modifiers: tuple[str, ...]
     iters: int | None = None
     scale_search: bool = False
+    samples: int | None = None
 
     @property
     def text(self) -> str:
@@ -53,10 +57,14 @@ def rounding_method(recipe: str) -> RoundingMethod:
     for name, body in bodies:
         if name == "AutoRoundModifier":
             preset = PRESETS.get(body.get("preset", "default"), PRESETS["default"])
-            iters, search = body.get("iters"), body.get("scale_search")
+            iters = _value(body, "iters", preset)
+            samples = _value(body, "num_calibration_samples", preset)
             return RoundingMethod(
-                names,
-                preset.iters if iters is None else iters,
-                preset.scale_search if search is None else search,
+                names, iters, _value(body, "scale_search", preset), samples if iters else None
             )
     return RoundingMethod(names)
+
+
+def _value(body: Mapping[str, Any], field: str, preset: Preset) -> Any:
+    given = body.get(field)
+    return getattr(preset, field) if given is None else given
