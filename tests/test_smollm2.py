@@ -25,18 +25,18 @@ def smollm2() -> tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]:
 @pytest.mark.smollm2
 def test_two_bits_end_to_end(smollm2, tmp_path):
     folder, original, tokenizer = smollm2
-    text = self_generated(original, tokenizer, num_samples=24, max_seq_length=64)
-    evaluation = torch.tensor(text.select(range(8))["input_ids"])
-    dataset = text.select(range(8, 24))
+    text = self_generated(original, tokenizer, num_samples=12, max_seq_length=48)
+    evaluation = torch.tensor(text.select(range(4))["input_ids"])
+    dataset = text.select(range(4, 12))
 
     kl = {}
-    for name, fields in {"rtn": {"preset": "rtn"}, "tuned": {"iters": 10, "batch_size": 8}}.items():
+    for name, fields in {"rtn": {"preset": "rtn"}, "tuned": {"iters": 6, "batch_size": 4}}.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         recipe = load_recipe("w2a16_autoround", **fields)
         data = None if name == "rtn" else dataset
         oneshot(model=model, tokenizer=tokenizer, dataset=data, recipe=recipe)
         kl[name] = compare(original, model, evaluation).kl
-    assert kl["tuned"] < 0.7 * kl["rtn"]
+    assert kl["tuned"] < 0.8 * kl["rtn"]
 
     before = {name: integers(layer) for name, layer in quantized_layers(model).items()}
     assert len(before) == 210
