@@ -1,0 +1,47 @@
+"""`export`: a checkpoint in the format of another family of engines."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoround_modifier.cli.tables import print_json
+
+__all__ = ["export"]
+
+
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="folder of a compressed-tensors checkpoint of integer weights")
+    ],
+    format: Annotated[str, typer.Argument(metavar="FORMAT", help="gptq, awq, auto_round or mlx")],
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="write over the checkpoint in the folder")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """
+    Write a checkpoint in another format, with the same integers, scales and zero points.
+
+    What the format would change is refused before anything is written, with the formats that hold
+    it.
+    """
+    from autoround_modifier.cli.logs import own_logs
+
+    with own_logs():
+        from autoround_modifier.export.exporting import export_checkpoint
+
+        exported = export_checkpoint(checkpoint, format, output, overwrite=overwrite)
+    if as_json:
+        print_json({**asdict(exported), "folder": str(exported.folder)})
+        return
+    typer.echo(
+        f"{exported.folder}: {exported.layers} layers in {exported.format}, "
+        f"{exported.bytes / 1e6:.1f} MB"
+    )
+    for note in exported.notes:
+        typer.echo(f"note: {note}", err=True)

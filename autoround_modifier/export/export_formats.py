@@ -1,0 +1,164 @@
+"""What each format to which a checkpoint can be exported holds without a change of its integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoround_modifier.errors import ExportError, listed
+from autoround_modifier.export.awq import misread_names
+from autoround_modifier.export.integer_layers import IntegerSpec
+
+__all__ = ["FORMATS", "ExportFormat", "check_format", "check_scales", "find_format"]
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """
+    :ivar name: of the format
+    :ivar bits: of integers that it holds
+    :ivar group_sizes: that it holds, of which -1 stands for one scale for each output channel; None
+        for any
+    :ivar multiple: of which numbers of features must be
+    :ivar mixed: whether layers may have different bits and group sizes
+    :ivar outside_blocks: whether it holds embeddings and heads
+    :ivar float16_scales: whether scales are stored in float16
+    """
+
+    name: str
+    bits: tuple[int, ...]
+    group_sizes: tuple[int, ...] | None
+    multiple: int
+    mixed: bool
+    outside_blocks: bool
+    float16_scales: bool
+
+
+FORMATS: dict[str, ExportFormat] = {
+    found.name: found
+    for found in (
+        ExportFormat("gptq", (2, 3, 4, 8), None, 32, True, False, True),
+        ExportFormat("awq", (4,), None, 32, False, False, True),
+        ExportFormat("auto_round", (2, 3, 4, 8), None, 32, True, False, True),
+        ExportFormat("mlx", (2, 3, 4, 8), (32, 64, 128), 32, True, True, False),
+    )
+}
+
+
+def find_format(name: str) -> ExportFormat:
+    """
+    :param name: of a format; ``-`` stands for ``_``
+    :raises ExportError: if there is no such format
+    """
+    found = FORMATS.get(name.lower().replace("-", "_"))
+    if found is None:
+        raise ExportError(f"there is no format `{name}`; use one of {', '.join(FORMATS)}")
+    return found
+
+
+def check_format(
+    chosen: ExportFormat, specs: Sequence[IntegerSpec], skipped: Sequence[str]
+) -> None:
+    """
+    :param specs: of the quantized layers
+    :param skipped: layers that are not quantized
+    :raises ExportError: if the format cannot hold them; names the layers, the reason, and the
+        formats that can
+    """
+    problems = _problems(chosen, specs, skipped)
+    if problems:
+        _refuse(chosen, problems, lambda other: not _problems(other, specs, skipped))
+
+
+def check_scales(chosen: ExportFormat, scales: Iterable[tuple[IntegerSpec, Tensor]]) -> None:
+    """
+    :param scales: of each quantized layer, (out_features, groups), as saved
+    :raises ExportError: if the format would round one; names the layers
+    """
+    problems: dict[str, list[str]] = {}
+    for spec, scale in scales:
+        reason = _rounded(chosen, spec, scale)
+        if reason is not None:
+            problems.setdefault(reason, []).append(spec.name)
+    if problems:
+        _refuse(chosen, problems, lambda other: False)
+
+
+def _refuse(
+    chosen: ExportFormat,
+    problems: Mapping[str, list[str]],
+    holds: Callable[[ExportFormat], bool],
+) -> None:
+    """:raises ExportError: always"""
+    would_do = [name for name, other in FORMATS.items() if other != chosen and holds(other)]
+    reasons = [f"{reason}: {listed(names)}" for reason, names in problems.items()]
+    advice = (
+        f"it can be exported to {', '.join(would_do)}"
+        if would_do
+        else "no other format is known to hold it; keep it in compressed-tensors"
+    )
+    raise ExportError(
+        f"`{chosen.name}` cannot hold this checkpoint; {advice}.\n  " + "\n  ".join(reasons)
+    )
+
+
+def _problems(
+    chosen: ExportFormat, specs: Sequence[IntegerSpec], skipped: Sequence[str]
+) -> dict[str, list[str]]:
+    """:return: reason -> layers"""
+    found: dict[str, list[str]] = {}
+    for spec in specs:
+        for reason in _layer_problems(chosen, spec):
+            found.setdefault(reason, []).append(spec.name)
+    if not chosen.mixed:
+        by_scheme: dict[int, list[str]] = {}
+        for spec in specs:
+            by_scheme.setdefault(spec.group_size, []).append(spec.name)
+        if len(by_scheme) > 1:
+            rare = min(by_scheme.values(), key=len)
+            found["other group sizes than in other layers"] = rare
+    if chosen.name == "awq":
+        misread = misread_names([spec.name for spec in specs], skipped)
+        if misread:
+            found["would be skipped: their names contain that of a layer not quantized"] = misread
+    return found
+
+
+def _layer_problems(chosen: ExportFormat, spec: IntegerSpec) -> Iterator[str]:
+    if spec.kind == "expert":
+        yield "experts of a mixture are exported to no format yet"
+    elif spec.kind != "linear" and not chosen.outside_blocks:
+        yield f"quantized {spec.kind}, where the format has none"
+    if spec.num_bits not in chosen.bits:
+        yield f"{spec.label}: it holds {_numbers(chosen.bits)} bits"
+    if chosen.group_sizes is not None and spec.group_size not in chosen.group_sizes:
+        yield f"{spec.label}: it holds groups of {_numbers(chosen.group_sizes)}"
+    size, multiple = (spec.out_features, spec.in_features), chosen.multiple
+    if any(features % multiple for features in size):
+        yield f"{size[0]} x {size[1]} features, which must be multiples of {multiple}"
+    if spec.in_features % spec.features_per_scale:
+        yield f"{spec.in_features} input features are no multiple of the group size"
+
+
+def _rounded(chosen: ExportFormat, spec: IntegerSpec, scale: Tensor) -> str | None:
+    """:return: why scales, or what is computed from them, would be rounded; None if not"""
+    exact = scale.double()
+    if chosen.float16_scales and not torch.equal(scale.to(torch.float16).double(), exact):
+        return "scales that are not exact in float16"
+    if chosen.name == "mlx":
+        if spec.symmetric:
+            bias = exact * 2 ** (spec.num_bits - 1)
+            if not torch.equal(bias.to(scale.dtype).double(), bias):
+                return f"biases that are not exact in {scale.dtype}"
+        elif bool((scale.float().contiguous().view(torch.int32) & (2**spec.num_bits - 1)).any()):
+            return "biases that are not exact in float32"
+    return None
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return (
+        ", ".join(map(str, numbers[:-1])) + (" or " if len(numbers) > 1 else "") + str(numbers[-1])
+    )
