@@ -1,0 +1,32 @@
+"""`autoround-modifier export`."""
+
+from __future__ import annotations
+
+import json
+
+from test_export import tuned
+
+from autoround_modifier.cli.main import main
+
+
+def test_export(tmp_path, capsys):
+    source = str(tuned((4, True, 32)).folder)
+    output = str(tmp_path / "out")
+    assert main(["export", source, "awq", output]) == 0
+    assert "7 layers in awq" in capsys.readouterr().out
+    assert main(["export", source, "gptq", output]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["export", source, "gptq", output, "--overwrite", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["format"], document["layers"], document["folder"]) == ("gptq", 7, output)
+    assert document["notes"] == []
+
+
+def test_refusals_and_notes(tmp_path, capsys):
+    source = str(tuned((2, True, 32)).folder)
+    assert main(["export", source, "awq", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "refused: `awq` cannot hold this checkpoint; it can be exported to gptq" in error
+    assert not (tmp_path / "out").exists()
+    assert main(["export", source, "gptq", str(tmp_path / "out")]) == 0
+    assert "note: vLLM and SGLang" in capsys.readouterr().err
