@@ -28,11 +28,12 @@ from autoround_modifier import (
     export_checkpoint,
     quantized_weights,
 )
-from autoround_modifier.export import exporting
+from autoround_modifier.export import written_files
 from autoround_modifier.export.export_formats import FORMATS, check_format
 from autoround_modifier.export.integer_layers import IntegerSpec
 
 BITS = (2, 3, 4, 8)
+FOLDERS = ("gptq", "awq", "auto_round", "mlx")
 DOWN, Q = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"
 
 
@@ -104,7 +105,7 @@ def assert_others_are_kept(source: Path, folder: Path) -> None:
 
 MATRIX = [
     (format, bits, symmetric, size)
-    for bits, symmetric, size, format in itertools.product(BITS, (True, False), (32, None), FORMATS)
+    for bits, symmetric, size, format in itertools.product(BITS, (True, False), (32, None), FOLDERS)
     if (format != "awq" or bits == 4) and (format != "mlx" or size is not None)
 ]
 
@@ -263,7 +264,7 @@ def test_mixed_group_sizes_are_refused_by_awq(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FOLDERS)
 def test_layers_that_are_not_quantized(format, tmp_path):
     source = tuned((4, True, 32, ("re:.*(q|k|v)_proj",)), layers=2)
     export_checkpoint(source.folder, format, tmp_path)
@@ -314,7 +315,7 @@ def changed(source: Path, folder: Path, change) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FOLDERS)
 def test_a_sharded_checkpoint_whose_layers_are_split_over_files(format, tmp_path):
     source = tuned((4, False, 32))
     folder = tmp_path / "source"
@@ -425,11 +426,15 @@ def spec(**fields) -> IntegerSpec:
     ("format", "fields", "said"),
     [
         ("awq", {"num_bits": 3}, "(?s)exported to gptq, auto_round, mlx.*holds 4 bits"),
-        ("gptq", {"num_bits": 5}, "(?s)no other format.*2, 3, 4 or 8 bits"),
+        ("gptq", {"num_bits": 5}, "(?s)exported to gguf:q5_0, gguf:q8_0.*2, 3, 4 or 8 bits"),
         ("mlx", {"group_size": -1}, "(?s)gptq, awq, auto_round.*W4 sym channel"),
-        ("gptq", {"out_features": 40}, "40 x 64 features, which must be multiples of 32"),
+        ("gptq", {"out_features": 40}, "40 x 64 features, which must be multiples of 32 and 32"),
         ("gptq", {"in_features": 96, "group_size": 64}, "no multiple of the group size"),
         ("gptq", {"kind": "embedding"}, "(?s)exported to mlx.*quantized embedding"),
+        ("gguf:q2_0", {}, "(?s)gguf:q4_0.*holds 2 bits"),
+        ("gguf:q2_0", {"num_bits": 2}, "(?s)gguf:q4_0.*W2 sym G32: .*multiples of 64"),
+        ("gguf:q4_0", {"symmetric": False}, "(?s)gguf:q5_0.*zero points with 2 or 3 bits"),
+        ("gguf:q8_0", {"symmetric": False, "num_bits": 8}, "(?s)gptq.*W8 asym"),
         ("auto_round", {"kind": "head"}, "quantized head"),
     ],
 )
@@ -470,7 +475,7 @@ def test_nothing_is_left_of_a_failed_export(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(exporting, "save_file", fail)
+    monkeypatch.setattr(written_files, "save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         export_checkpoint(tuned((4, True, 32)).folder, "gptq", tmp_path / "out")
     assert not (tmp_path / "out").exists()

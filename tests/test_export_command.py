@@ -18,7 +18,7 @@ def test_export(tmp_path, capsys):
     assert "--overwrite" in capsys.readouterr().err
     assert main(["export", source, "gptq", output, "--overwrite", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert (document["format"], document["layers"], document["folder"]) == ("gptq", 7, output)
+    assert (document["format"], document["layers"], document["output"]) == ("gptq", 7, output)
     assert document["notes"] == []
 
 

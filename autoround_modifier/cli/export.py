@@ -17,11 +17,27 @@ def export(
     checkpoint: Annotated[
         Path, typer.Argument(help="folder of a compressed-tensors checkpoint of integer weights")
     ],
-    format: Annotated[str, typer.Argument(metavar="FORMAT", help="gptq, awq, auto_round or mlx")],
-    output: Annotated[Path, typer.Argument(help="folder to write")],
+    format: Annotated[
+        str,
+        typer.Argument(
+            metavar="FORMAT",
+            help="gptq, awq, auto_round, mlx, gguf:q2_0, gguf:q4_0, gguf:q5_0 or gguf:q8_0",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Argument(help="folder to write; for GGUF the file, which ends in .gguf")
+    ],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="write over the checkpoint in the folder")
+        bool,
+        typer.Option("--overwrite", help="write over the checkpoint in the folder, or the file"),
     ] = False,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(
+            help="for GGUF: folder with llama.cpp's source, whose converter writes metadata and "
+            "vocabulary; without it, that of LLAMA_CPP_ROOT"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """
@@ -35,12 +51,14 @@ def export(
     with own_logs():
         from autoround_modifier.export.exporting import export_checkpoint
 
-        exported = export_checkpoint(checkpoint, format, output, overwrite=overwrite)
+        exported = export_checkpoint(
+            checkpoint, format, output, overwrite=overwrite, llama_cpp=llama_cpp
+        )
     if as_json:
-        print_json({**asdict(exported), "folder": str(exported.folder)})
+        print_json({**asdict(exported), "output": str(exported.output)})
         return
     typer.echo(
-        f"{exported.folder}: {exported.layers} layers in {exported.format}, "
+        f"{exported.output}: {exported.layers} layers in {exported.format}, "
         f"{exported.bytes / 1e6:.1f} MB"
     )
     for note in exported.notes:

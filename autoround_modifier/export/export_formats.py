@@ -14,15 +14,19 @@ from autoround_modifier.export.integer_layers import IntegerSpec
 
 __all__ = ["FORMATS", "ExportFormat", "check_format", "check_scales", "find_format"]
 
+BITS = (2, 3, 4, 8)
+
 
 @dataclass(frozen=True)
 class ExportFormat:
     """
     :ivar name: of the format
     :ivar bits: of integers that it holds
+    :ivar zero_point_bits: of integers that it holds where they have zero points
     :ivar group_sizes: that it holds, of which -1 stands for one scale for each output channel; None
         for any
-    :ivar multiple: of which numbers of features must be
+    :ivar group_multiple: of which group sizes must be
+    :ivar multiples: of which numbers of output and input features must be
     :ivar mixed: whether layers may have different bits and group sizes
     :ivar outside_blocks: whether it holds embeddings and heads
     :ivar float16_scales: whether scales are stored in float16
@@ -30,20 +34,34 @@ class ExportFormat:
 
     name: str
     bits: tuple[int, ...]
-    group_sizes: tuple[int, ...] | None
-    multiple: int
-    mixed: bool
-    outside_blocks: bool
-    float16_scales: bool
+    zero_point_bits: tuple[int, ...]
+    group_sizes: tuple[int, ...] | None = None
+    group_multiple: int = 1
+    multiples: tuple[int, int] = (32, 32)
+    mixed: bool = True
+    outside_blocks: bool = False
+    float16_scales: bool = True
+
+
+def _gguf(
+    name: str, bits: tuple[int, ...], zero_point_bits: tuple[int, ...], block: int
+) -> ExportFormat:
+    """:param block: input features that share a scale in the file"""
+    return ExportFormat(name, bits, zero_point_bits, group_multiple=block, multiples=(1, block))
 
 
 FORMATS: dict[str, ExportFormat] = {
     found.name: found
     for found in (
-        ExportFormat("gptq", (2, 3, 4, 8), None, 32, True, False, True),
-        ExportFormat("awq", (4,), None, 32, False, False, True),
-        ExportFormat("auto_round", (2, 3, 4, 8), None, 32, True, False, True),
-        ExportFormat("mlx", (2, 3, 4, 8), (32, 64, 128), 32, True, True, False),
+        ExportFormat("gptq", BITS, BITS),
+        ExportFormat("awq", (4,), (4,), mixed=False),
+        ExportFormat("auto_round", BITS, BITS),
+        ExportFormat("mlx", BITS, BITS, (32, 64, 128), outside_blocks=True, float16_scales=False),
+        # `weight / scale` is -2 to 1, -8 to 7, -16 to 15 and -128 to 127
+        _gguf("gguf:q2_0", (2,), (), 64),
+        _gguf("gguf:q4_0", (2, 3, 4), (2, 3), 32),
+        _gguf("gguf:q5_0", (2, 3, 4, 5), (2, 3, 4), 32),
+        _gguf("gguf:q8_0", (2, 3, 4, 5, 6, 7, 8), (2, 3, 4, 5, 6, 7), 32),
     )
 }
 
@@ -134,11 +152,19 @@ def _layer_problems(chosen: ExportFormat, spec: IntegerSpec) -> Iterator[str]:
         yield f"quantized {spec.kind}, where the format has none"
     if spec.num_bits not in chosen.bits:
         yield f"{spec.label}: it holds {_numbers(chosen.bits)} bits"
+    elif not spec.symmetric and spec.num_bits not in chosen.zero_point_bits:
+        held = _numbers(chosen.zero_point_bits)
+        yield f"{spec.label}: it holds zero points with {held} bits"
     if chosen.group_sizes is not None and spec.group_size not in chosen.group_sizes:
         yield f"{spec.label}: it holds groups of {_numbers(chosen.group_sizes)}"
-    size, multiple = (spec.out_features, spec.in_features), chosen.multiple
-    if any(features % multiple for features in size):
-        yield f"{size[0]} x {size[1]} features, which must be multiples of {multiple}"
+    if spec.group_size % chosen.group_multiple and spec.group_size != -1:
+        yield f"{spec.label}: it holds groups of multiples of {chosen.group_multiple}"
+    size, multiples = (spec.out_features, spec.in_features), chosen.multiples
+    if size[0] % multiples[0] or size[1] % multiples[1]:
+        yield (
+            f"{size[0]} x {size[1]} features, which must be multiples of {multiples[0]} and "
+            f"{multiples[1]}"
+        )
     if spec.in_features % spec.features_per_scale:
         yield f"{spec.in_features} input features are no multiple of the group size"
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
-from safetensors.torch import save_file
 from torch import Tensor
 
-from autoround_modifier.errors import OutputExistsError
+from autoround_modifier.errors import ExportError, OutputExistsError
 from autoround_modifier.export.auto_round_format import (
     auto_round_config,
     auto_round_notes,
@@ -22,32 +19,32 @@ from autoround_modifier.export.auto_round_format import (
 )
 from autoround_modifier.export.awq import awq_config, awq_tensors
 from autoround_modifier.export.export_formats import check_format, check_scales, find_format
+from autoround_modifier.export.gguf import converter_script, export_gguf
 from autoround_modifier.export.gptq import gptq_config, gptq_notes, gptq_tensors, gptq_v1
 from autoround_modifier.export.integer_layers import IntegerCheckpoint, IntegerLayer, IntegerSpec
 from autoround_modifier.export.mlx import mlx_config, mlx_notes, mlx_tensors
-from autoround_modifier.export.saved_files import CONFIG, INDEX, write_json
+from autoround_modifier.export.saved_files import CONFIG, write_json
+from autoround_modifier.export.written_files import copy_others, write_weights
 from autoround_modifier.host.saving import UNFINISHED_PREFIX, written_at_once
 
 __all__ = ["Exported", "export_checkpoint"]
 
 GPTQ_CONFIG = "quantize_config.json"
-# Files beside the weights that are about the checkpoint in its own format
-NOT_COPIED = ("README.md", "quantization_report.json", "evaluation.json", GPTQ_CONFIG)
-NOT_COPIED_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".html", ".index.json")
-CHAT_TEMPLATES = "additional_chat_templates"
+METADATA = {"mlx": "mlx"}
+GGUF = "gguf:"
 
 
 @dataclass(frozen=True)
 class Exported:
     """
-    :ivar folder: that holds the exported checkpoint
+    :ivar output: folder that holds the exported checkpoint, or the file
     :ivar format: its format
     :ivar layers: number of quantized layers
-    :ivar bytes: of all its safetensors files
+    :ivar bytes: of its tensors; for GGUF of the file
     :ivar notes: which loaders do not take it, and what else a user should know
     """
 
-    folder: Path
+    output: Path
     format: str
     layers: int
     bytes: int
@@ -74,6 +71,7 @@ def export_checkpoint(
     output: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    llama_cpp: str | os.PathLike[str] | None = None,
 ) -> Exported:
     """
     Write a checkpoint with integer weights in the format of another family of engines. Integers,
@@ -82,27 +80,39 @@ def export_checkpoint(
 
     :param source: folder of a compressed-tensors checkpoint whose weights alone are quantized, to
         integers: one of `quantize`, or of anybody else
-    :param format: ``gptq``, ``awq``, ``auto_round`` or ``mlx``
+    :param format: ``gptq``, ``awq``, ``auto_round``, ``mlx``, or one of ``gguf:q2_0``,
+        ``gguf:q4_0``, ``gguf:q5_0`` and ``gguf:q8_0``
     :param output: folder to write to. Weights and ``config.json`` appear in it once all are
-        written, ``config.json`` last
-    :param overwrite: the folder may hold files; weights of an earlier checkpoint go
+        written, ``config.json`` last. For GGUF the file, which ends in ``.gguf``
+    :param overwrite: the folder may hold files; weights of an earlier checkpoint go. For GGUF the
+        file may be there
+    :param llama_cpp: for GGUF, folder with llama.cpp's source, whose converter writes metadata and
+        vocabulary; None for that of the environment variable LLAMA_CPP_ROOT
     :return: what was written
     :raises CheckpointError: if ``source`` is no such checkpoint, or cannot be read
-    :raises ExportError: if there is no such format, or it cannot hold the checkpoint
-    :raises OutputExistsError: if ``output`` holds files and ``overwrite`` is false, or is, contains
-        or lies in ``source``
+    :raises ExportError: if there is no such format, or it cannot hold the checkpoint; for GGUF also
+        if llama.cpp's converter is not there, or does not convert the model
+    :raises MissingExtraError: for GGUF, if the package `gguf` is not installed
+    :raises OutputExistsError: if ``output`` is there and ``overwrite`` is false, or if it is,
+        contains or lies in ``source``
     :raises OSError: if it cannot be written to
     """
     source, output, chosen = Path(source), Path(output), find_format(format)
-    _check_output(output, source, overwrite)
+    kind = chosen.name.removeprefix(GGUF) if chosen.name.startswith(GGUF) else None
+    _check_output(output, source, overwrite, is_file=kind is not None)
     checkpoint = IntegerCheckpoint(source)
     specs, skipped = list(checkpoint.specs.values()), checkpoint.unquantized_layers
     check_format(chosen, specs, skipped)
     check_scales(chosen, ((spec, checkpoint.scale(spec.name)) for spec in specs))
+    if kind is not None:
+        size = export_gguf(checkpoint, kind, output, converter_script(llama_cpp))
+        return Exported(output, chosen.name, len(specs), size, ())
     plan = _PLANS[chosen.name](specs, skipped)
     with written_at_once(output) as unfinished:
-        size = _write_weights(checkpoint, plan, unfinished.path, chosen.name)
-        _copy_others(source, unfinished.path)
+        size = write_weights(
+            checkpoint, plan.tensors, unfinished.path, METADATA.get(chosen.name, "pt")
+        )
+        copy_others(source, unfinished.path)
         if chosen.name == "gptq":
             write_json(unfinished.path / GPTQ_CONFIG, plan.section)
         config = {
@@ -153,54 +163,32 @@ _PLANS: dict[str, Callable[[Sequence[IntegerSpec], Sequence[str]], _Plan]] = {
 }
 
 
-def _check_output(output: Path, source: Path, overwrite: bool) -> None:
-    """:raises OutputExistsError: see `export_checkpoint`"""
+def _check_output(output: Path, source: Path, overwrite: bool, is_file: bool) -> None:
+    """
+    :param is_file: whether ``output`` is to be a file
+    :raises ExportError: if it is to be a file and does not end in ``.gguf``
+    :raises OutputExistsError: see `export_checkpoint`
+    """
+    if is_file and output.suffix != ".gguf":
+        raise ExportError(f"{output}: GGUF is one file; name one that ends in .gguf")
     here, there = output.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise OutputExistsError(
             f"{output} is the folder of the checkpoint {source}, contains it or lies in it; choose "
-            "another folder"
+            "another place"
         )
-    if here.is_file():
-        raise OutputExistsError(f"{output} is a file; choose a folder")
-    if here.is_dir() and not overwrite:
-        held = [x.name for x in here.iterdir() if not x.name.startswith(UNFINISHED_PREFIX)]
-        if held:
-            raise OutputExistsError(
-                f"{output} exists and is not empty; choose another folder, or write over its "
-                "checkpoint with `overwrite` (`--overwrite`)"
-            )
+    if here.is_dir() if is_file else here.is_file():
+        kinds = ("folder", "file") if is_file else ("file", "folder")
+        raise OutputExistsError(f"{output} is a {kinds[0]}; choose a {kinds[1]}")
+    if not overwrite and _exists(here):
+        raise OutputExistsError(
+            f"{output} is there already; choose another, or write over it with `overwrite` "
+            "(`--overwrite`)"
+        )
 
 
-def _write_weights(checkpoint: IntegerCheckpoint, plan: _Plan, folder: Path, format: str) -> int:
-    """:return: bytes of all tensors"""
-    weight_map: dict[str, str] = {}
-    total, files = 0, list(checkpoint.files())
-    for number, (file, layers, others) in enumerate(files, start=1):
-        logger.info(f"{format}: file {number} of {len(files)}, {file}")
-        tensors = {name: checkpoint.tensor(name) for name in others}
-        for name in layers:
-            made = plan.tensors(checkpoint.layer(name))
-            tensors |= {f"{name}.{part}": tensor for part, tensor in made.items()}
-        if not tensors:
-            continue
-        save_file(tensors, folder / file, metadata={"format": "mlx" if format == "mlx" else "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if len(set(weight_map.values())) > 1 or (checkpoint.folder / INDEX).is_file():
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return total
-
-
-def _copy_others(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat templates, generation config and code, but no weights or reports."""
-    for path in sorted(source.iterdir()):
-        if path.name == CHAT_TEMPLATES and path.is_dir():
-            shutil.copytree(path, folder / path.name)
-        elif (
-            path.is_file()
-            and not path.name.startswith(".")
-            and path.name not in (CONFIG, *NOT_COPIED)
-            and not path.name.endswith(NOT_COPIED_ENDINGS)
-        ):
-            shutil.copyfile(path, folder / path.name)
+def _exists(path: Path) -> bool:
+    """:return: whether there is such a file, or a folder that holds files"""
+    if not path.is_dir():
+        return path.exists()
+    return any(not inside.name.startswith(UNFINISHED_PREFIX) for inside in path.iterdir())
