@@ -29,7 +29,9 @@ from autoround_modifier import (
     quantized_weights,
 )
 from autoround_modifier.export import written_files
+from autoround_modifier.export.auto_round_format import auto_round_config
 from autoround_modifier.export.export_formats import FORMATS, check_format
+from autoround_modifier.export.gptq import gptq_config
 from autoround_modifier.export.integer_layers import IntegerSpec
 
 BITS = (2, 3, 4, 8)
@@ -435,6 +437,7 @@ def spec(**fields) -> IntegerSpec:
         ("gguf:q2_0", {"num_bits": 2}, "(?s)gguf:q4_0.*W2 sym G32: .*multiples of 64"),
         ("gguf:q4_0", {"symmetric": False}, "(?s)gguf:q5_0.*zero points with 2 or 3 bits"),
         ("gguf:q8_0", {"symmetric": False, "num_bits": 8}, "(?s)gptq.*W8 asym"),
+        ("gptq", {"name": "projector.linear"}, "(?s)exported to awq, mlx.*outside the blocks"),
         ("auto_round", {"kind": "head"}, "quantized head"),
     ],
 )
@@ -448,6 +451,21 @@ def test_a_name_that_contains_another_is_refused_by_awq():
     with pytest.raises(ExportError, match="contain that of a layer not quantized"):
         check_format(FORMATS["awq"], layers, ["model.layers.0.mlp.gate"])
     check_format(FORMATS["gptq"], layers, ["model.layers.0.mlp.gate"])
+
+
+def test_names_of_other_models():
+    """Other module lists than `model.layers`; layers of a vision encoder that is not quantized."""
+    layers = [spec(name=f"transformer.h.{i}.attn.c_attn") for i in range(2)]
+    skipped = ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc", "vision.blocks.0.fc"]
+    config = gptq_config(layers, [*skipped, "lm_head"])
+    assert config["modules_in_block_to_quantize"] == [["attn.c_attn"]]
+    assert set(config["dynamic"]) == {
+        r"-:^transformer\.h\.(?:0|1)\.(?:mlp\.c_fc)$",
+        r"-:^vision\.blocks\.(?:0)\.(?:fc)$",
+    }
+    config = auto_round_config(layers, [*skipped, "lm_head"])
+    assert config["block_name_to_quantize"] == "transformer.h"
+    assert set(config["extra_config"]) == set(skipped)
 
 
 def test_an_unknown_format():

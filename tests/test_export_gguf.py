@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +227,56 @@ def test_a_converter_that_changes_weights(in_process, tmp_path):
             tuned((4, True, 32)).folder, "gguf:q4_0", tmp_path / "model.gguf", llama_cpp=tmp_path
         )
     assert [path.name for path in tmp_path.iterdir()] == ["convert_hf_to_gguf.py"]
+
+
+def converter_of_words(folder: Path, model: str, count: int) -> Path:
+    """:return: folder with a converter that writes a vocabulary"""
+    script = (CONVERTER / "convert_hf_to_gguf.py").read_text()
+    words = (
+        f'writer.add_tokenizer_model("{model}")\n'
+        f"writer.add_token_list([str(i) for i in range({count})])"
+    )
+    changed_script = script.replace('writer.add_tokenizer_model("none")', words)
+    assert changed_script != script
+    folder.mkdir()
+    (folder / "convert_hf_to_gguf.py").write_text(changed_script)
+    return folder
+
+
+def byte_level(folder: Path, source: Path) -> Path:
+    """:return: a copy of the checkpoint with a tokenizer that splits text into bytes"""
+    shutil.copytree(source, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    steps = [{"type": "Digits"}, {"type": "ByteLevel"}]
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_a_vocabulary_that_the_converter_mistakes(in_process, tmp_path):
+    source, file = tuned((4, True, 32)).folder, tmp_path / "model.gguf"
+    mistaken = converter_of_words(tmp_path / "mistaken", "llama", 128)
+    export_checkpoint(source, "gguf:q4_0", file, llama_cpp=mistaken, overwrite=True)
+    checkpoint = byte_level(tmp_path / "source", source)
+    with pytest.raises(ExportError, match="would abort on the first text"):
+        export_checkpoint(checkpoint, "gguf:q4_0", tmp_path / "x.gguf", llama_cpp=mistaken)
+    assert not (tmp_path / "x.gguf").exists()
+
+    right = converter_of_words(tmp_path / "right", "gpt2", 128)
+    export_checkpoint(checkpoint, "gguf:q4_0", tmp_path / "words.gguf", llama_cpp=right)
+    words = {"vocabulary": tmp_path / "words.gguf", "llama_cpp": mistaken, "overwrite": True}
+    export_checkpoint(checkpoint, "gguf:q4_0", file, **words)
+    fields = gguf.GGUFReader(file).fields
+    assert fields["tokenizer.ggml.model"].contents() == "gpt2"
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 128
+
+    fewer = converter_of_words(tmp_path / "fewer", "llama", 100)
+    with pytest.raises(ExportError, match="has 128 tokens, and the model 100"):
+        export_checkpoint(checkpoint, "gguf:q4_0", file, **{**words, "llama_cpp": fewer})
+    with pytest.raises(ExportError, match="cannot be read as GGUF"):
+        export_checkpoint(
+            checkpoint, "gguf:q4_0", file, **{**words, "vocabulary": source / "config.json"}
+        )
 
 
 def test_the_file(in_process, tmp_path):

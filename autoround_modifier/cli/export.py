@@ -38,6 +38,12 @@ def export(
             "vocabulary; without it, that of LLAMA_CPP_ROOT"
         ),
     ] = None,
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(
+            help="for GGUF: another GGUF file of the same model, whose vocabulary is used"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """
@@ -52,7 +58,12 @@ def export(
         from autoround_modifier.export.exporting import export_checkpoint
 
         exported = export_checkpoint(
-            checkpoint, format, output, overwrite=overwrite, llama_cpp=llama_cpp
+            checkpoint,
+            format,
+            output,
+            overwrite=overwrite,
+            llama_cpp=llama_cpp,
+            vocabulary=vocabulary,
         )
     if as_json:
         print_json({**asdict(exported), "output": str(exported.output)})

@@ -15,7 +15,8 @@ from torch import Tensor
 from autoround_modifier.export.awq import awq_tensors
 from autoround_modifier.export.gptq import gptq_tensors
 from autoround_modifier.export.integer_layers import IntegerLayer, IntegerSpec
-from autoround_modifier.export.layer_names import block_lists, in_block, most_common_scheme
+from autoround_modifier.export.layer_names import block_lists, most_common_scheme
+from autoround_modifier.export.saved_layers import HEADS
 from autoround_modifier.version import __version__
 
 __all__ = ["auto_round_config", "auto_round_notes", "auto_round_tensors", "packing_format"]
@@ -64,10 +65,11 @@ def auto_round_config(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> d
         for spec in specs
         if (spec.num_bits, spec.group_size) != (bits, group_size)
     }
-    for name in skipped:
-        parts = in_block(name)
-        if parts is not None and parts[0] in blocks:
-            extra[name] = {"bits": 16, "data_type": "float"}
+    extra |= {
+        name: {"bits": 16, "data_type": "float"}
+        for name in skipped
+        if name.rpartition(".")[2] not in HEADS
+    }
     config = {
         "quant_method": "auto-round",
         "packing_format": packing_format(specs),

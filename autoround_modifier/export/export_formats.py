@@ -11,6 +11,7 @@ from torch import Tensor
 from autoround_modifier.errors import ExportError, listed
 from autoround_modifier.export.awq import misread_names
 from autoround_modifier.export.integer_layers import IntegerSpec
+from autoround_modifier.export.layer_names import in_block
 
 __all__ = ["FORMATS", "ExportFormat", "check_format", "check_scales", "find_format"]
 
@@ -28,6 +29,7 @@ class ExportFormat:
     :ivar group_multiple: of which group sizes must be
     :ivar multiples: of which numbers of output and input features must be
     :ivar mixed: whether layers may have different bits and group sizes
+    :ivar blocks_only: whether loaders quantize no linear layers outside blocks
     :ivar outside_blocks: whether it holds embeddings and heads
     :ivar float16_scales: whether scales are stored in float16
     """
@@ -39,6 +41,7 @@ class ExportFormat:
     group_multiple: int = 1
     multiples: tuple[int, int] = (32, 32)
     mixed: bool = True
+    blocks_only: bool = False
     outside_blocks: bool = False
     float16_scales: bool = True
 
@@ -53,9 +56,9 @@ def _gguf(
 FORMATS: dict[str, ExportFormat] = {
     found.name: found
     for found in (
-        ExportFormat("gptq", BITS, BITS),
+        ExportFormat("gptq", BITS, BITS, blocks_only=True),
         ExportFormat("awq", (4,), (4,), mixed=False),
-        ExportFormat("auto_round", BITS, BITS),
+        ExportFormat("auto_round", BITS, BITS, blocks_only=True),
         ExportFormat("mlx", BITS, BITS, (32, 64, 128), outside_blocks=True, float16_scales=False),
         # `weight / scale` is -2 to 1, -8 to 7, -16 to 15 and -128 to 127
         _gguf("gguf:q2_0", (2,), (), 64),
@@ -150,6 +153,8 @@ def _layer_problems(chosen: ExportFormat, spec: IntegerSpec) -> Iterator[str]:
         yield "experts of a mixture are exported to no format yet"
     elif spec.kind != "linear" and not chosen.outside_blocks:
         yield f"quantized {spec.kind}, where the format has none"
+    elif chosen.blocks_only and in_block(spec.name) is None:
+        yield "quantized outside the blocks, where its loaders quantize nothing"
     if spec.num_bits not in chosen.bits:
         yield f"{spec.label}: it holds {_numbers(chosen.bits)} bits"
     elif not spec.symmetric and spec.num_bits not in chosen.zero_point_bits:

@@ -72,6 +72,7 @@ def export_checkpoint(
     *,
     overwrite: bool = False,
     llama_cpp: str | os.PathLike[str] | None = None,
+    vocabulary: str | os.PathLike[str] | None = None,
 ) -> Exported:
     """
     Write a checkpoint with integer weights in the format of another family of engines. Integers,
@@ -88,6 +89,8 @@ def export_checkpoint(
         file may be there
     :param llama_cpp: for GGUF, folder with llama.cpp's source, whose converter writes metadata and
         vocabulary; None for that of the environment variable LLAMA_CPP_ROOT
+    :param vocabulary: for GGUF, another GGUF file of the same model, whose vocabulary is used; None
+        for what the converter makes of the checkpoint's
     :return: what was written
     :raises CheckpointError: if ``source`` is no such checkpoint, or cannot be read
     :raises ExportError: if there is no such format, or it cannot hold the checkpoint; for GGUF also
@@ -105,7 +108,8 @@ def export_checkpoint(
     check_format(chosen, specs, skipped)
     check_scales(chosen, ((spec, checkpoint.scale(spec.name)) for spec in specs))
     if kind is not None:
-        size = export_gguf(checkpoint, kind, output, converter_script(llama_cpp))
+        words = None if vocabulary is None else Path(vocabulary)
+        size = export_gguf(checkpoint, kind, output, converter_script(llama_cpp), words)
         return Exported(output, chosen.name, len(specs), size, ())
     plan = _PLANS[chosen.name](specs, skipped)
     with written_at_once(output) as unfinished:

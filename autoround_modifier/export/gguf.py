@@ -23,6 +23,11 @@ from torch import Tensor
 
 from autoround_modifier.errors import ExportError, MissingExtraError
 from autoround_modifier.export.gguf_blocks import BLOCK_TYPES, pack_blocks
+from autoround_modifier.export.gguf_vocabulary import (
+    VOCABULARY_KEYS,
+    check_vocabulary,
+    vocabulary_fields,
+)
 from autoround_modifier.export.integer_layers import IntegerCheckpoint, IntegerLayer
 from autoround_modifier.export.saved_config import text_part
 from autoround_modifier.export.saved_files import CONFIG, write_json
@@ -68,7 +73,13 @@ def converter_script(llama_cpp: str | os.PathLike[str] | None) -> Path:
     return script
 
 
-def export_gguf(checkpoint: IntegerCheckpoint, kind: str, output: Path, script: Path) -> int:
+def export_gguf(
+    checkpoint: IntegerCheckpoint,
+    kind: str,
+    output: Path,
+    script: Path,
+    vocabulary: Path | None = None,
+) -> int:
     """
     Needs room on the disk of ``output`` for the dequantized model, twice.
 
@@ -76,9 +87,11 @@ def export_gguf(checkpoint: IntegerCheckpoint, kind: str, output: Path, script: 
     :param kind: name of a type in `BLOCK_TYPES`
     :param output: file to write; it appears once it is complete
     :param script: see `converter_script`
+    :param vocabulary: GGUF file of the same model, whose vocabulary is used; None for what the
+        converter makes of the checkpoint's
     :return: bytes of the file
     :raises ExportError: if llama.cpp's converter does not know the model, or changes more of a
-        weight than the order of its rows
+        weight than the order of its rows, or gets the vocabulary wrong
     :raises OSError: if the file cannot be written
     """
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +111,7 @@ def export_gguf(checkpoint: IntegerCheckpoint, kind: str, output: Path, script: 
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=output.parent) as temporary:
         template = _convert(checkpoint, Path(temporary), dtype, script)
         try:
-            _graft(checkpoint, kind, template, unfinished, dtype)
+            _graft(checkpoint, kind, template, unfinished, dtype, vocabulary)
             with unfinished.open("rb+") as file:
                 os.fsync(file.fileno())
             unfinished.replace(output)
@@ -137,7 +150,12 @@ def _convert(checkpoint: IntegerCheckpoint, folder: Path, dtype: torch.dtype, sc
 
 
 def _graft(
-    checkpoint: IntegerCheckpoint, kind: str, template: Path, output: Path, dtype: torch.dtype
+    checkpoint: IntegerCheckpoint,
+    kind: str,
+    template: Path,
+    output: Path,
+    dtype: torch.dtype,
+    vocabulary: Path | None,
 ) -> None:
     """Write what the template holds, with blocks in place of the weights of quantized layers."""
     import gguf
@@ -155,7 +173,10 @@ def _graft(
             f"llama.cpp's converter writes no tensor {missing[0]} for {layers[missing[0]]}"
         )
     writer = gguf.GGUFWriter(output, architecture)
-    for key, field in reader.fields.items():
+    words = vocabulary_fields(reader, vocabulary)
+    check_vocabulary(words, checkpoint.folder)
+    others = {k: v for k, v in reader.fields.items() if not k.startswith(VOCABULARY_KEYS)}
+    for key, field in (others | words).items():
         if not key.startswith(OWN_KEYS):
             value, types = field.contents(), field.types
             if types[0] != gguf.GGUFValueType.ARRAY or value:

@@ -16,11 +16,13 @@ from torch import Tensor
 from autoround_modifier.export.bit_stream import pack_rows
 from autoround_modifier.export.integer_layers import IntegerLayer, IntegerSpec
 from autoround_modifier.export.layer_names import (
+    block_lists,
     expressions,
     most_common_scheme,
     names_in_each_block,
     with_fused,
 )
+from autoround_modifier.export.saved_layers import HEADS
 from autoround_modifier.version import __version__
 
 __all__ = ["gptq_config", "gptq_notes", "gptq_tensors", "gptq_v1"]
@@ -73,7 +75,7 @@ def gptq_config(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> dict[st
         "meta": {"quantizer": [f"autoround_modifier:{__version__}"]},
     }
     dynamic: dict[str, Any] = {
-        f"-:{expression}": {} for expression in expressions(with_fused(_in_blocks(specs, skipped)))
+        f"-:{expression}": {} for expression in expressions(with_fused(_no_heads(skipped)))
     }
     by_scheme: dict[tuple[int, int], list[str]] = {}
     for spec in specs:
@@ -115,5 +117,10 @@ def gptq_notes(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> list[str
 
 def _in_blocks(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> list[str]:
     """:return: layers that are not quantized beside ones that are, below the same module list"""
-    stems = {spec.name.split(".layers.")[0] for spec in specs if ".layers." in spec.name}
-    return [name for name in skipped if ".layers." in name and name.split(".layers.")[0] in stems]
+    lists = block_lists(spec.name for spec in specs)
+    return [name for name in skipped if set(block_lists([name])) & set(lists)]
+
+
+def _no_heads(names: Sequence[str]) -> list[str]:
+    """:return: the names without heads, which no loader of the format quantizes by default"""
+    return [name for name in names if name.rpartition(".")[2] not in HEADS]
