@@ -57,8 +57,8 @@ def check_vocabulary(fields: dict[str, Any], folder: Path) -> None:
         raise ExportError(
             f"llama.cpp's converter takes the byte-level vocabulary of {path} for one of "
             "SentencePiece, and llama.cpp would abort on the first text. Put the tokenizer files "
-            "of the original model into the checkpoint, or name a GGUF file of the same model whose "
-            "vocabulary is used: `vocabulary` (`--vocabulary`)"
+            "of the original model into the checkpoint, or name a GGUF file of the same model "
+            "whose vocabulary is used: `vocabulary` (`--vocabulary`)"
         )
 
 
