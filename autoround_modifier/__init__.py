@@ -29,6 +29,7 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
         CompressedSourceError,
         EvaluationError,
         ExportError,
+        FailedError,
         HubError,
         MissingExtraError,
         NonFiniteError,
@@ -49,7 +50,8 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
     from autoround_modifier.planning import Plan, plan
     from autoround_modifier.presets import PRESETS, Preset
     from autoround_modifier.progress.block_report import BlockReport
-    from autoround_modifier.recipes import find_recipe, list_recipes, load_recipe
+    from autoround_modifier.recipe_files import find_recipe, list_recipes
+    from autoround_modifier.recipes import load_recipe
     from autoround_modifier.schemes import Choice, Measurement
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "EvaluationError",
     "ExportError",
     "Exported",
+    "FailedError",
     "HubError",
     "Measurement",
     "MissingExtraError",

@@ -1,11 +1,12 @@
-"""Whether this process is the command line."""
+"""Whether this process is the command line, and what it was started with."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
-__all__ = ["COMMAND", "command_line", "runs_as_command"]
+__all__ = ["COMMAND", "command_line", "quoted_command_line", "runs_as_command"]
 
 COMMAND = "autoround-modifier"
 _PACKAGE = "autoround_modifier"
@@ -28,3 +29,9 @@ def runs_as_command() -> bool:
 def command_line() -> list[str] | None:
     """:return: what this process was started with, where it is the command line"""
     return [COMMAND, *sys.argv[1:]] if runs_as_command() else None
+
+
+def quoted_command_line() -> str | None:
+    """:return: the same as text, quoted for a shell"""
+    line = command_line()
+    return None if line is None else shlex.join(line)

@@ -14,6 +14,9 @@ __all__ = [
     "compilation_pays",
     "compile_options",
     "compiled_rounds_as_plain",
+    "device_name",
+    "peak_memory",
+    "reset_peak_memory",
     "slice_elements",
 ]
 
@@ -160,3 +163,22 @@ def _compiler_failure(error: Exception) -> str | None:
         return None
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def device_name() -> str:
+    """:return: of the accelerator, or of the CPU with the number of threads"""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return f"CPU, threads: {torch.get_num_threads()}"
+    module = torch.get_device_module(accelerator)
+    return str(getattr(module, "get_device_name", lambda: accelerator)())
+
+
+def peak_memory() -> int:
+    """:return: bytes of the accelerator at the peak since `reset_peak_memory`; 0 without one"""
+    return torch.accelerator.max_memory_allocated() if torch.accelerator.is_available() else 0
+
+
+def reset_peak_memory() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats()

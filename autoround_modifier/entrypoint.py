@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedMod
 from autoround_modifier.calibration import (
     HubAccess,
     PaddedBatch,
+    check_text_name,
     is_text_source,
     model_columns,
     read_samples,
@@ -35,8 +36,13 @@ from autoround_modifier.host.lifecycle import (
 from autoround_modifier.host.loading import (
     check_not_compressed,
     load_model,
+    model_positions,
     source_config,
     stored_format,
+)
+from autoround_modifier.host.registered_datasets import (
+    is_registered_dataset,
+    registered_datasets,
 )
 from autoround_modifier.host.shared_state import (
     SHARED_STATE_PIPELINE,
@@ -46,11 +52,12 @@ from autoround_modifier.host.shared_state import (
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.validation import check_not_quantized
 from autoround_modifier.parallel import gathered, is_distributed, process_rank
-from autoround_modifier.recipes import check_recipe, find_recipe, list_recipes
+from autoround_modifier.recipe_files import find_recipe, read_recipe, recipe_name
+from autoround_modifier.recipes import check_recipe
 from autoround_modifier.report.recorder import RunRecorder, recording
 from autoround_modifier.runs.output_folder import check_output_folder
 
-__all__ = ["oneshot", "source_folders"]
+__all__ = ["check_dataset_name", "oneshot", "source_folders"]
 
 
 def oneshot(
@@ -102,7 +109,7 @@ def oneshot(
     :raises CompressedSourceError: if the model is compressed already
     """
     recorder = RunRecorder(
-        recipe_name=str(recipe) if isinstance(recipe, str) and recipe in list_recipes() else None,
+        recipe_name=recipe_name(recipe),
         dataset=str(dataset) if isinstance(dataset, (str, Path)) else None,
     )
     revision = kwargs.get("model_revision")
@@ -222,7 +229,7 @@ def _checked(recipe: Any) -> Any:
         check_recipe(str(recipe), "recipe")
         return recipe
     path = find_recipe(recipe)
-    check_recipe(path.read_text(encoding="utf-8"), str(path))
+    check_recipe(read_recipe(path), str(path))
     return str(path)
 
 
@@ -278,6 +285,20 @@ def _load_processor(
     kwargs["processor"] = processor
 
 
+def check_dataset_name(name: str) -> None:
+    """
+    :param name: ``dataset`` of `oneshot`, not yet read
+    :raises CalibrationError: if there is no such file or folder, and no dataset can have that name
+    """
+    if is_text_source(name):
+        check_text_name(name)
+    elif not is_registered_dataset(name):
+        raise CalibrationError(
+            f"calibration data: no file or folder `{name}`; datasets on the Hugging Face Hub are "
+            f"named OWNER/NAME, and LLM-Compressor knows {', '.join(registered_datasets())}"
+        )
+
+
 def _samples(
     dataset: Any, model: str | PreTrainedModel, kwargs: dict[str, Any], hub: dict[str, Any]
 ) -> Any:
@@ -301,6 +322,8 @@ def _samples(
     is_text = kwargs.get("preprocessing_func") is None and is_text_source(
         dataset, kwargs.get("text_column")
     )
+    if isinstance(dataset, str) and kwargs.get("preprocessing_func") is None:
+        check_dataset_name(dataset)
     if not is_text:
         if options:
             raise CalibrationError(
@@ -315,11 +338,15 @@ def _samples(
     processor = kwargs.get("tokenizer") or kwargs.get("processor")
     if processor is None or isinstance(processor, str):
         source = _processor_source(processor, model, kwargs)
-        processor = AutoTokenizer.from_pretrained(**source, **hub)
+        try:
+            processor = AutoTokenizer.from_pretrained(**source, **hub)
+        except ValueError as error:
+            reason = str(error).strip().partition("\n")[0]
+            name = source["pretrained_model_name_or_path"]
+            raise CalibrationError(f"the tokenizer of {name} cannot be loaded: {reason}") from error
     max_seq_length = kwargs.get("max_seq_length")
     if max_seq_length is None and not isinstance(model, (str, Path)):
-        text = model.config.get_text_config()
-        max_seq_length = min(2048, getattr(text, "max_position_embeddings", None) or 2048)
+        max_seq_length = min(2048, model_positions(model.config) or 2048)
     split = kwargs.get("splits")
     if isinstance(split, dict):
         split = split.get("calibration")

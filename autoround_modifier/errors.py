@@ -1,5 +1,7 @@
 """What can be wrong with a recipe, a model or its calibration data: one class each."""
 
+from pydantic import ValidationError
+
 __all__ = [
     "CalibrationError",
     "CheckpointError",
@@ -14,6 +16,7 @@ __all__ = [
     "RecipeError",
     "SavingError",
     "SchemeError",
+    "described_problems",
     "listed",
 ]
 
@@ -82,6 +85,14 @@ class SavingError(ValueError):
 
 class CheckpointError(ValueError):
     """A folder of finished blocks of another run, or a checkpoint that cannot be read."""
+
+
+def described_problems(error: ValidationError) -> str:
+    """:return: one part for each field: where it is, and what is wrong with it"""
+    return "; ".join(
+        f"{'.'.join(map(str, item['loc'])) or error.title}: {item['msg']}"
+        for item in error.errors(include_url=False)
+    )
 
 
 def listed(names: list[str], limit: int = 8) -> str:

@@ -8,19 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from autoround_modifier.calibration import self_generated
 from autoround_modifier.command import command_line
-from autoround_modifier.entrypoint import oneshot, source_folders
-from autoround_modifier.errors import FailedError, OutputExistsError, RecipeError
+from autoround_modifier.defaults import NUM_CALIBRATION_SAMPLES, calibration_length
+from autoround_modifier.entrypoint import check_dataset_name, oneshot, source_folders
+from autoround_modifier.errors import CalibrationError, FailedError, OutputExistsError, RecipeError
 from autoround_modifier.host.lifecycle import Modifier, as_recipe
 from autoround_modifier.host.loading import (
     check_not_compressed,
     load_model,
+    model_positions,
     source_config,
     stored_format,
 )
+from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.shape_checks import check_shapes
 from autoround_modifier.progress.events import Event, Listener, PhaseStarted, listening
 from autoround_modifier.report.recorder import RunRecorder, recording
@@ -29,8 +33,6 @@ from autoround_modifier.runs.output_folder import check_output_folder
 
 __all__ = ["QuantizationJob"]
 
-DEFAULT_SAMPLES = 128
-
 
 @dataclass(frozen=True)
 class QuantizationJob:
@@ -38,15 +40,15 @@ class QuantizationJob:
     :ivar model: folder, or name on the Hugging Face Hub
     :ivar model_name: as the report calls it, where it was downloaded from elsewhere
     :ivar recipe: YAML
-    :ivar recipe_name: of the shipped recipe that it is made of, or None
+    :ivar recipe_name: of the recipe or file that it is made of, or None
     :ivar dataset: path, or name on the hub; None lets the model write its own
-    :ivar max_seq_length: tokens in each sample
+    :ivar max_seq_length: tokens in each sample; None for `defaults.calibration_length`
     :ivar device_map: of Transformers
     """
 
     model: str
     recipe: str
-    max_seq_length: int
+    max_seq_length: int | None = None
     model_name: str | None = None
     recipe_name: str | None = None
     dataset: str | None = None
@@ -61,16 +63,28 @@ class QuantizationJob:
 
         :raises OutputExistsError: if ``output`` holds files, or the model
         :raises CompressedSourceError: if the model is compressed already
-        :raises RecipeError: and the other errors of `check_shapes`
+        :raises CalibrationError: if there is no such dataset
+        :raises RecipeError: if the recipe has no `AutoRoundModifier`, or keeps finished blocks in
+            ``output``; and the other errors of `check_shapes`
         :raises OSError: if there is no such model, or ``output`` cannot be made
         """
         config = source_config(self.model, self.revision)
         if not config:
             raise FileNotFoundError(f"{self.model} has no config.json: it is no model")
         check_not_compressed(self.model, stored_format(config, self.model, self.revision))
+        modifiers = as_recipe(self.recipe).modifiers
+        if not any(isinstance(modifier, AutoRoundModifier) for modifier in modifiers):
+            names = ", ".join(type(modifier).__name__ for modifier in modifiers)
+            raise RecipeError(
+                f"the recipe has no AutoRoundModifier, only {names}: `oneshot` of LLM-Compressor "
+                "runs it"
+            )
+        if self.dataset is not None:
+            check_dataset_name(self.dataset)
         if output is not None:
             self._check_output(output)
-        check_shapes(self._config(), as_recipe(self.recipe).modifiers, self.trust_remote_code)
+            _check_kept_apart(modifiers, output)
+        check_shapes(self._config(), modifiers, self.trust_remote_code)
 
     def _check_output(self, output: Path) -> None:
         try:
@@ -105,13 +119,14 @@ class QuantizationJob:
             _said_what_is_kept(recipe.modifiers, self.dataset is not None),
         ):
             model = self._loaded()
+            length = self._length(model.config)
             oneshot(
                 model=model,
                 recipe=recipe,
-                dataset=self._samples(model, recipe.modifiers),
+                dataset=self._samples(model, recipe.modifiers, length),
                 output_dir=output,
                 overwrite_output_dir=self.overwrite,
-                max_seq_length=self.max_seq_length,
+                max_seq_length=length,
                 num_calibration_samples=_num_samples(recipe.modifiers),
                 trust_remote_code_model=self.trust_remote_code,
             )
@@ -120,12 +135,17 @@ class QuantizationJob:
     def _loaded(self) -> PreTrainedModel:
         device_map = {} if self.device_map is None else {"device_map": self.device_map}
         with self._code_refused():
-            return load_model(
-                self.model,
-                revision=self.revision,
-                trust_remote_code=self.trust_remote_code,
-                **device_map,
-            )
+            try:
+                return load_model(
+                    self.model,
+                    revision=self.revision,
+                    trust_remote_code=self.trust_remote_code,
+                    **device_map,
+                )
+            except ValueError as error:
+                if "device_map" not in str(error) or self.device_map is None:
+                    raise
+                raise RecipeError(f"--device-map: {error}") from error
 
     @contextlib.contextmanager
     def _code_refused(self) -> Iterator[None]:
@@ -140,20 +160,55 @@ class QuantizationJob:
                 "and add --trust-remote-code"
             ) from error
 
-    def _samples(self, model: PreTrainedModel, modifiers: list[Modifier]) -> Any:
+    def _length(self, config: PreTrainedConfig) -> int:
+        """:return: tokens in each sample that the model has positions for"""
+        positions = model_positions(config)
+        wanted = self.max_seq_length or calibration_length(self.dataset is not None)
+        if positions is None or wanted <= positions:
+            return wanted
+        logger.warning(
+            f"samples have {positions} tokens instead of {wanted}: the model has "
+            "positions for no more"
+        )
+        return positions
+
+    def _samples(self, model: PreTrainedModel, modifiers: list[Modifier], length: int) -> Any:
         """:return: the dataset; what the model writes, where none is given and data is needed"""
         if self.dataset is not None or not any(x.requires_calibration_data for x in modifiers):
             return self.dataset
-        tokenizer = AutoTokenizer.from_pretrained(
-            self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
-        )
-        return self_generated(model, tokenizer, _num_samples(modifiers), self.max_seq_length)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except ValueError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CalibrationError(
+                f"the tokenizer of {self.model} cannot be loaded: {reason}"
+            ) from error
+        return self_generated(model, tokenizer, _num_samples(modifiers), length)
+
+
+def _check_kept_apart(modifiers: list[Modifier], output: Path) -> None:
+    """
+    Finished blocks in the folder of the checkpoint would be published, and loaded, with it, and the
+    run could not go on, as the folder would hold files.
+    """
+    for modifier in modifiers:
+        kept = getattr(modifier, "checkpoint_dir", None)
+        if kept is not None and output.resolve() in (
+            Path(kept).resolve(),
+            *Path(kept).resolve().parents,
+        ):
+            raise RecipeError(
+                f"checkpoint_dir {kept} is inside of the output folder {output}: choose a folder "
+                "beside it"
+            )
 
 
 def _num_samples(modifiers: list[Modifier]) -> int:
     """:return: as many calibration samples as the modifier that wants most of them"""
     wanted = [getattr(modifier, "num_calibration_samples", None) or 0 for modifier in modifiers]
-    return max(wanted, default=0) or DEFAULT_SAMPLES
+    return max(wanted, default=0) or NUM_CALIBRATION_SAMPLES
 
 
 @contextlib.contextmanager

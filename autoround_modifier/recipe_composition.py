@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from autoround_modifier.host.schemes import is_preset_scheme
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
 from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
-from autoround_modifier.presets import PRESET_FIELDS
-from autoround_modifier.recipes import check_recipe, find_recipe
+from autoround_modifier.recipe_files import find_recipe, modifiers_of, read_recipe, replace_fields
+from autoround_modifier.recipes import check_recipe
 from autoround_modifier.schemes.options import named_scheme
 
 __all__ = ["compose_recipe"]
@@ -47,11 +47,11 @@ def compose_recipe(
     source = "recipe of these flags"
     if base is not None:
         path = find_recipe(base)
-        text = path.read_text(encoding="utf-8")
+        text = read_recipe(path)
         check_recipe(text, str(path))
         content, source = yaml.safe_load(text), f"{path} with these flags"
     fields = dict(auto_round or {})
-    bodies = list(_bodies(content, AutoRoundModifier.__name__))
+    bodies = _bodies(content, AutoRoundModifier.__name__)
     if base is None:
         body: dict[str, Any] = {"ignore": ["lm_head"]}
         _first_group(content)[AutoRoundModifier.__name__] = body
@@ -59,7 +59,7 @@ def compose_recipe(
     if fields and not bodies:
         raise RecipeError(f"{base} has no AutoRoundModifier whose fields could be replaced")
     for body in bodies:
-        _replace(body, _with_group_size(fields))
+        replace_fields(body, _with_group_size(fields))
     if auto_scheme:
         _set(content, AutoSchemeModifier.__name__, auto_scheme, first=True)
     if distillation is not None:
@@ -71,26 +71,13 @@ def compose_recipe(
     return text
 
 
-def _bodies(content: dict[str, Any], modifier: str) -> Iterator[dict[str, Any]]:
-    """Yield the fields of each modifier of that name."""
-    for stage in content.values():
-        for group in stage.values():
-            if modifier in group:
-                yield group[modifier]
+def _bodies(content: dict[str, Any], modifier: str) -> list[dict[str, Any]]:
+    """:return: the fields of each modifier of that name"""
+    return [body for name, body in modifiers_of(content) if name == modifier]
 
 
 def _first_group(content: dict[str, Any]) -> dict[str, Any]:
     return next(iter(next(iter(content.values())).values()))
-
-
-def _replace(body: dict[str, Any], fields: Fields) -> None:
-    if "preset" in fields:  # a saved recipe spells out what its preset stood for
-        for name in PRESET_FIELDS:
-            body.pop(name, None)
-    if "scheme" in fields or "config_groups" in fields:
-        for name in ("scheme", "config_groups"):
-            body.pop(name, None)
-    body.update(fields)
 
 
 def _with_group_size(fields: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +92,7 @@ def _with_group_size(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set(content: dict[str, Any], modifier: str, fields: Fields, first: bool) -> None:
-    bodies = list(_bodies(content, modifier))
+    bodies = _bodies(content, modifier)
     for body in bodies:
         body.update(fields)
     if not bodies:
@@ -129,7 +116,7 @@ def _apply(content: dict[str, Any], setting: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"`{setting}`: the value is not YAML: {error}") from error
-    places = list(_bodies(content, parents[0])) or [content]
+    places = _bodies(content, parents[0]) or [content]
     names = parents[1:] if places != [content] else parents
     for place in places:
         for name in names:

@@ -10,9 +10,20 @@ from typing import Any
 import yaml
 
 from autoround_modifier.errors import RecipeError, SchemeError
+from autoround_modifier.presets import PRESET_FIELDS
 from autoround_modifier.scheme_names import group_named
 
-__all__ = ["RecipeSummary", "find_recipe", "list_recipes", "new_recipe", "summarize_recipe"]
+__all__ = [
+    "RecipeSummary",
+    "find_recipe",
+    "list_recipes",
+    "modifiers_of",
+    "new_recipe",
+    "read_recipe",
+    "recipe_name",
+    "replace_fields",
+    "summarize_recipe",
+]
 
 _PACKAGE = Path(__file__).parent
 # A wheel carries the recipes inside the package; in a checkout they are beside it.
@@ -61,15 +72,38 @@ def find_recipe(recipe: str | Path) -> Path:
     )
 
 
+def read_recipe(path: Path) -> str:
+    """
+    :param path: of a recipe file
+    :return: its text
+    :raises RecipeError: if it is not UTF-8
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text, so no recipe: {error}") from error
+
+
+def recipe_name(recipe: object) -> str | None:
+    """
+    :param recipe: as in `oneshot`
+    :return: what a report calls it: the name of a shipped recipe or of a file, without ending; None
+        for YAML text and objects
+    """
+    if not isinstance(recipe, (str, Path)) or "\n" in str(recipe):
+        return None
+    return Path(recipe).stem
+
+
 def summarize_recipe(path: Path) -> RecipeSummary:
     """
     :param path: of a recipe file
     :raises RecipeError: if it is no YAML, or names a scheme that is not known
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_recipe(path)
     try:
         content = yaml.safe_load(text)
-        bodies = [body for body in _bodies(content) if isinstance(body, Mapping)]
+        bodies = [body for _, body in modifiers_of(content)]
         groups = tuple(group for body in bodies for group in _groups(body))
     except (yaml.YAMLError, SchemeError) as error:
         raise RecipeError(f"{path}: {error}") from error
@@ -90,7 +124,7 @@ def new_recipe(source: str) -> str:
     :raises RecipeError: if there is no such recipe
     """
     path = find_recipe(source)
-    text = path.read_text(encoding="utf-8")
+    text = read_recipe(path)
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     comment = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:start])
@@ -116,11 +150,29 @@ Run it:
 `engine`: what the checkpoint must load in: any (each engine, the default), vllm, transformers."""
 
 
-def _bodies(content: Any) -> Iterator[Any]:
-    """Yield the fields of each modifier of a recipe."""
-    for stage in content.values() if isinstance(content, Mapping) else ():
-        for group in stage.values() if isinstance(stage, Mapping) else ():
-            yield from group.values() if isinstance(group, Mapping) else ()
+def modifiers_of(recipe: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """
+    :param recipe: content of its YAML: stages, in them groups, in them modifiers
+    :return: name and fields of each modifier, in their order; what is no recipe has none
+    """
+    for stage in recipe.values() if isinstance(recipe, dict) else ():
+        for group in stage.values() if isinstance(stage, dict) else ():
+            for name, fields in group.items() if isinstance(group, dict) else ():
+                yield str(name), fields if isinstance(fields, dict) else {}
+
+
+def replace_fields(body: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """
+    :param body: fields of an `AutoRoundModifier` in a recipe, which are changed
+    :param fields: that take the place of those, and of what a preset or a scheme stands for
+    """
+    if "preset" in fields:  # a saved recipe spells out what its preset stood for
+        for name in PRESET_FIELDS:
+            body.pop(name, None)
+    if "scheme" in fields or CONFIG_GROUPS in fields:
+        for name in ("scheme", CONFIG_GROUPS):
+            body.pop(name, None)
+    body.update(fields)
 
 
 def _groups(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

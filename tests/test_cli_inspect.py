@@ -56,7 +56,7 @@ def test_inspect_prints_contents_engines_and_problems(saved, capsys):
     assert "compressed-tensors: pack-quantized" in text
     assert "4.524 bits per weight, scales and zero points included; 73,728 weights" in text
     (row,) = (line.split() for line in text.splitlines() if line.split()[:1] == ["q_proj"])
-    assert row == ["q_proj", "W4", "sym", "G32", "2", "8,192", "4.531", "4.6", "kB"]
+    assert row == ["q_proj", "W4A16", "G32", "2", "8,192", "4.531", "4.64", "kB"]
     assert "Not quantized:\n  lm_head\n  model.embed_tokens\n" in text
     assert f"  vllm serve {saved}\n" in text
     assert f"  python -m sglang.launch_server --model-path {saved}\n" in text
@@ -78,7 +78,7 @@ def test_inspect_as_json_is_one_document(saved, capsys):
     assert document["problems"] == []
     contents = document["contents"]
     assert contents["quantized_weights"] == 73_728
-    assert contents["schemes"][0]["label"] == "W4 sym G32"
+    assert contents["schemes"][0]["label"] == "W4A16 G32"
     kinds = {kind["kind"]: kind for kind in contents["kinds"]}
     assert kinds["q_proj"]["bytes"] == 2 * (2048 + 256 + 16)
     vllm = document["engines"][0]

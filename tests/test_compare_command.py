@@ -102,7 +102,13 @@ def test_tables(pair, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["compare", *pair]) == 0
     out = capsys.readouterr().out
-    for words in ("bits per quantized weight", "0.25000", "90.00%", "0.4500 (90.00%)", "down_proj"):
+    for words in (
+        "bits per quantized weight",
+        "0.25000",
+        "90.00 %",
+        "0.4500 (90.00 %)",
+        "down_proj",
+    ):
         assert words in out
     assert "different samples" not in out
 
@@ -124,8 +130,8 @@ def test_without_a_report(pair, tmp_path, capsys):
     assert main(["compare", str(plain), pair[1], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["sides"][0]["schemes"]) == [
-        "W4 int sym group 32",
-        "W4 int sym group 32 A8",
+        "W4A16 G32",
+        "W4A8 G32 static",
     ]
     assert found["sides"][0]["saved_bytes"] == 1000
     assert found["kinds"] == []

@@ -35,10 +35,10 @@ ATTENTION, MLP = [r"re:.*self_attn\..*_proj$"], [r"re:.*mlp\..*_proj$"]
 SHAPE_BYTES = 16  # of `weight_shape`, two integers of 64 bits
 # Bytes of q_proj, 64 x 64: values, scales, zero points, and what else there is
 SAVED = {
-    "w2": ({"config_groups": {"a": weight_scheme(2)}}, "W2 sym G32", 1024 + 256 + SHAPE_BYTES),
+    "w2": ({"config_groups": {"a": weight_scheme(2)}}, "W2A16 G32", 1024 + 256 + SHAPE_BYTES),
     "w4_asym": (
         {"config_groups": {"a": weight_scheme(4, symmetric=False)}},
-        "W4 asym G32",
+        "W4A16 asym G32",
         2048 + 256 + 2 * 8 * 4 + SHAPE_BYTES,
     ),
     "nvfp4": ({"scheme": "NVFP4"}, "NVFP4", 2048 + 64 * 4 + 4 + 4),
@@ -50,7 +50,7 @@ SAVED = {
                 "b": weight_scheme(2, group_size=64, targets=MLP),
             }
         },
-        "W4 sym G32",
+        "W4A16 G32",
         2048 + 256 + SHAPE_BYTES,
     ),
 }
@@ -104,8 +104,8 @@ def test_layers_are_counted_to_the_byte(name, saved):
 def test_schemes_of_a_mixed_checkpoint(saved):
     contents = checkpoint_contents(saved("mixed"))
     assert [(scheme.label, experts) for scheme, experts in contents.schemes] == [
-        ("W2 sym G64", False),
-        ("W4 sym G32", False),
+        ("W2A16 G64", False),
+        ("W4A16 G32", False),
     ]
     assert kinds(contents)["down_proj"].bits_per_weight == 2 + 16 / 64 + 128 / (64 * 128)
     assert contents.format == "compressed-tensors: pack-quantized"
@@ -121,10 +121,10 @@ def test_experts_are_one_kind(tmp_path):
     experts = kinds(contents)["experts"]
     names = [name for name in saved_tensors(folder) if ".experts." in name]
     assert experts.layers == len([name for name in names if name.endswith("weight_packed")])
-    assert experts.scheme == "W2 sym G64"
+    assert experts.scheme == "W2A16 G64"
     assert [(scheme.label, of_experts) for scheme, of_experts in contents.schemes] == [
-        ("W2 sym G64", True),
-        ("W4 sym G64", False),
+        ("W2A16 G64", True),
+        ("W4A16 G64", False),
     ]
     assert contents.unquantized["model.layers.*.mlp.gate"] == 2
 
@@ -233,7 +233,7 @@ def test_this_machine_and_others_are_told_apart(monkeypatch, saved):
     vllm, sglang, transformers = inspection.here
     assert [choice.kernel for choice in vllm.kernels[Hardware("cuda", 90)]] == ["Humming"]
     assert sglang.loads
-    assert transformers.reasons == ("W4 asym G32: 5.23 and 5.24 refuse zero points",)
+    assert transformers.reasons == ("W4A16 asym G32: 5.23 and 5.24 refuse zero points",)
     assert [support.loads for support in inspection.elsewhere] == [True] * 3
     assert inspection.elsewhere[0].command == f"vllm serve {saved('w4_asym')}"
 

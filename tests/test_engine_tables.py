@@ -257,15 +257,15 @@ def test_what_sglang_takes_is_what_the_page_says():
 @pytest.mark.parametrize(
     ("scheme", "label", "words"),
     [
-        (integers(2, 64), "W2 sym G64", "integers of 2 bits, groups of 64, symmetric"),
+        (integers(2, 64), "W2A16 G64", "INT2, symmetric, groups of 64"),
         (
             integers(8, -1, False),
-            "W8 asym channel",
-            "integers of 8 bits, one scale per output channel, with zero points",
+            "W8A16 asym channel",
+            "INT8, asymmetric, one scale for each output channel",
         ),
-        ("W8A8", "W8A8 sym channel dynamic", None),
-        ("W4AFP8", "W4AFP8 sym G128 dynamic", None),
-        ("FP8", "FP8 tensor static", "FP8, one scale per tensor"),
+        ("W8A8", "W8A8 channel dynamic", None),
+        ("W4AFP8", "W4AFP8 G128 dynamic", None),
+        ("FP8", "FP8 tensor static", "FP8, one scale for each tensor"),
         ("FP8_BLOCK", "FP8 block 128x128 dynamic", "FP8, blocks of 128 x 128"),
         ("MXFP4A16", "MXFP4A16", "MXFP4, groups of 32"),
         ("NVFP4", "NVFP4", "NVFP4, groups of 16"),

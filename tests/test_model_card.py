@@ -41,7 +41,7 @@ def left_out(card: Card) -> list[str]:
 
 def test_the_front_matter_is_that_of_a_release(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "card.md"
-    path.write_text(made(checkpoint, language=("en",)).text)
+    path.write_text(made(checkpoint, language=("en",), license="apache-2.0").text)
     assert ModelCard.load(path).data.to_dict() == {
         "base_model": "HuggingFaceTB/SmolLM2-135M",
         "base_model_relation": "quantized",
@@ -83,7 +83,7 @@ def test_sections_are_filled_in_from_the_files(checkpoint: Path) -> None:
         "| llmcompressor | 0.14.0.1 |",
     ):
         assert text in card.text
-    assert left_out(card) == ["language"]
+    assert left_out(card) == ["license", "language"]
 
 
 def test_the_script_is_python_that_runs_the_recipe(checkpoint: Path) -> None:
@@ -185,7 +185,7 @@ def config_with(weights: dict[str, Any], inputs: dict[str, Any] | None, form: st
             {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "channel"},
             None,
             "pack-quantized",
-            ("INT4, asymmetric, one scale for each channel", "16 bits", "INT4", None),
+            ("INT4, asymmetric, one scale for each output channel", "16 bits", "INT4", None),
         ),
         (
             {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
@@ -215,8 +215,10 @@ def config_with(weights: dict[str, Any], inputs: dict[str, Any] | None, form: st
 def test_schemes_are_named_as_releases_name_them(
     weights: dict[str, Any], inputs: Any, form: str, expected: tuple[Any, ...]
 ) -> None:
-    (scheme,) = saved_schemes(config_with(weights, inputs, form))
-    assert (scheme.weights, scheme.activations, scheme.tag, scheme.activation_tag) == expected
+    (saved,) = saved_schemes(config_with(weights, inputs, form))
+    scheme = saved.scheme
+    found = (scheme.weights, scheme.activations, scheme.weight_tag, scheme.activation_tag)
+    assert found == expected
 
 
 def test_code_and_tables_hold_whatever_they_are_given(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import random
 import sys
+from dataclasses import dataclass
 
 import datasets
 import huggingface_hub.constants
@@ -19,7 +22,7 @@ from autoround_modifier.cli.outcome import DONE, FAILED, REFUSED
 from autoround_modifier.errors import EvaluationError, RecipeError
 from autoround_modifier.release import pipeline
 from autoround_modifier.release.file import read_release
-from autoround_modifier.report.schema import read_evaluation, read_report
+from autoround_modifier.report.schema import EVALUATION_FILE, read_evaluation, read_report
 
 sys.path.insert(0, str(ROOT / "examples" / "release"))
 from continuation_task import BEGINNING, CHOICES, CONTINUATION, questions, write_task
@@ -36,16 +39,13 @@ def write_rows(path, texts) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """:return: a folder with text, a task and ``release.yaml`` for a tiny model"""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    # without the harness' own fourteen thousand tasks
-    few = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
-    write_rows(tmp_path / "calibration.jsonl", documents(8, 40, seed=1))
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """:return: a folder with text and a task for a tiny model"""
+    folder = tmp_path_factory.mktemp("release")
+    write_rows(folder / "calibration.jsonl", documents(8, 40, seed=1))
     held_out = documents(4, 90, seed=2)
-    write_rows(tmp_path / "held-out.jsonl", held_out)
+    write_rows(folder / "held-out.jsonl", held_out)
     write_task(
         [
             {
@@ -55,8 +55,22 @@ def folder(tmp_path, monkeypatch):
             }
             for row in questions(held_out)
         ],
-        tmp_path / "tasks",
+        folder / "tasks",
     )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        # without the harness' own fourteen thousand tasks
+        few = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+        patch.setattr(lm_eval.tasks, "TaskManager", few)
+        yield folder
+
+
+@pytest.fixture
+def folder(material, tmp_path):
+    """:return: the same, with nothing else in it"""
+    for path in material.iterdir():
+        if path.name in ("calibration.jsonl", "held-out.jsonl", "tasks"):
+            (tmp_path / path.name).symlink_to(path)
     return tmp_path
 
 
@@ -85,40 +99,30 @@ def write_release(folder, **changes):
     return str(path)
 
 
-def test_every_step(folder, capsys):
-    assert main(["release", write_release(folder), "--json"]) == DONE
-    shown = capsys.readouterr()
-    facts = json.loads(shown.out)
-    assert [one["name"] for one in facts] == ["tiny-w4", "tiny-w2"]
-    assert all(one["kept"] and one["url"] is None for one in facts)
-    for one in facts:
-        checkpoint = folder / "checkpoints" / one["name"]
-        assert read_report(checkpoint).layers
-        evaluation = read_evaluation(checkpoint)
-        (task,) = evaluation.tasks
-        assert one["recovery"] == task.recovery
-        card = (checkpoint / "README.md").read_text()
-        assert "continuations" in card
-        assert (checkpoint / "quantization_report.html").is_file()
-        assert not list((folder / "checkpoints" / ".release" / one["name"]).glob("blocks*"))
-    # The original runs once.
-    assert len(read_evaluation(folder / "checkpoints" / "tiny-w2").task_commands) == 1
+@dataclass
+class Run:
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+    cards: list[str]
 
 
-def test_what_falls_short_gets_no_card(folder, capsys):
-    assert main(["release", write_release(folder, keep={"max_kl": 0.5})]) == DONE
-    shown = capsys.readouterr().out
-    assert "tiny-w4: kept" in shown
-    assert "tiny-w2: not kept" in shown
-    assert "at most 0.5 is demanded" in shown
-    assert (folder / "checkpoints" / "tiny-w4" / "README.md").is_file()
-    assert not (folder / "checkpoints" / "tiny-w2" / "README.md").exists()
-    # Demands are judged again, nothing else is done again.
-    assert main(["release", write_release(folder, keep={"max_kl": 1e-6})]) == REFUSED
-    assert "quantizing" not in capsys.readouterr().err
+def run_release(folder, *flags: str, **changes) -> Run:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["release", write_release(folder, **changes), *flags])
+    cards = sorted(path.parent.name for path in (folder / "checkpoints").glob("*/README.md"))
+    return Run(code, out.getvalue(), err.getvalue(), cards)
 
 
-def test_goes_on_after_a_failure(folder, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def runs(material) -> list[Run]:
+    """
+    :return: a run that fails at the last evaluation; one that goes on, and demands what one
+        checkpoint does not reach; one without demands
+    """
     evaluate = pipeline.evaluate_checkpoint
 
     def fails(original, quantized, *args, **kwargs):
@@ -126,26 +130,71 @@ def test_goes_on_after_a_failure(folder, capsys, monkeypatch):
             raise EvaluationError("no memory")
         return evaluate(original, quantized, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "evaluate_checkpoint", fails)
-    path = write_release(folder)
-    assert main(["release", path]) == FAILED
-    shown = capsys.readouterr().err
-    assert "tiny-w2: no memory" in shown
-    assert "finished: tiny-w4" in shown
-    monkeypatch.setattr(pipeline, "evaluate_checkpoint", evaluate)
-    assert main(["release", path]) == DONE
-    shown = capsys.readouterr().err
-    assert "quantizing" not in shown
-    assert "evaluating tiny-w2" in shown
-    assert "evaluating tiny-w4" not in shown
+    demands = {"max_kl": 0.5}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "evaluate_checkpoint", fails)
+        failed = run_release(material, keep=demands)
+    return [failed, run_release(material, keep=demands), run_release(material, "--json")]
 
 
-def test_other_settings_do_not_overwrite(folder, capsys):
-    assert main(["release", write_release(folder)]) == DONE
-    changed = write_release(folder, data={"dataset": "calibration.jsonl", "max_seq_length": 16})
-    capsys.readouterr()
-    assert main(["release", changed]) == REFUSED
-    assert "was made with other settings" in capsys.readouterr().err
+def test_goes_on_after_a_failure(runs):
+    failed, again, _ = runs
+    assert failed.code == FAILED
+    assert "tiny-w2: no memory" in failed.err
+    assert "finished: tiny-w4" in failed.err
+    assert again.code == DONE
+    assert "quantizing" not in again.err
+    assert "evaluating tiny-w2" in again.err
+    assert "evaluating tiny-w4" not in again.err
+
+
+def test_what_falls_short_gets_no_card(runs):
+    _, short, _ = runs
+    assert "tiny-w4: kept" in short.out
+    assert "tiny-w2: not kept" in short.out
+    assert "at most 0.5 is demanded" in short.out
+    assert short.cards == ["tiny-w4"]
+
+
+def test_every_step(runs, material):
+    made = runs[-1]
+    assert made.code == DONE
+    assert "quantizing" not in made.err
+    assert "evaluating" not in made.err
+    facts = json.loads(made.out)
+    assert [one["name"] for one in facts] == made.cards[::-1] == ["tiny-w4", "tiny-w2"]
+    assert all(one["kept"] and one["url"] is None for one in facts)
+    for one in facts:
+        checkpoint = material / "checkpoints" / one["name"]
+        assert read_report(checkpoint).layers
+        evaluation = read_evaluation(checkpoint)
+        (task,) = evaluation.tasks
+        assert one["recovery"] == task.recovery
+        assert "continuations" in (checkpoint / "README.md").read_text()
+        assert (checkpoint / "quantization_report.html").is_file()
+        assert not list((material / "checkpoints" / ".release" / one["name"]).glob("blocks*"))
+    # The original runs once.
+    assert len(read_evaluation(material / "checkpoints" / "tiny-w2").task_commands) == 1
+
+
+def test_demands_are_judged_again_and_never_without_an_evaluation(runs, material, monkeypatch):
+    checkpoint = material / "checkpoints" / "tiny-w2"
+    evaluation = read_evaluation(checkpoint)
+    (checkpoint / EVALUATION_FILE).unlink()
+    monkeypatch.setattr(pipeline, "evaluate_checkpoint", lambda *args, **kwargs: evaluation)
+    refused = run_release(material, keep={"max_kl": 1e-6})
+    assert refused.code == REFUSED
+    assert "quantizing" not in refused.err
+    assert "evaluating tiny-w2" in refused.err
+    assert "evaluating tiny-w4" not in refused.err
+    assert "tiny-w2: not kept" in refused.out
+
+
+def test_other_settings_do_not_overwrite(runs, material):
+    data = {"dataset": "calibration.jsonl", "max_seq_length": 16}
+    refused = run_release(material, data=data)
+    assert refused.code == REFUSED
+    assert "was made with other settings" in refused.err
 
 
 @pytest.mark.parametrize(
@@ -158,6 +207,10 @@ def test_other_settings_do_not_overwrite(folder, capsys):
         ({"modle": "x"}, "modle"),
         ({"checkpoints": [{"name": "a", "scheme": "W9"}]}, "unknown scheme `W9`"),
         ({"model": "nobody/nothing"}, "nobody/nothing"),
+        ({"publish": {"owner": "me", "platform": "hugs"}}, "unknown platform `hugs`"),
+        ({"publish": {"owner": "me"}}, "HF_HUB_OFFLINE is set"),
+        ({"evaluation": {"text": "nowhere.jsonl"}}, "there is no file"),
+        ({"evaluation": {"tasks": ["nothing"], "task_path": "tasks"}}, "has no task nothing"),
     ],
 )
 def test_refused_before_the_first_step(folder, changes, said, capsys, monkeypatch):
@@ -172,7 +225,8 @@ def test_the_example_is_sound():
     assert release.output == EXAMPLE.parent / "checkpoints"
     tiny = release.tiny()
     assert tiny.output.name == "checkpoints-tiny"
-    assert all(entry.fields["iters"] == 2 for entry in tiny.checkpoints)
+    assert [entry.fields["iters"] for entry in tiny.checkpoints] == [2, 0]
+    assert tiny.checkpoints[1].fields["scale_search"] is False
     assert tiny.keep.min_recovery is None
     with pytest.raises(RecipeError, match="not valid YAML"):
         read_release(ROOT / "README.md")

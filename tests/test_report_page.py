@@ -13,20 +13,16 @@ import sample_reports
 from sample_reports import write_checkpoint
 
 from autoround_modifier.cli.main import main
+from autoround_modifier.readable import bytes_text, duration_text, figures_text, unbroken
 from autoround_modifier.report.layer_table import expert_tokens, grid_of, scheme_grid
 from autoround_modifier.report.page import render_page
 from autoround_modifier.report.plots import shade_edges
-from autoround_modifier.report.run_settings import run_settings
+from autoround_modifier.report.rounding_method import rounding_method
 from autoround_modifier.report.schema import Generation, QuantizationReport, TokenDivergence
 from autoround_modifier.report.summary import summary
-from autoround_modifier.report.words import (
-    bytes_text,
-    duration_text,
-    figures_text,
-    model_name,
-    scheme_text,
-    unbroken,
-)
+from autoround_modifier.report.words import model_name, scheme_text
+from autoround_modifier.scheme_catalogue import written_scheme
+from autoround_modifier.scheme_names import SCHEMES
 
 EXPERTS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -238,12 +234,12 @@ def test_the_sentence() -> None:
 )
 def test_the_method_is_that_of_the_recipe(fields: str, method: str) -> None:
     recipe = f"a_stage:\n  b_modifiers:\n    AutoRoundModifier: {fields}\n"
-    assert run_settings(recipe).method == method
+    assert rounding_method(recipe).text == method
 
 
 def test_the_method_of_other_modifiers_is_their_names() -> None:
     recipe = "a_stage:\n  b_modifiers:\n    AWQModifier: {}\n    GPTQModifier: {}\n"
-    assert run_settings(recipe).method == "AWQModifier and GPTQModifier"
+    assert rounding_method(recipe).text == "AWQModifier and GPTQModifier"
 
 
 def test_words() -> None:
@@ -268,13 +264,22 @@ def test_words() -> None:
         "3.20e7",
     ]
     assert scheme_text("W4A16 asym G128") == "W4A16 asymmetric, groups of 128"
-    assert scheme_text("W8A8 channel") == "W8A8 symmetric, one scale for each channel"
-    assert scheme_text("FP8 128x128") == "FP8, blocks of 128 x 128"
+    assert scheme_text("W8A8 channel static") == (
+        "W8A8 symmetric, one scale for each channel, static activations"
+    )
+    assert scheme_text("FP8 block 128x128") == "FP8, blocks of 128 x 128"
     assert scheme_text("NVFP4A16") == "NVFP4A16"
     assert scheme_text("one of its own") == "one of its own"
     assert model_name("/home/me/cache/models--a--b-c/snapshots/0123") == "b-c"
     assert model_name("owner/name") == model_name("/folder/name/") == "name"
     assert unbroken("87 MB, 68 % less") == "87\u00a0MB, 68\u00a0% less"
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_labels_of_all_schemes_are_put_into_words(name: str) -> None:
+    label = written_scheme(SCHEMES[name]).label
+    name, _, details = label.partition(" ")
+    assert scheme_text(label) == name if not details else ", " in scheme_text(label)
 
 
 def test_layers_are_summed_up_by_kind_and_block() -> None:
@@ -303,7 +308,8 @@ def test_shades_span_the_values() -> None:
 
 
 def small() -> QuantizationReport:
-    return sample_reports.report(layers=[], blocks=[], phases=[])
+    """Without figures."""
+    return sample_reports.report(layers=[], blocks=[], phases=[], size=None)
 
 
 def test_the_command_writes_the_page_beside_the_checkpoint(

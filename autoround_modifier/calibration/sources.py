@@ -16,7 +16,7 @@ from autoround_modifier.calibration.documents import TEXT_COLUMNS, either
 from autoround_modifier.calibration.records import DATA_SUFFIXES, Record, file_kind, read_records
 from autoround_modifier.errors import CalibrationError
 
-__all__ = ["DataSource", "HubAccess", "described", "holds_text", "is_dataset"]
+__all__ = ["DataSource", "HubAccess", "described", "holds_text", "is_dataset", "may_be_on_hub"]
 
 _PLAIN_TEXT = (".txt", ".md")
 _DATASETS = (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
@@ -80,7 +80,7 @@ class DataSource:
                 return read_records(path)
             if path.is_dir():
                 return self._folder(path)
-            if not _HUB_NAME.fullmatch(str(self.path)) or file_kind(path) in DATA_SUFFIXES:
+            if not may_be_on_hub(str(self.path)):
                 raise CalibrationError(f"calibration data: no file or folder `{self.path}`")
             return _rows(self._one_split(self._from_hub(hub)), str(self.path))
         if is_dataset(self.path):
@@ -158,6 +158,11 @@ class DataSource:
 def _rows(rows: Iterable[Any], name: str) -> Iterator[Record]:
     for number, row in enumerate(rows, start=1):
         yield Record(f"{name}: row {number}", row)
+
+
+def may_be_on_hub(name: str) -> bool:
+    """:return: whether it has the form of the name of a dataset on the Hugging Face Hub"""
+    return bool(_HUB_NAME.fullmatch(name)) and file_kind(Path(name)) not in DATA_SUFFIXES
 
 
 def is_dataset(data: object) -> bool:

@@ -21,11 +21,12 @@ from autoround_modifier.calibration.sources import (
     described,
     holds_text,
     is_dataset,
+    may_be_on_hub,
 )
 from autoround_modifier.calibration.tokens import Sample, token_dataset
 from autoround_modifier.errors import CalibrationError
 
-__all__ = ["is_text_source", "read_samples", "text_dataset"]
+__all__ = ["check_text_name", "is_text_source", "read_samples", "text_dataset"]
 
 
 def text_dataset(
@@ -244,6 +245,16 @@ def _report(name: str, samples: list[Sample], rows: int, empty: int, packer: Pac
     log(message)
 
 
+def check_text_name(name: str) -> None:
+    """
+    :param name: of a text source, not yet read
+    :raises CalibrationError: if nothing can be there
+    """
+    there = bool(name) and Path(name).expanduser().exists()
+    if not there and name not in data_recipes() and not may_be_on_hub(name):
+        raise CalibrationError(f"calibration data: no file or folder `{name}`")
+
+
 def is_text_source(dataset: Any, text_column: str | None = None) -> bool:
     """
     Whether `text_dataset` makes samples of it; everything else is for LLM-Compressor.
@@ -252,9 +263,9 @@ def is_text_source(dataset: Any, text_column: str | None = None) -> bool:
     :raises CalibrationError: if it is a dataset without any column that could be used
     """
     if isinstance(dataset, str):
-        path = Path(dataset)
+        path = Path(dataset).expanduser()
         return (
-            path.is_file()
+            (bool(dataset) and path.exists())
             or "/" in dataset
             or os.sep in dataset
             or dataset in data_recipes()

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from autoround_modifier.cli.options import AsJson
 from autoround_modifier.cli.shown_evaluation import percent
+from autoround_modifier.cli.tables import print_json, print_table
+from autoround_modifier.readable import bytes_text, duration_text
 
 if TYPE_CHECKING:
     from autoround_modifier.report.comparison import Comparison, Side
@@ -21,49 +24,44 @@ def compare(
         typer.Argument(metavar="A", help="folder of a checkpoint, or its quantization_report.json"),
     ],
     second: Annotated[Path, typer.Argument(metavar="B", help="the other one")],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two checkpoints by their reports and evaluations; no model is loaded."""
     from autoround_modifier.report.comparison import compare_checkpoints
 
     found = compare_checkpoints(first, second)
     if as_json:
-        typer.echo(found.model_dump_json(indent=2))
+        print_json(found.model_dump(mode="json"))
     else:
         _show(found)
 
 
 def _show(found: Comparison) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
     for letter, side in zip("AB", found.sides, strict=True):
         typer.echo(f"{letter}  {side.name}")
-    table = Table("", "A", "B")
-    for name, values in _rows(found.sides):
-        if any(values):
-            table.add_row(name, *values)
-    for task in found.tasks:
-        table.add_row(
-            f"{task.task}, {task.metric}" + (f" ({task.filter})" if _is_shown(task.filter) else ""),
+    rows = [(name, *values) for name, values in _rows(found.sides) if any(values)]
+    rows += [
+        (
+            f"{task.task}, {task.metric}" + (f" ({task.filter})" if task.filter else ""),
             *(
                 "" if value is None else f"{value:.4f}" + (f" ({percent(part)})" if part else "")
                 for value, part in zip(task.values, task.recovery, strict=True)
             ),
         )
-    console.print(table)
+        for task in found.tasks
+    ]
+    print_table(("", "A", "B"), rows)
     if all(side.divergence for side in found.sides) and not found.same_text:
         typer.echo("The divergences are of different samples and cannot be compared.")
     if found.kinds:
-        columns = (f"{what} {letter}" for letter in "AB" for what in ("scheme", "bits", "error"))
-        differences = Table("layers", *columns, title="Where the schemes differ")
+        columns = [f"{what} {letter}" for letter in "AB" for what in ("scheme", "bits", "error")]
+        differences = []
         for kind in found.kinds:
-            cells = []
+            cells = [kind.kind]
             for schemes, bits, error in zip(kind.schemes, kind.bits, kind.error, strict=True):
                 cells += [_counted(dict(schemes)), _number(bits, ".3f"), _number(error, ".4g")]
-            differences.add_row(kind.kind, *cells)
-        console.print(differences)
+            differences.append(cells)
+        print_table(("layers", *columns), differences, title="Where the schemes differ")
 
 
 def _rows(sides: list[Side]) -> list[tuple[str, list[str]]]:
@@ -73,9 +71,9 @@ def _rows(sides: list[Side]) -> list[tuple[str, list[str]]]:
         ("recipe", [side.recipe or "" for side in sides]),
         ("layers by scheme", [_counted(side.schemes) for side in sides]),
         ("bits per quantized weight", [_number(side.quantized_bits, ".3f") for side in sides]),
-        ("size", [_gigabytes(side.saved_bytes) for side in sides]),
-        ("size of the original", [_gigabytes(side.original_bytes) for side in sides]),
-        ("seconds", [_number(side.seconds, ".0f") for side in sides]),
+        ("size", [_size(side.saved_bytes) for side in sides]),
+        ("size of the original", [_size(side.original_bytes) for side in sides]),
+        ("time", [_time(side.seconds) for side in sides]),
         ("evaluated on", [side.text.source if side.text else "" for side in sides]),
         ("KL divergence, nats per token", [f"{x.kl:.5f}" if x else "" for x in found]),
         ("same first choice", [percent(x.top1) if x else "" for x in found]),
@@ -91,11 +89,9 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _gigabytes(size: int | None) -> str:
-    if size is None:
-        return ""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+def _size(size: int | None) -> str:
+    return "" if size is None else bytes_text(size)
 
 
-def _is_shown(filtered: str | None) -> bool:
-    return filtered not in (None, "none")
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else duration_text(seconds)

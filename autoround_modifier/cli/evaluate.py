@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import shlex
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from autoround_modifier import defaults
+from autoround_modifier.cli.options import AsJson, Platform, TrustRemoteCode
 from autoround_modifier.cli.outcome import UsageError
-from autoround_modifier.command import command_line
+from autoround_modifier.cli.tables import print_json
+from autoround_modifier.command import quoted_command_line
+from autoround_modifier.report.schema import TaskEngine
 
 __all__ = ["evaluate"]
 
 TEXT, TASKS, RESULTS = "Text and generations", "Tasks", "Results"
 
 
-class Engine(str, Enum):
-    transformers = "transformers"
-    vllm = "vllm"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def evaluate(
@@ -49,8 +49,10 @@ def evaluate(
     ] = None,
     samples: Annotated[
         int, typer.Option(help="largest number of samples of the text", rich_help_panel=TEXT)
-    ] = 32,
-    length: Annotated[int, typer.Option(help="tokens of each", rich_help_panel=TEXT)] = 512,
+    ] = defaults.EVALUATION_SAMPLES,
+    length: Annotated[int, typer.Option(help="tokens of each", rich_help_panel=TEXT)] = (
+        defaults.EVALUATION_LENGTH
+    ),
     generations: Annotated[
         bool | None,
         typer.Option(
@@ -66,8 +68,8 @@ def evaluate(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(help="in each generation", rich_help_panel=TEXT)
-    ] = 64,
+        int, typer.Option(min=1, help="in each generation", rich_help_panel=TEXT)
+    ] = defaults.MAX_NEW_TOKENS,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -80,8 +82,8 @@ def evaluate(
         Path | None, typer.Option(help="folder of further tasks", rich_help_panel=TASKS)
     ] = None,
     engine: Annotated[
-        Engine, typer.Option(help="that runs the tasks", rich_help_panel=TASKS)
-    ] = Engine.transformers,
+        TaskEngine, typer.Option(help="that runs the tasks", rich_help_panel=TASKS)
+    ] = "transformers",
     limit: Annotated[
         int | None, typer.Option(help="samples of each task, for a trial", rich_help_panel=TASKS)
     ] = None,
@@ -148,30 +150,24 @@ def evaluate(
             "--replace", help="forget what the file holds already", rich_help_panel=RESULTS
         ),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print JSON", rich_help_panel=RESULTS)
-    ] = False,
-    platform: Annotated[
-        str | None, typer.Option(help="hub of the names: huggingface or modelscope")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="of weights in memory: auto, bfloat16, float16 or float32")
-    ] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="let models run their own code")
-    ] = False,
+    as_json: AsJson = False,
+    platform: Platform = None,
+    dtype: Annotated[str, typer.Option(help=f"of weights in memory: {', '.join(DTYPES)}")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare a quantized model with its original: on a text, in what it writes, on tasks."""
     only_read = bool(original_results or quantized_results) and tasks is None
-    runs_here = engine is Engine.transformers and not only_read
+    runs_here = engine == "transformers" and not only_read
     wants_text = runs_here or text is not None if divergence is None else divergence
     wants_generations = runs_here or prompts is not None if generations is None else generations
     if not (wants_text or wants_generations or tasks or original_results or quantized_results):
         raise UsageError("nothing to evaluate: give --tasks, or leave out --no-divergence")
     if text is not None and not wants_text:
         raise UsageError("--text needs --divergence")
-    if engine is Engine.vllm and tasks is None:
+    if engine == "vllm" and tasks is None:
         raise UsageError("--engine vllm runs tasks: give --tasks")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype: `{dtype}` is none of {', '.join(DTYPES)}")
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
         raise UsageError("--batch-size: give a number of at least 1, or auto")
 
@@ -186,10 +182,13 @@ def evaluate(
         from autoround_modifier.evaluation.tasks import TaskSettings
         from autoround_modifier.hub import resolve_model
         from autoround_modifier.report.schema import read_evaluation
+        from autoround_modifier.runs.files import check_writable
 
-        if engine is Engine.vllm and not wants_text:
+        if engine == "vllm" and not wants_text:
             typer.echo("not computed with vLLM: divergence and generations", err=True)
         file = _file(output, quantized) if save else None
+        if file is not None:
+            check_writable(file)
         if file is not None and not replace:
             check_mergeable(read_evaluation(file), original)
         task_settings = None
@@ -197,7 +196,7 @@ def evaluate(
             task_settings = TaskSettings(
                 tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
                 task_path=task_path,
-                engine=engine.value,
+                engine=engine,
                 limit=limit,
                 num_fewshot=num_fewshot,
                 apply_chat_template=apply_chat_template,
@@ -227,18 +226,19 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
             ),
             original_name=original,
-            command=None if (line := command_line()) is None else shlex.join(line),
+            command=quoted_command_line(),
         )
-        if file is not None:
-            save_evaluation(found, file, replace)
+    # Shown first: a disk that is full costs the file, not the results.
     if as_json:
-        typer.echo(found.model_dump_json(indent=2))
-        return
-    from autoround_modifier.cli.shown_evaluation import show_evaluation
+        print_json(found.model_dump(mode="json"))
+    else:
+        from autoround_modifier.cli.shown_evaluation import show_evaluation
 
-    show_evaluation(found)
+        show_evaluation(found)
     if file is not None:
-        typer.echo(f"written to {file}")
+        save_evaluation(found, file, replace)
+        if not as_json:
+            typer.echo(f"written to {file}")
 
 
 def _file(output: Path | None, quantized: str) -> Path:

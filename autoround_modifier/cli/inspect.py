@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autoround_modifier.cli.kernels import kernels_as_json, print_kernels
+from autoround_modifier.cli.options import AsJson
 from autoround_modifier.cli.outcome import REFUSED, UsageError
 from autoround_modifier.cli.tables import print_json, print_table
+from autoround_modifier.readable import bytes_text
 
 if TYPE_CHECKING:
     from autoround_modifier.engines.support import EngineSupport, Hardware
@@ -36,7 +38,7 @@ def inspect(
             "code is 0"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     What is in a checkpoint, and which engines load it.
@@ -120,8 +122,8 @@ def _print_contents(inspection: CheckpointInspection) -> None:
     )
     files = "file" if contents.files == 1 else "files"
     typer.echo(
-        f"  on disk           {_size(contents.file_bytes)}; tensors {_size(contents.bytes)} in "
-        f"{contents.files} safetensors {files}"
+        f"  on disk           {bytes_text(contents.file_bytes)}; tensors "
+        f"{bytes_text(contents.bytes)} in {contents.files} safetensors {files}"
     )
     typer.echo(f"  key-value cache   {contents.kv_cache or 'not quantized'}")
     if contents.mtp_layers:
@@ -143,7 +145,7 @@ def _print_contents(inspection: CheckpointInspection) -> None:
                 f"{kind.layers:,}",
                 f"{kind.weights:,}",
                 f"{kind.bits_per_weight:.3f}" if kind.weights else "",
-                _size(kind.bytes),
+                bytes_text(kind.bytes),
             )
             for kind in contents.kinds
         ],
@@ -209,13 +211,3 @@ def _print_problems(inspection: CheckpointInspection) -> None:
             typer.echo(f"Checked for {engine}: no problem with names, shapes and schemes.")
         for problem in problems or ():
             typer.echo(f"{'Problem' if problem.fatal else 'Note'}: {problem}")
-
-
-def _size(count: int) -> str:
-    """:return: a number of bytes in words"""
-    size, units = float(count), ("bytes", "kB", "MB", "GB", "TB")
-    for unit in units:
-        if size < 1000 or unit == units[-1]:
-            return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError

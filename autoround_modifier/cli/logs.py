@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 import warnings
@@ -13,9 +14,14 @@ from unittest import mock
 from loguru import logger
 from rich.console import Console
 
-__all__ = ["DEBUG", "ERROR", "INFO", "WARNING", "own_logs"]
+__all__ = ["DEBUG", "ERROR", "INFO", "WARNING", "level_of", "own_logs"]
 
 DEBUG, INFO, WARNING, ERROR = "DEBUG", "INFO", "WARNING", "ERROR"
+
+
+def level_of(quiet: bool, verbose: bool) -> str:
+    """:return: from which level on is logged under these flags"""
+    return DEBUG if verbose else ERROR if quiet else INFO
 
 
 @contextlib.contextmanager
@@ -30,7 +36,9 @@ def own_logs(level: str = INFO) -> Iterator[Console]:
     console = Console(stderr=True)
     logger.remove()
     with contextlib.redirect_stdout(sys.stderr), _no_bars(level):
-        import autoround_modifier.host.lifecycle  # noqa: F401, which imports LLM-Compressor
+        # It begins to log, to stdout, and says that there is no accelerator, before it is told how.
+        with contextlib.redirect_stdout(sys.stderr if level == DEBUG else io.StringIO()):
+            import autoround_modifier.host.lifecycle  # noqa: F401, which imports LLM-Compressor
 
         logger.remove()
         logger.add(
@@ -61,8 +69,8 @@ def _is_for_users(record: Any) -> bool:
     tell of each block is shown as progress.
     """
     important = record["level"].no >= logger.level(WARNING).no
-    if important:
-        return "No accelerator available" not in record["message"]
+    if important:  # LLM-Compressor's level METRIC is above that of warnings
+        return record["level"].name != "METRIC" and "No accelerator" not in record["message"]
     package, _, room = record["name"].partition(".")
     return package == "autoround_modifier" and not room.startswith("modifiers.")
 

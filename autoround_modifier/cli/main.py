@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -82,7 +85,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :return: exit code: 0 done, 1 refused, 2 wrong usage, 3 failed while running
     """
     try:
-        app(arguments, prog_name=COMMAND)
+        with _terminated_like_interrupted():
+            app(arguments, prog_name=COMMAND)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else DONE
     return DONE
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """What ends a process of a container or a job (SIGTERM) lets it clean up, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from autoround_modifier.errors import (
     RecipeError,
     SavingError,
     SchemeError,
+    described_problems,
 )
 
 __all__ = ["DONE", "FAILED", "REFUSED", "USAGE", "UsageError", "reported"]
@@ -71,11 +74,15 @@ def reported(command: Callable[Arguments, Result]) -> Callable[Arguments, Result
         except UsageError as error:
             raise typer.BadParameter(str(error)) from error
         except FailedError as error:
-            if error.__cause__ is not None and not isinstance(error.__cause__, KeyboardInterrupt):
-                _print_traceback(error.__cause__)
+            cause = _first_cause(error)
+            if not isinstance(cause, (KeyboardInterrupt, FailedError, *REFUSALS)):
+                _print_traceback(cause)
             _end(f"failed: {error}", FAILED)
         except KeyboardInterrupt:
             _end("interrupted", FAILED)
+        except BrokenPipeError:  # who reads stdout, such as `head`, has left, which is no fault
+            _drop_stdout()
+            raise typer.Exit(REFUSED) from None
         except REFUSALS as error:
             _end(f"refused: {_explained(error)}", REFUSED)
         except Exception as error:
@@ -86,13 +93,21 @@ def reported(command: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
 
 def _explained(error: Exception) -> str:
-    """:return: the message; of pydantic, one line for each field"""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    return "; ".join(
-        f"{'.'.join(map(str, item['loc'])) or error.title}: {item['msg']}"
-        for item in error.errors(include_url=False)
-    )
+    """:return: the message; of pydantic, one part for each field"""
+    return described_problems(error) if isinstance(error, ValidationError) else str(error)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """:return: what a `FailedError` tells of, which may be another one"""
+    while isinstance(error, FailedError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _drop_stdout() -> None:
+    """Python would complain, as it ends, that it cannot write what is left."""
+    with contextlib.suppress(OSError):  # a stdout that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_traceback(error: BaseException) -> None:

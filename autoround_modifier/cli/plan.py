@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoround_modifier import defaults
+from autoround_modifier.cli.options import AsJson, Platform, TrustRemoteCode
 from autoround_modifier.cli.outcome import REFUSED, UsageError
+from autoround_modifier.cli.tables import print_json, print_table
 
 if TYPE_CHECKING:
     from autoround_modifier.planning import Plan
-    from autoround_modifier.planning.tables import Table
 
 __all__ = ["plan"]
+
+NUMBERS = ("size", "time", "parameters", "as loaded", "as saved")
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="folder with a config.json, or a name on the Hub")],
     recipe: Annotated[
         str | None,
-        typer.Option(help="file, or name of a shipped recipe; default: w4a16_autoround"),
+        typer.Option(help=f"file, or name of a shipped recipe; default: {defaults.RECIPE}"),
     ] = None,
     scheme: Annotated[
         str | None,
@@ -36,14 +39,15 @@ def plan(
     ] = None,
     num_calibration_samples: Annotated[int | None, typer.Option(help="calibration samples")] = None,
     max_seq_length: Annotated[
-        int | None, typer.Option(min=1, help="tokens of a calibration sample; default: 2048")
+        int | None,
+        typer.Option(
+            min=1, help=f"tokens of a calibration sample; default: {defaults.MAX_SEQ_LENGTH}"
+        ),
     ] = None,
     model_on_disk: Annotated[
         bool, typer.Option("--model-on-disk", help="weights stay on the disk, block by block")
     ] = False,
-    platform: Annotated[
-        str | None, typer.Option(help="hub of the model: huggingface or modelscope")
-    ] = None,
+    platform: Platform = None,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -58,10 +62,8 @@ def plan(
         str | None,
         typer.Option(help="folder that files go to, or free space such as 500GB; default: here"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="let the model run its own code")
-    ] = False,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
     What a run will take: memory, disk, hours. Refuses what will not fit, and says what to change.
@@ -82,7 +84,6 @@ def plan(
     with own_logs(WARNING):
         from autoround_modifier.hub import resolve_model
         from autoround_modifier.planning import find_machine, plan
-        from autoround_modifier.planning.settings import DEFAULT_RECIPE
         from autoround_modifier.planning.tables import as_data
 
         try:
@@ -91,7 +92,7 @@ def plan(
             raise UsageError(str(error)) from error
         found = plan(
             resolve_model(model, platform),
-            recipe or DEFAULT_RECIPE,
+            recipe or defaults.RECIPE,
             scheme=scheme,
             max_seq_length=max_seq_length,
             model_on_disk=model_on_disk,
@@ -100,7 +101,7 @@ def plan(
             **{name: value for name, value in given.items() if value is not None},
         )
     if as_json:
-        typer.echo(json.dumps(as_data(found), indent=1))
+        print_json(as_data(found))
     else:
         _show(found)
     if not found.fits:
@@ -108,32 +109,16 @@ def plan(
 
 
 def _show(found: Plan) -> None:
-    from rich.console import Console
-
     from autoround_modifier.planning.tables import summary, tables, verdict
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.print(summary(found))
+    typer.echo(summary(found))
     for table in tables(found):
-        console.print()
-        console.print(_rich(table))
+        typer.echo()
+        print_table(table.columns, table.rows, NUMBERS, table.title)
         for remark in table.remarks:
-            console.print(remark)
-    console.print()
+            typer.echo(remark)
+    typer.echo()
     for note in found.notes:
-        console.print(f"note: {note}")
+        typer.echo(f"note: {note}")
     for line in verdict(found):
-        console.print(line)
-
-
-def _rich(table: Table) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table as RichTable
-
-    shown = RichTable(title=table.title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for column in table.columns:
-        numbers = column in ("size", "time", "parameters", "as loaded", "as saved")
-        shown.add_column(column, justify="right" if numbers else "left", overflow="fold")
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
+        typer.echo(line)

@@ -15,6 +15,7 @@ from autoround_modifier.progress.events import (
     StepsDone,
     StepsPlanned,
 )
+from autoround_modifier.readable import duration_text
 
 __all__ = ["RunProgress"]
 
@@ -104,11 +105,4 @@ class RunProgress:
         if not self._done or self._done >= self._total:
             return ""
         seconds = (time.monotonic() - self._since) * (self._total - self._done) / self._done
-        return f"{before}about {_words(seconds)} left"
-
-
-def _words(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+        return f"{before}about {duration_text(seconds)} left"

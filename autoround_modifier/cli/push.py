@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from autoround_modifier.cli.options import AsJson, Platform
+from autoround_modifier.cli.tables import print_json
 
 __all__ = ["push"]
 
@@ -15,13 +17,7 @@ __all__ = ["push"]
 def push(
     checkpoint: Annotated[Path, typer.Argument(help="folder of the checkpoint")],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the hub")],
-    platform: Annotated[
-        str | None,
-        typer.Option(
-            help="huggingface (hf) or modelscope (model_scope); without it, what "
-            "AUTOROUND_USE_MODELSCOPE says"
-        ),
-    ] = None,
+    platform: Platform = None,
     private: Annotated[bool, typer.Option(help="make a new repository private")] = False,
     revision: Annotated[
         str | None, typer.Option(help="branch to commit to; without it, the main one")
@@ -33,7 +29,7 @@ def push(
     force: Annotated[
         bool, typer.Option("--force", help="upload a checkpoint that an engine would refuse")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a checkpoint and upload it to Hugging Face or ModelScope."""
     from autoround_modifier.cli.logs import own_logs
@@ -52,4 +48,7 @@ def push(
             message=message,
             token=token,
         )
-    typer.echo(json.dumps(asdict(uploaded)) if as_json else f"uploaded to {uploaded.url}")
+    if as_json:
+        print_json(asdict(uploaded))
+    else:
+        typer.echo(f"uploaded to {uploaded.url}")

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from autoround_modifier.cli.flags import FieldFlags, with_fields
+from autoround_modifier.cli.options import AsJson, Platform, Quiet, TrustRemoteCode, Verbose
 from autoround_modifier.cli.outcome import UsageError
+from autoround_modifier.cli.tables import print_json
 from autoround_modifier.command import COMMAND
+from autoround_modifier.defaults import GENERATED_SEQ_LENGTH, MAX_SEQ_LENGTH
 from autoround_modifier.fields import (
     AutoSchemeFields,
     DistillationFields,
     SchemeFields,
     TuningFields,
 )
+from autoround_modifier.readable import bytes_text, count_text
 from autoround_modifier.report.schema import QuantizationReport
 
 __all__ = ["quantize"]
-
-# Tokens in each sample
-LENGTH = 2048
-GENERATED_LENGTH = 512
 
 # Flags that stand for a field of two modifiers
 SHARED = frozenset({"targets", "ignore", "engine", "seed"})
@@ -38,7 +37,7 @@ SHARED = frozenset({"targets", "ignore", "engine", "seed"})
     ),
     auto_scheme=FieldFlags(
         AutoSchemeFields,
-        "Bits where they pay (AutoSchemeModifier)",
+        "A scheme chosen for each layer (AutoSchemeModifier)",
         prefix="auto_scheme_",
         names={"avg_bits": ("--avg-bits", "--bits"), "options": ("--options",)},
         without=SHARED,
@@ -90,13 +89,12 @@ def quantize(
             "--max-seq-length",
             "--seqlen",
             min=2,
-            help=f"tokens in each sample. Default: {LENGTH}, of generated text {GENERATED_LENGTH}",
+            help=f"tokens in each sample. Default: {MAX_SEQ_LENGTH}, of text that the model writes "
+            f"{GENERATED_SEQ_LENGTH}",
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="of the model on the hub")] = None,
-    platform: Annotated[
-        str | None, typer.Option(help="hub of the model: huggingface or modelscope")
-    ] = None,
+    platform: Platform = None,
     device_map: Annotated[
         str | None,
         typer.Option(
@@ -107,17 +105,13 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="save into a folder that holds files")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="let the model run its own code")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check, and print the recipe; load no weights")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only warnings and errors")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="all that is logged")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print one JSON document at the end")
-    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
     *,
     schemes: dict[str, Any],
     tuning: dict[str, Any],
@@ -135,16 +129,19 @@ def quantize(
     """
     if output is None and not dry_run:
         raise UsageError("--output is missing: the folder to save the checkpoint in")
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose exclude each other")
     _check_schemes(recipe, schemes, auto_scheme)
     if disable_opt_rtn:
         tuning = _round_to_nearest(tuning)
-    from autoround_modifier.cli.logs import DEBUG, ERROR, INFO, own_logs
+    from autoround_modifier.cli.logs import level_of, own_logs
     from autoround_modifier.cli.progress import RunProgress
 
-    with own_logs(DEBUG if verbose else ERROR if quiet else INFO) as console:
+    with own_logs(level_of(quiet, verbose)) as console:
         from autoround_modifier.hub import resolve_model
         from autoround_modifier.job import QuantizationJob
         from autoround_modifier.recipe_composition import compose_recipe
+        from autoround_modifier.recipe_files import recipe_name
 
         job = QuantizationJob(
             model=resolve_model(model, platform, revision),
@@ -156,9 +153,9 @@ def quantize(
                 distillation=_distillation_fields(distill, distillation, tuning),
                 settings=settings or (),
             ),
-            recipe_name=None if recipe is None else Path(recipe).stem,
+            recipe_name=recipe_name(recipe),
             dataset=dataset,
-            max_seq_length=max_seq_length or (LENGTH if dataset else GENERATED_LENGTH),
+            max_seq_length=max_seq_length,
             revision=revision,
             device_map=device_map,
             overwrite=overwrite,
@@ -173,9 +170,12 @@ def quantize(
             with RunProgress(console) as progress:
                 report = job.run(output, progress)
     if report is None or output is None:
-        typer.echo(job.recipe)
+        if as_json:
+            print_json({"recipe": job.recipe})
+        else:
+            typer.echo(job.recipe)
     elif as_json:
-        typer.echo(json.dumps({"output": str(output), "report": report.model_dump(mode="json")}))
+        print_json({"output": str(output), "report": report.model_dump(mode="json")})
     else:
         typer.echo(_summary(report, output))
 
@@ -186,8 +186,8 @@ def _summary(report: QuantizationReport, output: Path) -> str:
     size = report.size
     if size is not None:
         lines[0] += (
-            f": {size.saved_bytes / 1e6:.1f} MB instead of {size.original_bytes / 1e6:.1f} MB; "
-            f"{size.quantized_weights / 1e6:.1f} million weights are quantized, to "
+            f": {bytes_text(size.saved_bytes)} instead of {bytes_text(size.original_bytes)}; "
+            f"{count_text(size.quantized_weights)} weights are quantized, to "
             f"{size.quantized_bits:.2f} bits each"
         )
     lines += [

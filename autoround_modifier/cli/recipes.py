@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoround_modifier import defaults
+from autoround_modifier.cli.options import AsJson
 from autoround_modifier.cli.outcome import reported
 from autoround_modifier.cli.tables import print_json, print_table
 
@@ -15,15 +17,13 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-START = "w4a16_autoround"
-
 app = typer.Typer(help="List, show and start recipes.", no_args_is_help=True)
 
 
 @app.command("list")
 @reported
 def list_recipes(
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     The shipped recipes, with bits per weight and the engines that run them.
@@ -58,9 +58,9 @@ def show_recipe(
     name: Annotated[str, typer.Argument(help="of a shipped recipe, or a file")],
 ) -> None:
     """Print a recipe."""
-    from autoround_modifier.recipe_files import find_recipe
+    from autoround_modifier.recipe_files import find_recipe, read_recipe
 
-    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+    typer.echo(read_recipe(find_recipe(name)), nl=False)
 
 
 @app.command("new")
@@ -69,7 +69,7 @@ def new_recipe(
     file: Annotated[Path, typer.Argument(help="to write; it must not exist")],
     source: Annotated[
         str, typer.Option("--from", help="shipped recipe, or a file, to start from")
-    ] = START,
+    ] = defaults.RECIPE,
 ) -> None:
     """Write a recipe with comments, to be changed and given to `quantize`."""
     from autoround_modifier.errors import OutputExistsError

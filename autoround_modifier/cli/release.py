@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from autoround_modifier.cli.options import AsJson, Quiet, Verbose
+from autoround_modifier.cli.tables import print_json
 
 __all__ = ["release"]
 
@@ -22,9 +24,9 @@ def release(
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only check the file")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only warnings and errors")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="all that is logged")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     Quantize a model by several recipes, evaluate the checkpoints, keep those that reach what the
@@ -33,11 +35,13 @@ def release(
     It stops at any failure; the same command goes on after the last step that ended. The exit code
     is 1 if no checkpoint reaches what is demanded.
     """
-    from autoround_modifier.cli.logs import DEBUG, ERROR, INFO, own_logs
-    from autoround_modifier.cli.outcome import REFUSED
+    from autoround_modifier.cli.logs import level_of, own_logs
+    from autoround_modifier.cli.outcome import REFUSED, UsageError
     from autoround_modifier.cli.progress import RunProgress
 
-    with own_logs(DEBUG if verbose else ERROR if quiet else INFO) as console:
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose exclude each other")
+    with own_logs(level_of(quiet, verbose)) as console:
         from autoround_modifier.release.file import read_release
         from autoround_modifier.release.pipeline import run_release
 
@@ -47,10 +51,14 @@ def release(
         with contextlib.nullcontext() if quiet else RunProgress(console) as progress:
             made = run_release(wanted, progress, dry_run)
     if dry_run:
-        typer.echo(f"{file} can be made: {', '.join(x.name for x in wanted.checkpoints)}")
+        names = [entry.name for entry in wanted.checkpoints]
+        if as_json:
+            print_json({"checkpoints": names})
+        else:
+            typer.echo(f"{file} can be made: {', '.join(names)}")
         return
     if as_json:
-        typer.echo(json.dumps([one.facts() for one in made]))
+        print_json([one.facts() for one in made])
     else:
         for one in made:
             typer.echo(str(one))

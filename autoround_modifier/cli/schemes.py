@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoround_modifier.cli.options import AsJson
 from autoround_modifier.cli.tables import print_json, print_table
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def schemes(
     name: Annotated[
         str | None, typer.Argument(help="one scheme, such as W4A16, W2A16G64 or NVFP4")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     What can be written as a scheme, its size, and which engines run it.

@@ -20,7 +20,10 @@ def print_json(document: Any) -> None:
 
 
 def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    numbers: Sequence[str] = (),
+    title: str | None = None,
 ) -> None:
     """
     On a terminal, cells are wrapped to its width; in a pipe, each row is one line.
@@ -28,12 +31,13 @@ def print_table(
     :param columns: their titles
     :param rows: cells as text
     :param numbers: columns that are aligned to the right
+    :param title: above it
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     for row in rows:

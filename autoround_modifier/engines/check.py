@@ -14,16 +14,14 @@ from autoround_modifier.engines.transformers_loader import (
     transformers_problems,
 )
 from autoround_modifier.engines.vllm_loader import vllm_experts, vllm_problems
+from autoround_modifier.fields import ENGINES
 
-__all__ = ["ENGINES", "find_problems", "required_engines", "unreadable_experts"]
-
-# What `engine` may be: all of them, one, or none
-ENGINES = ("any", "vllm", "transformers", "none")
+__all__ = ["find_problems", "required_engines", "unreadable_experts"]
 
 
 def required_engines(engine: str) -> tuple[str, ...]:
     """
-    :param engine: one of `ENGINES`
+    :param engine: one of `fields.ENGINES`
     :return: the engines that must load a checkpoint
     :raises ValueError: if there is no such engine
     """
@@ -35,7 +33,7 @@ def required_engines(engine: str) -> tuple[str, ...]:
 def unreadable_experts(group: Mapping[str, Any], engine: str) -> list[Problem]:
     """
     :param group: config group of the experts of a mixture, with its ``format``
-    :param engine: one of `ENGINES`
+    :param engine: one of `fields.ENGINES`
     :return: what the engines that must load the checkpoint cannot do with it
     """
     rules = {"transformers": transformers_experts, "vllm": vllm_experts}

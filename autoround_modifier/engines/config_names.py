@@ -18,14 +18,17 @@ from typing import Any, Literal
 from autoround_modifier.engines.fused import fused_names
 from autoround_modifier.engines.matching import Groups, Names, Targets, groups_of
 
-__all__ = ["EXPERT", "NamedLayer", "complete_config"]
+__all__ = ["EXPERT", "HEADS", "NUMBER", "NamedLayer", "complete_config"]
 
 # The number of an expert in the name of one of its layers
 EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
 SEPARATOR = r"\."
 # A name below another one, without the number of a block
 _OUTSIDE_BLOCKS = re.compile(r"(?!.*\.\d+\.).*\..*")
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+# A part of a name that is a number
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+# What the linear layer that predicts tokens is called
+HEADS = ("lm_head", "embed_out")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def _ignored(layers: Sequence[NamedLayer]) -> Iterator[str]:
             if not outside and not layer.is_expert:
                 yield name
                 continue
-            expression = _expression(_shortest(_NUMBER.sub("#", name), shapes), _block(name))
+            expression = _expression(_shortest(NUMBER.sub("#", name), shapes), _block(name))
             if expression not in usable:
                 matches = re.compile(expression.removeprefix("re:")).match
                 usable[expression] = not any(matches(other) for other in taken)
@@ -246,13 +249,13 @@ def _by_shape(names: Iterable[str]) -> dict[str, list[str]]:
     """:return: names with ``#`` for their numbers -> the names"""
     shapes: dict[str, list[str]] = {}
     for name in names:
-        shapes.setdefault(_NUMBER.sub("#", name), []).append(name)
+        shapes.setdefault(NUMBER.sub("#", name), []).append(name)
     return shapes
 
 
 def _block(name: str) -> str:
     """:return: the first number of a name, or nothing"""
-    match = _NUMBER.search(name)
+    match = NUMBER.search(name)
     return match[0] if match else ""
 
 

@@ -43,6 +43,8 @@ class Scheme:
     :param input_bits: of quantized activations; None for 16-bit ones
     :param dynamic: whether scales of activations are found while the model runs
     :param format: of compressed-tensors, such as ``pack-quantized``; None if it is not known
+    :param numbers: what weights are: ``INT``, ``FP``, ``MXFP`` or ``NVFP``
+    :param input_numbers: the same of quantized activations
     """
 
     family: str
@@ -54,6 +56,8 @@ class Scheme:
     input_bits: int | None = None
     dynamic: bool = True
     format: str | None = None
+    numbers: str = "INT"
+    input_numbers: str = "INT"
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any], format: str | None = None) -> Scheme | None:
@@ -69,8 +73,10 @@ class Scheme:
         strategy = _plain(weights.get("strategy")) or (
             "block" if block else "group" if size and size > 0 else "channel"
         )
+        family = _family(weights, inputs, strategy)
+        numbers = _numbers(weights, family)
         return cls(
-            family=_family(weights, inputs, strategy),
+            family=family,
             num_bits=int(weights.get("num_bits") or 8),
             symmetric=weights.get("symmetric") is not False,
             group_size=0 if strategy == "block" else int(size or -1),
@@ -79,52 +85,57 @@ class Scheme:
             input_bits=int(inputs.get("num_bits") or 8) if inputs else None,
             dynamic=not inputs or bool(inputs.get("dynamic")),
             format=_plain(group.get("format")) or format,
+            numbers=numbers,
+            input_numbers=_input_numbers(inputs, numbers) if inputs else "INT",
         )
+
+    @property
+    def weight_tag(self) -> str:
+        """Such as ``INT4``, ``FP8`` or ``NVFP4``."""
+        return f"{self.numbers}{self.num_bits}"
+
+    @property
+    def activation_tag(self) -> str | None:
+        """The same of activations; None where they stay in 16 bits."""
+        return None if self.input_bits is None else f"{self.input_numbers}{self.input_bits}"
 
     @property
     def weights(self) -> str:
-        """Such as ``integers of 4 bits, groups of 64, symmetric``."""
-        kind = f"integers of {self.num_bits} bits" if self.is_integer else self._float_name
-        parts = [kind, self._scales]
-        if self.is_integer:
-            parts.append("symmetric" if self.symmetric else "with zero points")
-        return ", ".join(parts)
+        """Such as ``INT4, symmetric, groups of 64``."""
+        signs = ["symmetric" if self.symmetric else "asymmetric"] if self.numbers == "INT" else []
+        return ", ".join([self.weight_tag, *signs, self._scales])
 
     @property
     def activations(self) -> str:
-        """Such as ``8-bit integers, dynamic``."""
+        """Such as ``INT8, dynamic``."""
         if self.input_bits is None:
             return "16 bits"
-        if self.family in ("mxfp4", "mxfp8", "nvfp4"):
-            return f"{self._float_name}, dynamic" + (
-                " within a calibrated global scale" if self.family == "nvfp4" else ""
-            )
-        kind = f"{self.input_bits}-bit integers" if self.family.startswith("int-int") else "FP8"
-        return f"{kind}, {'dynamic' if self.dynamic else 'static'}"
+        when = "dynamic" if self.dynamic else "static"
+        if self.input_numbers == "NVFP":
+            when += ", with a static global scale"
+        return f"{self.activation_tag}, {when}"
 
     @property
     def label(self) -> str:
-        """Short name, such as ``W2 sym G64``, ``FP8 channel dynamic`` or ``NVFP4``."""
-        if self.family.startswith(("mxfp", "nvfp")):
-            return self.family.upper()
-        when = "" if self.input_bits is None else " dynamic" if self.dynamic else " static"
-        if not self.is_integer:
-            name = {"fp8": "FP8", "fp8_block": "FP8", "fp8a16": "FP8A16"}.get(self.family)
-            return f"{name or f'float{self.num_bits}'} {self._short_scales}{when}"
-        inputs = {"int": "", "int-int8": "A8", "int-int4": "A4", "int-fp8": "AFP8"}[self.family]
-        return f"W{self.num_bits}{inputs} {'sym' if self.symmetric else 'asym'} " + (
-            self._short_scales + when
-        )
-
-    @property
-    def is_integer(self) -> bool:
-        return self.family.startswith("int")
-
-    @property
-    def _float_name(self) -> str:
-        if self.family.startswith(("mxfp", "nvfp")):
-            return self.family.upper().partition("A")[0]
-        return "FP8" if self.num_bits == 8 else f"floating-point numbers of {self.num_bits} bits"
+        """
+        Short name, such as ``W2A16 G64``, ``W4A16 asym G128``, ``W8A8 channel dynamic``,
+        ``FP8 block 128x128 dynamic`` or ``NVFP4A16``.
+        """
+        if not self.num_bits:
+            return "unknown scheme"
+        inputs = 16 if self.input_bits is None else self.input_bits
+        if self.numbers == "INT":
+            kind = self.input_numbers if self.input_numbers != "INT" else ""
+            name = f"W{self.num_bits}A{kind}{inputs}"
+        else:
+            name = self.weight_tag + ("" if inputs == self.num_bits else f"A{inputs}")
+        if self.numbers in ("MXFP", "NVFP"):  # which fix the rest
+            return name
+        parts = [name] if self.symmetric else [name, "asym"]
+        parts.append(self._short_scales)
+        if self.input_bits is not None:
+            parts.append("dynamic" if self.dynamic else "static")
+        return " ".join(parts)
 
     @property
     def _scales(self) -> str:
@@ -132,7 +143,7 @@ class Scheme:
             return f"blocks of {self.block[0]} x {self.block[1]}"
         if self.group_size > 0:
             return f"groups of {self.group_size}"
-        return f"one scale per {'tensor' if self.strategy == 'tensor' else 'output channel'}"
+        return f"one scale for each {'tensor' if self.strategy == 'tensor' else 'output channel'}"
 
     @property
     def _short_scales(self) -> str:
@@ -164,6 +175,22 @@ def _family(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None, strate
     if not inputs:
         return "fp8a16"
     return "fp8_block" if strategy == "block" else "fp8"
+
+
+def _numbers(weights: Mapping[str, Any], family: str) -> str:
+    """:return: see `Scheme`"""
+    if _plain(weights.get("type") or "int") == "int":
+        return "INT"
+    return family[:4].upper() if family.startswith(("mxfp", "nvfp")) else "FP"
+
+
+def _input_numbers(inputs: Mapping[str, Any], numbers: str) -> str:
+    """:param numbers: of the weights"""
+    if _plain(inputs.get("type") or "int") == "int":
+        return "INT"
+    if numbers == "MXFP" or (numbers == "NVFP" and inputs.get("num_bits") == 4):
+        return numbers
+    return "FP"
 
 
 def _plain(value: Any) -> Any:

@@ -162,7 +162,7 @@ class Row:
 class EngineTable:
     """
     :param engine: its name
-    :param package: that installs it, or one of several
+    :param packages: of which one installs it
     :param version: for which the rows hold
     :param rows: in the order in which they are looked through
     :param command: serves a checkpoint; ``{folder}``, quoted for a shell, ``{path}``, as it is, and

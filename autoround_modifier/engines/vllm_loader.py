@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from autoround_modifier.engines.config_names import EXPERT
+from autoround_modifier.engines.config_names import EXPERT, HEADS
 from autoround_modifier.engines.fused import fused_names, fused_parts
 from autoround_modifier.engines.layout import CheckpointLayout
 from autoround_modifier.engines.matching import Names, Targets, groups_of
@@ -28,7 +28,6 @@ _NEVER_QUANTIZED = re.compile(
     r"(^|.*\.)(\w*embed\w*|wte|wpe|shared|lm_head|relative_attention_bias|router|gate"
     r"|shared_expert_gate|\w*norm\w*)(\.\w+)?"
 )
-_HEADS = ("lm_head", "embed_out")
 # Model types whose own class in vLLM reads experts from fused tensors, and skips others silently
 _FUSED_EXPERTS_ONLY = ("gpt_oss", "dbrx")
 # Model types whose state-space layers are those of Mamba 1 -> what these are called
@@ -105,7 +104,7 @@ def _layers(layout: CheckpointLayout) -> dict[str, str | None]:
 
 def _group(rule: Callable[[str, str], str | None], name: str) -> str | None:
     """:return: what a rule says; the files do not tell whether it is an embedding"""
-    if _leaf(name) in _HEADS:
+    if _leaf(name) in HEADS:
         return rule(name, "Head")
     return rule(name, "Linear") or rule(name, "Embedding")
 

@@ -33,7 +33,10 @@ def read_prompts(path: Path | None) -> tuple[Prompt, ...]:
     """
     if path is None:
         return PROMPTS
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{path}: not UTF-8 text, so no prompts: {error}") from error
     as_json = path.suffix.lower() in (".jsonl", ".ndjson")
     prompts = tuple(
         _parsed(line, f"{path}:{number}") if as_json else line

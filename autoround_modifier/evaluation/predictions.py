@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autoround_modifier.errors import EvaluationError, NonFiniteError
 from autoround_modifier.evaluation.divergence import TokenStatistics, token_statistics
+from autoround_modifier.readable import bytes_text
 
 __all__ = ["compare_with_recorded", "record_predictions"]
 
@@ -79,6 +80,6 @@ def _check_room(logits: Tensor, samples: Sequence[Tensor], folder: Path) -> None
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise EvaluationError(
-            f"the original's predictions take {needed / 1e9:.1f} GB, and {folder} has "
-            f"{free / 1e9:.1f} GB free; use fewer `--samples`, or name another disk by TMPDIR"
+            f"the original's predictions take {bytes_text(needed)}, and {folder} has "
+            f"{bytes_text(free)} free; use fewer `--samples`, or name another disk by TMPDIR"
         )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
+from autoround_modifier import defaults
 from autoround_modifier.errors import EvaluationError
 from autoround_modifier.evaluation.divergence import TokenStatistics, mean_divergence
 from autoround_modifier.evaluation.generations import (
@@ -21,7 +20,7 @@ from autoround_modifier.evaluation.generations import (
     prompt_text,
     read_prompts,
 )
-from autoround_modifier.evaluation.models import free_memory, load, load_tokenizer
+from autoround_modifier.evaluation.models import check_models, free_memory, load, load_tokenizer
 from autoround_modifier.evaluation.predictions import compare_with_recorded, record_predictions
 from autoround_modifier.evaluation.results_files import read_results
 from autoround_modifier.evaluation.task_results import task_results
@@ -40,9 +39,9 @@ from autoround_modifier.report.schema import (
     TaskResult,
     read_report,
 )
-from autoround_modifier.version import __version__
+from autoround_modifier.version import package_versions
 
-__all__ = ["EvaluationSettings", "evaluate_checkpoint"]
+__all__ = ["EvaluationSettings", "check_evaluation", "evaluate_checkpoint"]
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "lm_eval", "vllm")
 
@@ -68,16 +67,27 @@ class EvaluationSettings:
     divergence: bool = True
     text: Path | None = None
     match: Mapping[str, str] = field(default_factory=dict)
-    num_samples: int = 32
-    length: int = 512
+    num_samples: int = defaults.EVALUATION_SAMPLES
+    length: int = defaults.EVALUATION_LENGTH
     generations: bool = True
     prompts: Path | None = None
-    max_new_tokens: int = 64
+    max_new_tokens: int = defaults.MAX_NEW_TOKENS
     tasks: TaskSettings | None = None
     original_results: Path | None = None
     quantized_results: Path | None = None
     dtype: str = "auto"
     trust_remote_code: bool = False
+
+
+def check_evaluation(original: str, settings: EvaluationSettings) -> None:
+    """
+    Refuse what `evaluate_checkpoint` would refuse of any quantized model, before there is one.
+
+    :param original: folder, or name on the Hugging Face Hub
+    :raises EvaluationError: if a text, prompts, tasks or results cannot be read
+    :raises MissingExtraError: if tasks are asked for and lm-evaluation-harness is not installed
+    """
+    _Prepared.of(original, settings)
 
 
 def evaluate_checkpoint(
@@ -101,17 +111,17 @@ def evaluate_checkpoint(
         model is loaded; or if results cannot be compared
     :raises MissingExtraError: if tasks are asked for and lm-evaluation-harness is not installed
     """
-    rows = _Results.read(settings)
-    harness = None
-    if settings.tasks is not None and not rows.complete:
-        harness = Harness(original, settings.tasks)
-    prompts = read_prompts(settings.prompts) if settings.generations else ()
-    text = None
-    tokenizer = None
+    positions = None
     if settings.divergence or settings.generations:
-        tokenizer = load_tokenizer(original, settings.trust_remote_code)
-    if settings.divergence and tokenizer is not None:
-        text = _checked_text(tokenizer, quantized, settings)
+        positions = check_models((original, quantized), settings.trust_remote_code)
+    if positions is not None and settings.length > positions:
+        logger.info(f"samples have {positions} tokens: the model has positions for no more")
+        settings = replace(settings, length=positions)
+    prepared = _Prepared.of(original, settings)
+    rows, harness, prompts = prepared.rows, prepared.harness, prepared.prompts
+    tokenizer, text = prepared.tokenizer, prepared.text
+    if text is not None and (Path(quantized) / REPORT_FILE).is_file():
+        check_not_calibrated_on(text.record, read_report(Path(quantized)).data, settings.match)
 
     statistics: list[TokenStatistics] = []
     written: list[list[str]] = []
@@ -128,7 +138,7 @@ def evaluate_checkpoint(
         harness, original, quantized, settings.tasks
     )
     return Evaluation(
-        versions=_versions() | harness_version,
+        versions=package_versions(*PACKAGES) | harness_version,
         original=original_name or original,
         quantized=quantized,
         engine=settings.tasks.engine if settings.tasks else "transformers",
@@ -178,15 +188,35 @@ def _run(
     return statistics, generate(model, tokenizer, prompts, settings.max_new_tokens)
 
 
-def _checked_text(
-    tokenizer: PreTrainedTokenizerBase, quantized: str, settings: EvaluationSettings
-) -> EvaluationText:
-    text = read_text(
-        settings.text, tokenizer, settings.num_samples, settings.length, settings.match
-    )
-    if (Path(quantized) / REPORT_FILE).is_file():
-        check_not_calibrated_on(text.record, read_report(Path(quantized)).data, settings.match)
-    return text
+@dataclass(frozen=True)
+class _Prepared:
+    """
+    What an evaluation needs beside the models; None for what is not asked for.
+
+    :param harness: of the tasks that must be run
+    """
+
+    rows: _Results
+    harness: Harness | None
+    prompts: tuple[Prompt, ...]
+    tokenizer: PreTrainedTokenizerBase | None
+    text: EvaluationText | None
+
+    @classmethod
+    def of(cls, original: str, settings: EvaluationSettings) -> _Prepared:
+        """:raises EvaluationError: see `evaluate_checkpoint`"""
+        rows = _Results.read(settings)
+        harness = tokenizer = text = None
+        if settings.tasks is not None and not rows.complete:
+            harness = Harness(original, settings.tasks)
+        prompts = read_prompts(settings.prompts) if settings.generations else ()
+        if settings.divergence or settings.generations:
+            tokenizer = load_tokenizer(original, settings.trust_remote_code)
+        if settings.divergence and tokenizer is not None:
+            text = read_text(
+                settings.text, tokenizer, settings.num_samples, settings.length, settings.match
+            )
+        return cls(rows, harness, prompts, tokenizer, text)
 
 
 @dataclass(frozen=True)
@@ -244,13 +274,3 @@ class _Results:
         version = second.get("lm_eval_version")
         versions = {"lm_eval": str(version)} if version else {}
         return task_results(first, second, engine), commands, versions
-
-
-def _versions() -> dict[str, str]:
-    found = {"autoround_modifier": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoround_modifier.errors import EvaluationError
-from autoround_modifier.evaluation.tasks import Engine
-from autoround_modifier.report.schema import TaskResult
+from autoround_modifier.report.schema import TaskEngine, TaskResult
 
 __all__ = ["check_comparable", "task_results"]
 
@@ -48,7 +47,9 @@ def check_comparable(original: Mapping[str, Any], quantized: Mapping[str, Any]) 
 
 
 def task_results(
-    original: Mapping[str, Any] | None, quantized: Mapping[str, Any], engine: Engine | None = None
+    original: Mapping[str, Any] | None,
+    quantized: Mapping[str, Any],
+    engine: TaskEngine | None = None,
 ) -> list[TaskResult]:
     """
     :param original: `Harness.run` or `read_results`; None if it was not run
@@ -95,7 +96,8 @@ def _rows(
                 continue
             suffix = f",{filtered}" if filtered else ""
             error = values.get(f"{metric}_stderr{suffix}")
-            found[task, metric, filtered or None] = (
+            shown = filtered if filtered not in ("", "none") else None
+            found[task, metric, shown] = (
                 float(value),
                 float(error) if _is_number(error) else None,
             )

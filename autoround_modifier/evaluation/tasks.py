@@ -11,17 +11,17 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from autoround_modifier.errors import EvaluationError, MissingExtraError
 from autoround_modifier.evaluation.results_files import read_results
+from autoround_modifier.report.schema import TaskEngine
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-__all__ = ["Engine", "Harness", "TaskSettings", "results_of", "task_command"]
+__all__ = ["Harness", "TaskSettings", "results_of", "task_command"]
 
-Engine = Literal["transformers", "vllm"]
 # What lm-evaluation-harness calls the engines
 _MODELS = {"transformers": "hf", "vllm": "vllm"}
 # On a CPU, finding the largest batch would try one of 64 samples of full length.
@@ -51,7 +51,7 @@ class TaskSettings:
 
     tasks: tuple[str, ...]
     task_path: Path | None = None
-    engine: Engine = "transformers"
+    engine: TaskEngine = "transformers"
     limit: int | None = None
     num_fewshot: int | None = None
     apply_chat_template: bool = False

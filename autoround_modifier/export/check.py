@@ -51,7 +51,8 @@ def problems_of_layout(folder: Path, layout: CheckpointLayout) -> dict[str, list
         know the model without code from the checkpoint
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        # Without the argument Transformers would ask on the terminal.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # code of its own, or a type that is not known here
         logger.warning(f"not checked for Transformers: {error}")
         return {"vllm": vllm_problems(layout)}

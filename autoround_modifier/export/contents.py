@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoround_modifier.engines.config_names import NUMBER
 from autoround_modifier.engines.layout import CheckpointLayout
 from autoround_modifier.engines.matching import groups_of
 from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.errors import CheckpointError
 from autoround_modifier.export.mtp import mtp_names, promised_mtp_layers
-from autoround_modifier.export.saved_config import text_part
+from autoround_modifier.export.saved_config import (
+    COMPRESSED_TENSORS,
+    quantization_of,
+    text_part,
+)
 from autoround_modifier.export.saved_files import CONFIG, read_json, read_layout, tensor_files
 from autoround_modifier.export.saved_layers import SavedLayer, saved_layers, tensor_bytes
+from autoround_modifier.host.saving import RECIPE
 
 __all__ = ["CheckpointContents", "LayerKind", "checkpoint_contents", "refuse_other_formats"]
 
-RECIPE = "recipe.yaml"
-COMPRESSED_TENSORS = "compressed-tensors"
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 SMALL = ("norms", "biases", "key-value cache scales", "others")
 
 
@@ -109,7 +111,7 @@ def checkpoint_contents(folder: Path, layout: CheckpointLayout | None = None) ->
     """
     refuse_other_formats(folder)
     layout = read_layout(folder) if layout is None else layout
-    quantization = _quantization(layout.config) or {}
+    quantization = quantization_of(layout.config) or {}
     notes = list(_odd(layout.config, quantization))
     layers = list(saved_layers(folder, layout, quantization, notes))
     quantized = [layer for layer in layers if layer.scheme is not None]
@@ -148,7 +150,7 @@ def checkpoint_contents(folder: Path, layout: CheckpointLayout | None = None) ->
         kv_cache=_kv_cache(quantization.get("kv_cache_scheme")),
         mtp_layers=promised,
         mtp_tensors=len(mtp),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -168,7 +170,7 @@ def refuse_other_formats(folder: Path) -> None:
             raise CheckpointError(f"{folder} is in the format gguf; {takes}")
         raise CheckpointError(f"{folder} is no checkpoint: it has no {CONFIG}")
     config = read_json(folder / CONFIG)
-    found = _quantization(config)
+    found = quantization_of(config)
     if found is not None:
         method = found.get("quant_method") or found.get("quant_algo") or "of an unknown name"
         if method != COMPRESSED_TENSORS:
@@ -176,16 +178,6 @@ def refuse_other_formats(folder: Path) -> None:
     for file, method in (("quantize_config.json", "gptq"), ("hf_quant_config.json", "modelopt")):
         if found is None and (folder / file).is_file():
             raise CheckpointError(f"{folder} is quantized in the format {method}; {takes}")
-
-
-def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """:return: the quantization section of a config, or of its part about text; None without one"""
-    for part in (config, text_part(config)):
-        if part.get("quantization_config"):
-            return dict(part["quantization_config"])
-        if part.get("compression_config"):  # as compressed-tensors once called it
-            return {"quant_method": COMPRESSED_TENSORS, **part["compression_config"]}
-    return None
 
 
 def _odd(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterator[str]:

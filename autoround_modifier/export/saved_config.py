@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["changed_fields", "text_part", "with_changes"]
+__all__ = ["COMPRESSED_TENSORS", "changed_fields", "quantization_of", "text_part", "with_changes"]
+
+COMPRESSED_TENSORS = "compressed-tensors"
 
 # Fields that are LLM-Compressor's to write, or that say nothing of the model
 NOT_OF_THE_MODEL = frozenset(
@@ -24,6 +26,16 @@ NOT_OF_THE_MODEL = frozenset(
 def text_part(config: Mapping[str, Any]) -> Any:
     """:return: the part of a config that is about the decoder of text; often all of it"""
     return config.get("text_config") or config.get("llm_config") or config
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """:return: the quantization section of a config, or of its part about text; None without one"""
+    for part in (config, text_part(config)):
+        if part.get("quantization_config"):
+            return dict(part["quantization_config"])
+        if part.get("compression_config"):  # as compressed-tensors once called it
+            return {"quant_method": COMPRESSED_TENSORS, **part["compression_config"]}
+    return None
 
 
 def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from autoround_modifier.config_sections import check_config
 from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout
 from autoround_modifier.errors import CheckpointError
 
@@ -47,12 +48,15 @@ _DTYPES = {
 
 def read_json(path: Path) -> dict[str, Any]:
     """
-    :raises CheckpointError: if the file cannot be read, or holds no JSON object
+    :raises CheckpointError: if the file cannot be read, or holds no JSON object; of ``config.json``
+        also if a section that is read is none
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if path.name == CONFIG:
+        return check_config(found, path)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return found

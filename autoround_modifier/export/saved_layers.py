@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoround_modifier.engines.config_names import EXPERT
+from autoround_modifier.engines.config_names import EXPERT, HEADS, NUMBER
 from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout
 from autoround_modifier.engines.matching import Names, Targets, groups_of
 from autoround_modifier.engines.scheme import Scheme
@@ -18,8 +18,6 @@ from autoround_modifier.export.saved_files import opened, tensor_files
 __all__ = ["SavedLayer", "saved_layers", "tensor_bytes"]
 
 EMBEDDINGS = re.compile(r"(^|.*\.)(\w*embed\w*|wte|wpe|shared)(\.\w*embed\w*)?")
-HEADS = ("lm_head", "embed_out")
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # Names of what compressed-tensors saves in place of a weight, or beside it
 WEIGHTS = ("weight_packed", "weight")
 PARTS = re.compile(
@@ -152,7 +150,7 @@ class _Schemes:
         if scheme is None:
             shown = NUMBER.sub("*", name)
             self._notes.append(f"no config group targets {shown}, which is quantized")
-            return Scheme("other", 0, strategy="of an unknown scheme")
+            return Scheme("other", 0)
         if name in self._ignore:
             self._notes.append(f"{NUMBER.sub('*', name)} is quantized, and is in `ignore`")
         return scheme

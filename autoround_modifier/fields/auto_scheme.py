@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
+from autoround_modifier.fields.expressions import checked_expressions
 from autoround_modifier.fields.schemes import Engine
 
 __all__ = ["AutoSchemeFields"]
@@ -72,4 +73,6 @@ class AutoSchemeFields(BaseModel):
         description="where scores are kept between runs, under a key of the content of weights, "
         "data and schemes. `true`: `~/.cache/autoround_modifier/autoscheme`; `false`: nowhere",
     )
-    seed: int = Field(default=42, description="fixes every random choice")
+    seed: int = Field(default=42, ge=0, lt=2**63, description="fixes every random choice")
+
+    _expressions = field_validator("targets", "ignore")(checked_expressions)

@@ -44,4 +44,4 @@ class DistillationFields(BaseModel):
         description="share of the batches on which the result is judged; they are not trained on. "
         "With 0, or a single batch, it is judged on what it was trained on",
     )
-    seed: int = Field(default=42, description="fixes every random choice")
+    seed: int = Field(default=42, ge=0, lt=2**63, description="fixes every random choice")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
+
+from autoround_modifier.fields.expressions import checked_expressions
 
 __all__ = ["ENGINES", "Engine", "SchemeFields"]
 
@@ -49,3 +51,5 @@ class SchemeFields(BaseModel):
         "or `none`. A recipe whose checkpoint it would not load, or would load as another model, "
         "is refused before the run; problems of an engine that is not named are logged",
     )
+
+    _expressions = field_validator("targets", "ignore")(checked_expressions)

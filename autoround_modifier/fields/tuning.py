@@ -121,7 +121,7 @@ class TuningFields(BaseModel):
         description="raise if the loss or a gradient has NaN or infinity; otherwise such a block "
         "keeps the rounding it started from, with a warning",
     )
-    seed: int = Field(default=42, description="fixes every random choice")
+    seed: int = Field(default=42, ge=0, lt=2**63, description="fixes every random choice")
 
     @field_validator("preset")
     @classmethod

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from llmcompressor.modeling.moe.helpers import MoEConfig
-from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
+from llmcompressor.modeling.moe.helpers import FusedExpertsProtocol, MoEConfig
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -76,11 +75,30 @@ def empty_model(
         ) from error
     _keep_in_float32(model)
     num_experts: dict[str, int] = {}
-    for name, module in get_non_linearized_moes(model):
+    for name, module in _fused_experts(model):
         count = _split(model, name, module, all_experts)
         if not all_experts:
             num_experts[name] = count
     return EmptyModel(model.eval(), num_experts)
+
+
+def _fused_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """
+    :return: what LLM-Compressor's `get_non_linearized_moes` does. That parses the source of each
+        module's class; here each class is parsed once
+    """
+    known: dict[tuple[type, tuple[str, ...]], bool] = {}
+    found = []
+    for name, module in model.named_modules():
+        key = (type(module), tuple(module._parameters))
+        if key not in known:
+            known[key] = (
+                isinstance(module, FusedExpertsProtocol)
+                or LinearExperts2D.get_registration(type(module)) is not None
+            )
+        if known[key]:
+            found.append((name, module))
+    return found
 
 
 def _split(model: PreTrainedModel, name: str, module: nn.Module, all_experts: bool) -> int:

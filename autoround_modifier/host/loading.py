@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     FineGrainedFP8Config,
+    PreTrainedConfig,
     PreTrainedModel,
     conversion_mapping,
 )
@@ -40,7 +41,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import Mxfp4Config
 
-from autoround_modifier.errors import CompressedSourceError, listed
+from autoround_modifier.config_sections import check_config
+from autoround_modifier.errors import CheckpointError, CompressedSourceError, listed
 from autoround_modifier.formats.fp8_blocks import dequantize_fp8_blocks, has_blocks
 from autoround_modifier.host.layers import disable_onloading, stored_weight
 
@@ -49,6 +51,7 @@ __all__ = [
     "auto_class",
     "check_not_compressed",
     "load_model",
+    "model_positions",
     "save_without_requantizing",
     "source_config",
     "stored_format",
@@ -66,6 +69,7 @@ def source_config(name: str | Path, revision: str | None = None) -> dict[str, An
     :param revision: on the Hub
     :return: its ``config.json``; empty if there is none
     :raises OSError: if it is not there and cannot be downloaded
+    :raises CheckpointError: if it is not JSON, or not what a config is
     """
     try:
         path = cached_file(str(name), "config.json", revision=revision)
@@ -73,7 +77,17 @@ def source_config(name: str | Path, revision: str | None = None) -> dict[str, An
         raise OSError(
             f"there is no folder `{name}`, and no such model was found: {error}"
         ) from error
-    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if path is None:
+        return {}
+    try:
+        return check_config(json.loads(Path(path).read_text(encoding="utf-8")), Path(path))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+
+
+def model_positions(config: PreTrainedConfig) -> int | None:
+    """:return: the longest text, in tokens, that the model has positions for; None if unlimited"""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def auto_class(config: dict[str, Any]) -> Any:

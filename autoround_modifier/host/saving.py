@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import re
 import secrets
@@ -45,6 +46,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from autoround_modifier.errors import SavingError
 from autoround_modifier.host.saved_format import choose_saved_format
+from autoround_modifier.locks import in_use, is_in_use
 from autoround_modifier.progress.events import phase
 
 __all__ = [
@@ -199,7 +201,9 @@ def recipe_text(modifiers: Sequence[Modifier], stage: str, source: str) -> str:
     earlier = infer_recipe_from_model_path(source)
     if earlier:
         recipe = append_recipe_dict(yaml.safe_load(Path(earlier).read_text()), recipe)
-    return yaml.dump(recipe, allow_unicode=True, sort_keys=False, width=88)
+    # Named tuples of other modifiers would become tags, which no safe loader reads.
+    plain = json.loads(json.dumps(recipe, default=str))
+    return yaml.safe_dump(plain, allow_unicode=True, sort_keys=False, width=88)
 
 
 def prepare_compression(layer: nn.Module, scheme: QuantizationScheme) -> None:
@@ -247,12 +251,14 @@ def written_at_once(folder: Path) -> Iterator[Unfinished]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob(f"{UNFINISHED_PREFIX}*"):
-        if left_over.is_dir():  # of a process that was killed while it saved
+        # of a process that was killed while it saved
+        if left_over.is_dir() and not is_in_use(left_over):
             shutil.rmtree(left_over, ignore_errors=True)
     unfinished = Unfinished(folder / f"{UNFINISHED_PREFIX}{secrets.token_hex(8)}")
     unfinished.path.mkdir()
     try:
-        yield unfinished
+        with in_use(unfinished.path):
+            yield unfinished
     finally:
         try:
             if unfinished.complete:

@@ -32,7 +32,6 @@ __all__ = [
     "is_microscaling",
     "is_preset_scheme",
     "preset_name_to_scheme",
-    "scheme_label",
     "scheme_names",
     "unsupported_weights",
     "weight_spec",
@@ -52,32 +51,6 @@ FLOAT8_STRATEGIES = (
 def scheme_names() -> list[str]:
     """:return: names of the preset schemes of compressed-tensors, such as ``W4A16``"""
     return list(PRESET_SCHEMES)
-
-
-def scheme_label(scheme: QuantizationScheme) -> str:
-    """
-    :return: a short name for tables, such as ``W2A16 G64``, ``W4A16 asym G128``, ``FP8 128x128``,
-        ``NVFP4A16``; ``16 bits`` where weights are not quantized
-    """
-    weights, inputs = scheme.weights, scheme.input_activations
-    if weights is None:
-        return "16 bits"
-    bits = 16 if inputs is None else inputs.num_bits
-    if weights.type == QuantizationType.INT:
-        floating = inputs is not None and inputs.type == QuantizationType.FLOAT
-        name = f"W{weights.num_bits}A{'FP' if floating else ''}{bits}"
-    elif has_global_scale(weights) or is_microscaling(weights):
-        family = "NVFP" if has_global_scale(weights) else "MXFP"
-        return f"{family}{weights.num_bits}{'' if bits == weights.num_bits else f'A{bits}'}"
-    else:
-        name = f"FP{weights.num_bits}{'' if bits == weights.num_bits else f'A{bits}'}"
-    if not weights.symmetric:
-        name += " asym"
-    if weights.strategy == QuantizationStrategy.GROUP:
-        return f"{name} G{weights.group_size}"
-    if weights.strategy == QuantizationStrategy.BLOCK and weights.block_structure:
-        return f"{name} {'x'.join(map(str, weights.block_structure))}"
-    return f"{name} {_plain(weights.strategy)}"
 
 
 def weight_spec(args: QuantizationArgs) -> WeightSpec:

@@ -20,7 +20,6 @@ def resolve_model(
     name: str | os.PathLike[str],
     platform: str | None = None,
     revision: str | None = None,
-    token: str | None = None,
 ) -> str:
     """
     Where to load a model from. A model of ModelScope is downloaded into its cache, or found there.
@@ -28,9 +27,8 @@ def resolve_model(
     :param name: folder, or name on the hub
     :param platform: see `chosen_platform`
     :param revision: on the hub; None for the newest
-    :param token: for the hub; None for the one that was saved by its own login
     :return: the folder as it was given; of ModelScope, the folder in its cache; of Hugging Face,
-        the name: Transformers downloads it, and takes ``revision`` and ``token`` itself
+        the name: Transformers downloads it, and takes ``revision`` itself
     :raises HubError: if there is no such platform or model, or it cannot be downloaded
     :raises MissingExtraError: if ModelScope is asked for and its package is not installed
     """
@@ -40,10 +38,10 @@ def resolve_model(
         return str(Path(text).expanduser())
     if chosen == "huggingface":
         return text
-    return _from_modelscope(text, revision, token)
+    return _from_modelscope(text, revision)
 
 
-def _from_modelscope(name: str, revision: str | None, token: str | None) -> str:
+def _from_modelscope(name: str, revision: str | None) -> str:
     try:
         from modelscope.hub.snapshot_download import snapshot_download
     except ImportError as error:
@@ -56,7 +54,6 @@ def _from_modelscope(name: str, revision: str | None, token: str | None) -> str:
             revision=revision,
             local_files_only=offline,
             ignore_patterns=list(ignored),
-            token=token,
         )
 
     try:

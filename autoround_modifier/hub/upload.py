@@ -13,10 +13,10 @@ from loguru import logger
 from autoround_modifier.engines.problem import Problem
 from autoround_modifier.errors import CheckpointError, HubError, MissingExtraError
 from autoround_modifier.export.check import check_checkpoint
-from autoround_modifier.hub.platform import chosen_platform, is_offline
+from autoround_modifier.hub.platform import Platform, chosen_platform, is_offline
 from autoround_modifier.runs.files import TEMPORARY_PREFIX
 
-__all__ = ["Upload", "check_before_upload", "upload_checkpoint"]
+__all__ = ["Upload", "check_before_upload", "check_repository", "upload_checkpoint"]
 
 CARD = "README.md"
 # Where ModelScope's client notes what it has uploaded, so that it can go on after an interruption
@@ -65,6 +65,22 @@ def check_before_upload(folder: Path, force: bool = False) -> list[Problem]:
     return fatal + [problem for problem in problems if not problem.fatal]
 
 
+def check_repository(repository: str, platform: str | None = None) -> Platform:
+    """
+    :param repository: owner and name
+    :param platform: see `chosen_platform`
+    :return: where it would be uploaded to; the hub is not asked
+    :raises HubError: if there is no such platform, it is no name, or HF_HUB_OFFLINE is set
+    """
+    chosen = chosen_platform(platform)
+    owner, _, name = repository.partition("/")
+    if not owner or not name or "/" in name:
+        raise HubError(f"`{repository}` is no name of a repository; give OWNER/NAME")
+    if is_offline():
+        raise HubError("HF_HUB_OFFLINE is set, so nothing is uploaded")
+    return chosen
+
+
 def upload_checkpoint(
     folder: Path,
     repository: str,
@@ -89,12 +105,7 @@ def upload_checkpoint(
     :raises HubError: if HF_HUB_OFFLINE is set, or the hub refuses
     :raises MissingExtraError: if ModelScope is asked for and its package is not installed
     """
-    chosen = chosen_platform(platform)
-    owner, _, name = repository.partition("/")
-    if not owner or not name or "/" in name:
-        raise HubError(f"`{repository}` is no name of a repository; give OWNER/NAME")
-    if is_offline():
-        raise HubError("HF_HUB_OFFLINE is set, so nothing is uploaded")
+    chosen = check_repository(repository, platform)
     to_hub = _to_huggingface if chosen == "huggingface" else _to_modelscope
     commit = {"revision": revision, "commit_message": message or f"Upload {folder.name}"}
     try:

@@ -64,6 +64,7 @@ from autoround_modifier.modifiers.validation import (
     check_kv_cache,
     check_layers_in_blocks,
     check_not_quantized,
+    check_not_taken,
     check_processes,
     check_schemes_unchanged,
     log_uncovered_layers,
@@ -208,6 +209,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         plan = prepare_saving(model)
         warn_of_targets(model, self.resolved_config, plan.mtp.schemes)
         schemes = resolve_schemes(model, self.resolved_config)
+        check_not_taken(schemes)
         check_fit(schemes)
         check_finite({name: layer for name, (layer, _) in schemes.items()})
         check_kv_cache(model, self.kv_cache_scheme)

@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 
 from autoround_modifier.activations import DEFAULT_OBSERVER, needs_calibration
 from autoround_modifier.fields import SchemeFields, TuningFields
+from autoround_modifier.fields.expressions import checked_expressions
 from autoround_modifier.host.lifecycle import QuantizationMixin
 from autoround_modifier.host.schemes import QuantizationScheme, is_preset_scheme, scheme_names
 from autoround_modifier.tuning import TuningConfig
@@ -37,6 +38,13 @@ class SchemeSettings(QuantizationMixin, SchemeFields):
                     f"unknown scheme `{name}`; use one of {', '.join(scheme_names())}, or "
                     "`config_groups`"
                 )
+        return value
+
+    @field_validator("config_groups")
+    @classmethod
+    def _sound_targets(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for group in (value or {}).values():
+            checked_expressions(group.targets)
         return value
 
     @field_validator("config_groups", "kv_cache_scheme")

@@ -47,6 +47,7 @@ __all__ = [
     "check_kv_cache",
     "check_layers_in_blocks",
     "check_not_quantized",
+    "check_not_taken",
     "check_one_process",
     "check_processes",
     "check_same_blocks",
@@ -291,6 +292,23 @@ def check_layers_in_blocks(
     )
 
 
+def check_not_taken(schemes: Schemes) -> None:
+    """
+    :param schemes: of the layers to quantize, before they are given to them
+    :raises RecipeError: if a modifier that runs before has given some of them a scheme
+    """
+    taken = [name for name, (layer, _) in schemes.items() if _weight_args(layer) is not None]
+    if taken:
+        raise RecipeError(_same_layers(taken))
+
+
+def _same_layers(names: list[str]) -> str:
+    return (
+        "another modifier of the recipe quantizes the same layers: "
+        f"{listed(names)}. Add them to `ignore` of one of the two."
+    )
+
+
 def check_schemes_unchanged(names: dict[Layer, str], args: dict[Layer, QuantizationArgs]) -> None:
     """
     :param names: the layers to quantize
@@ -299,10 +317,7 @@ def check_schemes_unchanged(names: dict[Layer, str], args: dict[Layer, Quantizat
     """
     taken = [name for layer, name in names.items() if _weight_args(layer) != args[layer]]
     if taken:
-        raise RecipeError(
-            "another modifier of the recipe quantizes the same layers: "
-            f"{listed(taken)}. Add them to `ignore` of one of the two."
-        )
+        raise RecipeError(_same_layers(taken))
 
 
 def log_uncovered_layers(model: nn.Module, blocks: dict[nn.Module, str], ignore: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from loguru import logger
 from torch import nn
 
+from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.host.blocks import find_blocks, input_embeddings
 from autoround_modifier.host.empty_model import EmptyModel
 from autoround_modifier.host.layers import Layer
@@ -17,7 +17,7 @@ from autoround_modifier.host.schemes import QuantizationScheme, weight_spec
 from autoround_modifier.modifiers.validation import Schemes
 from autoround_modifier.planning.forward_pass import BlockCost, Polynomial, count_passes
 
-__all__ = ["BlockCounts", "count_blocks", "count_groups", "is_expert", "owner_of", "width_of"]
+__all__ = ["BlockCounts", "count_blocks", "count_groups", "owner_of", "width_of"]
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,15 @@ def _block(
 ) -> BlockCounts:
     fields: Counter[str] = Counter()
     largest = largest_expert = 0
+    numbers_of_experts: set[str] = set()
     for module in block.modules():
         if not isinstance(module, nn.Linear):
             continue
         name, weights = names[module], module.weight.numel()
-        copies, routed = built.copies(name), is_expert(name)
+        copies, expert = built.copies(name), EXPERT.search(name)
+        routed = expert is not None
+        if expert is not None:
+            numbers_of_experts.add(expert[0])
         fields["experts" if routed else "dense"] += copies * weights
         fields["expert_layers"] += copies if routed else 0
         if name not in schemes:
@@ -143,8 +147,7 @@ def _block(
         x.nbytes * built.copies(f"{block_name}.{name}") for name, x in block.state_dict().items()
     )
     per_token = getattr(built.model.config.get_text_config(), "num_experts_per_tok", None) or 1
-    layers = max(1, fields["expert_layers"])
-    experts = max(built.num_experts.values(), default=layers)
+    experts = max(built.num_experts.values(), default=max(1, len(numbers_of_experts)))
     fields["active"] = int(fields["experts"] * min(1.0, per_token / experts))
     cost = costs.get(block)
     return BlockCounts(
@@ -175,7 +178,7 @@ def _assumed_cost(built: EmptyModel, block: nn.Module, fields: Counter[str]) -> 
     for layer in block.modules():
         if isinstance(layer, nn.Linear):
             name = names[layer]
-            copies = built.copies(name) * share if is_expert(name) else 1
+            copies = built.copies(name) * share if EXPERT.search(name) else 1
             numbers += copies * (layer.in_features + layer.out_features)
     itemsize = built.model.dtype.itemsize
     text = built.model.config.get_text_config()
@@ -206,8 +209,3 @@ def count_groups(layer: Layer, scheme: QuantizationScheme) -> int:
     """:return: how many groups of weights share a scale"""
     grouping = weight_spec(scheme.weights).grouping(tuple(layer.weight.shape))
     return -(-layer.weight.numel() // grouping.group_size)
-
-
-def is_expert(name: str) -> bool:
-    """:return: whether a tensor or a layer belongs to a routed expert"""
-    return re.search(r"(?:^|\.)experts\.\d+\.", name) is not None

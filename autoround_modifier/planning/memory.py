@@ -180,7 +180,7 @@ def host_parts(
         teacher = min(run.samples, run.distillation_samples) * run.length * TEACHER_BYTES
         parts.append(Quantity("predictions of the original", teacher))
     if counts.chosen:
-        measured = min(run.samples, 32) * run.length * counts.hidden * itemsize
+        measured = min(run.samples, run.choosing_samples) * run.length * counts.hidden * itemsize
         parts.append(Quantity("inputs of all blocks, to choose bits", counts.num_blocks * measured))
     if device.is_cpu:
         parts += on_device.parts

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from autoround_modifier import defaults
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.export.mtp import promised_mtp_layers
 from autoround_modifier.host.loading import check_not_compressed, source_config, stored_format
@@ -19,14 +20,14 @@ from autoround_modifier.planning.disk import checkpoint_size, disk_parts
 from autoround_modifier.planning.duration import run_seconds
 from autoround_modifier.planning.hardware import DEVICES, Machine, find_machine
 from autoround_modifier.planning.memory import device_phases, host_parts
-from autoround_modifier.planning.quantities import Phase, Quantity, as_size, largest, total
+from autoround_modifier.planning.quantities import Phase, Quantity, largest, total
 from autoround_modifier.planning.settings import (
-    DEFAULT_RECIPE,
     RecipeParts,
     RunSettings,
     read_recipe,
     scheme_recipe,
 )
+from autoround_modifier.readable import bytes_text
 
 __all__ = ["Plan", "Shortage", "plan"]
 
@@ -50,9 +51,8 @@ class Shortage:
     available: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.resource}: {as_size(self.needed)} needed, {as_size(self.available)} available"
-        )
+        needed, available = bytes_text(self.needed), bytes_text(self.available)
+        return f"{self.resource}: {needed} needed, {available} available"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class _Source:
 
 def plan(
     model: str | Path | PreTrainedConfig,
-    recipe: Any = DEFAULT_RECIPE,
+    recipe: Any = defaults.RECIPE,
     *,
     scheme: str | None = None,
     max_seq_length: int | None = None,

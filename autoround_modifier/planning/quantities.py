@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Kind", "Phase", "Quantity", "as_size", "largest", "total"]
+__all__ = ["Kind", "Phase", "Quantity", "largest", "total"]
 
 Kind = Literal["counted", "measured", "extrapolated", "assumed"]
 
@@ -54,11 +54,3 @@ def total(parts: Iterable[Quantity]) -> float:
 def largest(phases: Iterable[Phase]) -> Phase:
     """:return: the phase in which most is there"""
     return max(phases, key=lambda phase: phase.size)
-
-
-def as_size(size: float) -> str:
-    """:return: ``16.1 GB``"""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.{1 if size >= 100 * unit else 2}f} {name}"
-    return f"{size / 1e3:.1f} kB"

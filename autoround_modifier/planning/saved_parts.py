@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from autoround_modifier.engines.config_names import EXPERT
+from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.host.blocks import input_embeddings
 from autoround_modifier.host.empty_model import EmptyModel
 from autoround_modifier.host.schemes import QuantizationScheme
 from autoround_modifier.modifiers.validation import Schemes
-from autoround_modifier.planning.block_counts import is_expert, owner_of
+from autoround_modifier.planning.block_counts import owner_of
 
 __all__ = ["SavedPart", "saved_parts"]
 
@@ -25,14 +27,15 @@ class SavedPart:
     :ivar parameters: numbers in them, in the original
     :ivar original: bytes in the dtype of the loaded model
     :ivar saved: bytes in the checkpoint
-    :ivar bits: of the values, and which share a scale, as ``2, groups of 64``; the commonest
+    :ivar scheme: label of the scheme that most of the parameters have; a dtype where they are not
+        quantized
     """
 
     name: str
     parameters: int
     original: int
     saved: int
-    bits: str
+    scheme: str
 
 
 @dataclass
@@ -40,7 +43,7 @@ class _Sum:
     parameters: int = 0
     original: int = 0
     saved: int = 0
-    bits: Counter[str] = field(default_factory=Counter)
+    schemes: Counter[str] = field(default_factory=Counter)
 
 
 def saved_parts(
@@ -64,18 +67,18 @@ def saved_parts(
         one.parameters += count * tensor.numel()
         one.original += count * tensor.nbytes
         owner = schemes.get(owner_of(name)) if name.endswith(".weight") else None
-        bits = str(8 * tensor.itemsize) if owner is None else _bits(owner[1])
-        one.bits[bits] += count * tensor.numel()
+        scheme = str(tensor.dtype).removeprefix("torch.") if owner is None else _label(owner[1])
+        one.schemes[scheme] += count * tensor.numel()
     for name, tensor in tensors.items():
         part(name).saved += built.copies(name) * tensor.nbytes
     for name, one in sums.items():
-        ((bits, _),) = one.bits.most_common(1) or [("", 0)]
-        yield SavedPart(name, one.parameters, one.original, one.saved, bits)
+        ((scheme, _),) = one.schemes.most_common(1) or [("", 0)]
+        yield SavedPart(name, one.parameters, one.original, one.saved, scheme)
 
 
 def _part_name(model: nn.Module, name: str, head: str, embedding: str) -> str:
     owner = owner_of(name)
-    if is_expert(f"{owner}."):
+    if EXPERT.search(name):
         return "routed experts"
     if owner == embedding:
         return "embeddings"
@@ -88,8 +91,7 @@ def _part_name(model: nn.Module, name: str, head: str, embedding: str) -> str:
     return "other linear layers" if isinstance(module, nn.Linear) else "norms, routers and others"
 
 
-def _bits(scheme: QuantizationScheme) -> str:
-    args = scheme.weights
-    assert args is not None
-    shared = f"groups of {args.group_size}" if args.group_size else f"by {args.strategy}"
-    return f"{args.num_bits}, {shared}"
+def _label(scheme: QuantizationScheme) -> str:
+    found = Scheme.of_group(scheme.model_dump(mode="json"))
+    assert found is not None
+    return found.label

@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoround_modifier.defaults import MAX_SEQ_LENGTH, NUM_CALIBRATION_SAMPLES
 from autoround_modifier.errors import RecipeError
-from autoround_modifier.host.lifecycle import Modifier, as_recipe
+from autoround_modifier.host.lifecycle import Modifier, Recipe, as_recipe
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
 from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier
+from autoround_modifier.recipe_composition import compose_recipe
 from autoround_modifier.recipes import load_recipe
-from autoround_modifier.schemes.options import named_scheme
 
-__all__ = ["DEFAULT_RECIPE", "RecipeParts", "RunSettings", "read_recipe", "scheme_recipe"]
-
-DEFAULT_RECIPE = "w4a16_autoround"
-MAX_SEQ_LENGTH = 2048  # of `oneshot`
+__all__ = ["RecipeParts", "RunSettings", "read_recipe", "scheme_recipe"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class RunSettings:
     :ivar model_on_disk: weights stay on the disk and are loaded block by block
     :ivar checkpoint_dir: finished blocks are kept
     :ivar distillation_batch: samples in one pass of scale distillation; 0 without it
+    :ivar choosing_samples: on which `AutoSchemeModifier` measures; 0 without it
     """
 
     iters: int
@@ -48,6 +47,7 @@ class RunSettings:
     distillation_batch: int = 0
     distillation_samples: int = 0
     distillation_checkpointing: bool = True
+    choosing_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class RecipeParts:
         samples = int(tuner.num_calibration_samples or 0)
         needs_data = any(x.requires_calibration_data for x in self.tuners)
         if needs_data and not samples:
-            samples = 128  # static scales alone
+            samples = NUM_CALIBRATION_SAMPLES  # static scales alone
         length = max_seq_length or min(MAX_SEQ_LENGTH, model_length or MAX_SEQ_LENGTH)
         distiller = self.distiller
         return RunSettings(
@@ -97,18 +97,19 @@ class RecipeParts:
             distillation_batch=distiller.batch_size if distiller else 0,
             distillation_samples=distiller.num_calibration_samples if distiller else 0,
             distillation_checkpointing=distiller.gradient_checkpointing if distiller else True,
+            choosing_samples=self.chooser.num_calibration_samples if self.chooser else 0,
         )
 
 
-def scheme_recipe(scheme: str, **fields: Any) -> AutoRoundModifier:
+def scheme_recipe(scheme: str, **fields: Any) -> Recipe:
     """
     :param scheme: as in `schemes.named_scheme`: ``W4A16``, ``FP8_BLOCK``, ``W2A16G64``
     :param fields: of `AutoRoundModifier`
-    :return: a modifier that gives it to all linear layers but ``lm_head``
+    :return: as `quantize --scheme` makes it
+    :raises RecipeError: if the fields are not sound
     :raises SchemeError: if there is no such scheme
     """
-    group = named_scheme(scheme).model_copy(update={"targets": ["Linear"]})
-    return AutoRoundModifier(config_groups={"group_0": group}, **{"ignore": ["lm_head"], **fields})
+    return as_recipe(compose_recipe(auto_round={"scheme": scheme, **fields}))
 
 
 def read_recipe(recipe: Any, fields: Mapping[str, Any]) -> RecipeParts:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from autoround_modifier.planning.plan import Plan
-from autoround_modifier.planning.quantities import Quantity, as_size, total
+from autoround_modifier.planning.quantities import Quantity, total
+from autoround_modifier.readable import bytes_text, count_text, duration_text
 
-__all__ = ["Table", "as_data", "as_time", "summary", "tables", "verdict"]
+__all__ = ["Table", "as_data", "summary", "tables", "verdict"]
 
 Row = tuple[str, ...]
 
@@ -29,20 +30,12 @@ class Table:
     remarks: tuple[str, ...] = ()
 
 
-def as_time(seconds: float) -> str:
-    """:return: ``1.4 h``"""
-    for unit, name in ((3600, "h"), (60, "min")):
-        if seconds >= unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.1f} s"
-
-
 def summary(plan: Plan) -> str:
     """:return: one line: the model, the recipe, and what decides the rest"""
     run, counts = plan.run, plan.counts
     bits = 8 * plan.checkpoint.value / counts.parameters
     text = (
-        f"{plan.model}: {counts.architecture}, {counts.parameters / 1e9:.3g} billion parameters; "
+        f"{plan.model}: {counts.architecture}, {count_text(counts.parameters)} parameters; "
         f"{plan.recipe}: {bits:.2f} bits per parameter as saved. "
     )
     if not run.samples:
@@ -64,8 +57,8 @@ def tables(plan: Plan) -> list[Table]:
     found.append(_sized("host memory at the peak", plan.host))
     found.append(_sized("disk", plan.disk))
     if plan.seconds:
-        rows: list[Row] = [(x.name, as_time(x.value), x.kind) for x in plan.seconds]
-        rows.append(("all", as_time(total(plan.seconds)), "sum"))
+        rows: list[Row] = [(x.name, duration_text(x.value), x.kind) for x in plan.seconds]
+        rows.append(("all", duration_text(total(plan.seconds)), "sum"))
         columns = ("part", "time", "known by")
         found.append(Table("time", columns, tuple(rows), _remarks(plan.seconds)))
     if not plan.counts.chosen:
@@ -75,8 +68,8 @@ def tables(plan: Plan) -> list[Table]:
 
 def _sized(title: str, parts: Iterable[Quantity]) -> Table:
     parts = list(parts)
-    rows: list[Row] = [(x.name, as_size(x.value), x.kind) for x in parts if x.value]
-    rows.append(("all", as_size(total(parts)), "sum"))
+    rows: list[Row] = [(x.name, bytes_text(x.value), x.kind) for x in parts if x.value]
+    rows.append(("all", bytes_text(total(parts)), "sum"))
     return Table(title, ("part", "size", "known by"), tuple(rows), _remarks(parts))
 
 
@@ -96,18 +89,18 @@ def _parts(plan: Plan) -> Table:
     rows = [
         (
             part.name,
-            f"{part.parameters / 1e9:.3f} B",
-            part.bits,
-            as_size(part.original),
-            as_size(part.saved),
+            count_text(part.parameters),
+            part.scheme,
+            bytes_text(part.original),
+            bytes_text(part.saved),
         )
         for part in parts
         if part.parameters or part.saved
     ]
     saved, numbers = plan.counts.saved, plan.counts.parameters
-    mean = f"{8 * saved / numbers:.3f} in the mean"
-    rows.append(("all", f"{numbers / 1e9:.3f} B", mean, as_size(original), as_size(saved)))
-    columns = ("part", "parameters", "bits", "as loaded", "as saved")
+    mean = f"{8 * saved / numbers:.3f} bits in the mean"
+    rows.append(("all", count_text(numbers), mean, bytes_text(original), bytes_text(saved)))
+    columns = ("part", "parameters", "scheme", "as loaded", "as saved")
     return Table("tensors of the checkpoint (counted)", columns, tuple(rows))
 
 
@@ -116,7 +109,7 @@ def verdict(plan: Plan) -> list[str]:
     machine = plan.machine
     if plan.fits:
         where = machine.device.name if not machine.device.is_cpu else "this CPU's memory"
-        return [f"fits: {where}, {as_size(machine.ram)} of host memory, {machine.disk_path}"]
+        return [f"fits: {where}, {bytes_text(machine.ram)} of host memory, {machine.disk_path}"]
     names = {
         "device memory": machine.device.name,
         "host memory": "host memory",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from autoround_modifier import defaults
 from autoround_modifier.errors import RecipeError
+from autoround_modifier.presets import PRESETS
+from autoround_modifier.report.schema import TaskEngine
 
 __all__ = [
     "CheckpointEntry",
@@ -62,12 +65,12 @@ class EvaluationEntry(Entry):
 
     text: Path | None = Field(default=None, description="that calibration does not see")
     match: dict[str, str] = Field(default={}, description="columns and values of rows of the text")
-    samples: int = Field(default=32, ge=1)
-    length: int = Field(default=512, ge=2)
+    samples: int = Field(default=defaults.EVALUATION_SAMPLES, ge=1)
+    length: int = Field(default=defaults.EVALUATION_LENGTH, ge=2)
     prompts: Path | None = None
     tasks: list[str] = Field(default=[], description="of lm-evaluation-harness")
     task_path: Path | None = Field(default=None, description="folder of further tasks")
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: TaskEngine = "transformers"
     limit: int | None = Field(default=None, ge=1)
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
@@ -130,7 +133,10 @@ class ReleaseFile(Entry):
 
         def small(entry: CheckpointEntry) -> CheckpointEntry:
             fields = {**entry.fields, **TINY_FIELDS}
-            fields.pop("preset", None)
+            preset = PRESETS.get(fields.pop("preset", "default"))
+            if preset is not None and not preset.iters:
+                fields["iters"] = 0
+                fields["scale_search"] = preset.scale_search
             return entry.model_copy(update={"fields": fields})
 
         few = {
@@ -160,6 +166,8 @@ def read_release(path: Path) -> ReleaseFile:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         release = ReleaseFile.model_validate(content)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     except ValidationError as error:

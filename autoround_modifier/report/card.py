@@ -9,29 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from autoround_modifier.errors import CheckpointError
+from autoround_modifier.export.saved_config import quantization_of
+from autoround_modifier.export.saved_files import CONFIG, read_json
 from autoround_modifier.report.own_files import check_own, write_own
 from autoround_modifier.report.results_table import result_rows
-from autoround_modifier.report.run_settings import run_settings
-from autoround_modifier.report.saved_schemes import SavedScheme, read_config, saved_schemes
+from autoround_modifier.report.rounding_method import rounding_method
+from autoround_modifier.report.saved_schemes import SavedScheme, saved_schemes
 from autoround_modifier.report.schema import (
     Evaluation,
     QuantizationReport,
+    check_folder,
     read_evaluation,
     read_report,
 )
 from autoround_modifier.report.summary import command_text, mean_bits, summary
-from autoround_modifier.report.words import (
-    bits_text,
-    bytes_text,
-    count_text,
-    figures_text,
-    hub_name,
-    model_name,
-    percent_text,
-)
+from autoround_modifier.report.templates import template
+from autoround_modifier.report.words import hub_name, model_name
 
 __all__ = ["CARD_FILE", "Card", "CardOptions", "make_card", "write_card"]
 
@@ -93,30 +88,16 @@ def make_card(checkpoint: Path, options: CardOptions) -> Card:
     :param checkpoint: folder with a report
     :raises CheckpointError: see `write_card`
     """
+    check_folder(checkpoint)
     report, evaluation = read_report(checkpoint), read_evaluation(checkpoint)
-    config = read_config(checkpoint)
-    schemes, settings = saved_schemes(config), run_settings(report.recipe)
+    config = read_json(checkpoint / CONFIG)
+    schemes, method = saved_schemes(config), rounding_method(report.recipe)
     card = Card()
     data = _front_matter(checkpoint, report, config, schemes, options, card)
     name = (options.repo or checkpoint.resolve().name).rpartition("/")[2]
-    environment = Environment(
-        loader=PackageLoader("autoround_modifier.report", ""),
-        autoescape=False,  # Markdown; what is not ours goes through `plain`, `code` and `fenced`
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "bits": bits_text,
-        "bytes": bytes_text,
-        "code": _code,
-        "count": count_text,
-        "fenced": _fenced,
-        "figures": figures_text,
-        "percent": percent_text,
-        "plain": _plain,
-    }
-    body = environment.get_template("card.md").render(
+    # Markdown: what is not ours goes through `plain`, `code` and `fenced`
+    markdown = template("card.md", autoescape=False, code=_code, fenced=_fenced, plain=_plain)
+    body = markdown.render(
         mark=MARK,
         name=name,
         served=options.repo or f"./{name}",
@@ -126,11 +107,11 @@ def make_card(checkpoint: Path, options: CardOptions) -> Card:
         evaluation=evaluation,
         data=data,
         schemes=schemes,
-        weight_tags=_listed(x.tag for x in schemes),
-        activation_tags=_listed(x.activation_tag or "none, 16 bits" for x in schemes),
+        weight_tags=_listed(x.scheme.weight_tag for x in schemes),
+        activation_tags=_listed(x.scheme.activation_tag or "none, 16 bits" for x in schemes),
         cache=_cache_tag(config),
         bits=mean_bits(report),
-        settings=settings,
+        method=method,
         command=command_text(report),
         script=_script(report, str(data.base_model or report.model.source), name),
         rows=result_rows(evaluation.tasks) if evaluation is not None else [],
@@ -151,13 +132,13 @@ def _front_matter(
     source = _source_card(report)
     found: dict[str, Any] = {
         "base_model": options.base_model or _base_model(report),
-        "license": options.license or report.model.license or source.get("license"),
+        "license": options.license or source.get("license"),
         "language": list(options.language) or source.get("language"),
         "pipeline_tag": source.get("pipeline_tag") or _pipeline_tag(config),
     }
     reasons = {
         "base_model": "the model was loaded from a folder; name it with `--base-model`",
-        "license": "neither the report nor a card of the original names one; use `--license`",
+        "license": "no card of the original names one; use `--license`",
         "language": "no card of the original names one; use `--language`",
         "pipeline_tag": "not known of this architecture",
     }
@@ -165,7 +146,8 @@ def _front_matter(
     if found["license"] == "other" and not options.license:
         found |= {key: source.get(key) for key in ("license_name", "license_link")}
     tags = ["llmcompressor", "quantized"] if schemes else ["quantized"]
-    tags += [x.tag for x in schemes] + [x.activation_tag for x in schemes if x.activation_tag]
+    tags += [x.scheme.weight_tag for x in schemes]
+    tags += [tag for x in schemes if (tag := x.scheme.activation_tag) is not None]
     tags += ["compressed-tensors", "vllm"] if schemes else []
     if found["base_model"]:
         found["base_model_relation"] = "quantized"
@@ -210,7 +192,7 @@ def _pipeline_tag(config: Mapping[str, Any]) -> str | None:
 
 def _cache_tag(config: Mapping[str, Any]) -> str | None:
     """:return: what the key-value cache is quantized to"""
-    cache = (config.get("quantization_config") or {}).get("kv_cache_scheme")
+    cache = (quantization_of(config) or {}).get("kv_cache_scheme")
     if not cache:
         return None
     return f"{'FP' if cache.get('type') == 'float' else 'INT'}{cache.get('num_bits')}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, Field
 
+from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.errors import CheckpointError
+from autoround_modifier.export.saved_config import quantization_of
+from autoround_modifier.export.saved_files import CONFIG, read_json
 from autoround_modifier.report.schema import (
     EVALUATION_FILE,
     REPORT_FILE,
@@ -23,8 +24,6 @@ from autoround_modifier.report.schema import (
 )
 
 __all__ = ["Comparison", "KindComparison", "Side", "TaskComparison", "compare_checkpoints"]
-
-CONFIG = "config.json"
 
 
 class Side(BaseModel):
@@ -191,31 +190,12 @@ def _tasks(evaluations: list[Evaluation | None]) -> list[TaskComparison]:
 
 def _configured_schemes(path: Path) -> dict[str, int | None]:
     """:return: of a checkpoint without report, as far as its ``config.json`` says them"""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    for part in (config, config.get("text_config") or {}):
-        found = part.get("quantization_config") or part.get("compression_config")
-        if found and "config_groups" in found:
-            return dict.fromkeys(map(_group_name, found["config_groups"].values()))
-        if found:
-            bits = found.get("bits")
-            method = str(found.get("quant_method", "quantized"))
-            return {f"{method} {bits} bits" if bits else method: None}
-    return {"not quantized": None}
-
-
-def _group_name(group: dict[str, Any]) -> str:
-    """:return: scheme of a group of compressed-tensors: ``W4 int sym group 32``"""
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
-    size = weights.get("group_size") or weights.get("block_structure")
-    parts = [
-        f"W{weights.get('num_bits', 16)}",
-        str(weights.get("type", "")),
-        "sym" if weights.get("symmetric", True) else "asym",
-        str(weights.get("strategy") or ""),
-        "" if size is None else str(size),
-        f"A{inputs['num_bits']}" if inputs else "",
-    ]
-    return " ".join(part for part in parts if part)
+    quantization = quantization_of(read_json(path))
+    if quantization is None:
+        return {"not quantized": None}
+    if "config_groups" in quantization:
+        groups = quantization["config_groups"].values()
+        schemes = (Scheme.of_group(group, quantization.get("format")) for group in groups)
+        return {scheme.label: None for scheme in schemes if scheme is not None}
+    bits, method = quantization.get("bits"), str(quantization.get("quant_method", "quantized"))
+    return {f"{method} {bits} bits" if bits else method: None}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.report.schema import LayerRecord, QuantizationReport
 
 __all__ = [
@@ -24,8 +24,6 @@ __all__ = [
     "schemes_by_bits",
     "unquantized_bytes",
 ]
-
-_EXPERT = re.compile(r"^.*\bexperts\.\d+")
 
 
 @dataclass(frozen=True)
@@ -176,8 +174,8 @@ def expert_tokens(layers: Iterable[LayerRecord]) -> list[ExpertTokens]:
     blocks: dict[int, dict[str, int]] = {}
     for layer in layers:
         if layer.tokens is not None and layer.block is not None:
-            match = _EXPERT.match(layer.name)
-            expert = match[0] if match else layer.name
+            match = EXPERT.search(layer.name)
+            expert = layer.name[: match.end()] if match else layer.name
             blocks.setdefault(layer.block, {})[expert] = layer.tokens
     return [
         ExpertTokens(

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from autoround_modifier.engines.config_names import EXPERT
+from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.host.layers import Layer
 from autoround_modifier.host.saved_size import saved_bits_of_shape
-from autoround_modifier.host.schemes import QuantizationScheme, scheme_label
+from autoround_modifier.host.schemes import QuantizationScheme
 from autoround_modifier.progress.block_report import LayerReport
 from autoround_modifier.report.schema import LayerRecord
 
@@ -33,7 +34,8 @@ def layer_records(
     """
     records = []
     for name, layer, scheme in _layers(model):
-        if scheme is None or scheme.weights is None:
+        written = None if scheme is None else Scheme.of_group(scheme.model_dump(mode="json"))
+        if scheme is None or written is None:
             continue
         shape = _shape(layer)
         weights = shape[0] * shape[1]
@@ -44,7 +46,7 @@ def layer_records(
                 name=name,
                 kind=layer_kind(name),
                 block=_block_number(name),
-                scheme=scheme_label(scheme),
+                scheme=written.label,
                 bits_per_weight=saved_bits_of_shape(
                     shape, dtype, scheme, isinstance(layer, nn.Embedding)
                 )

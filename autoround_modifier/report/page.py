@@ -8,10 +8,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from autoround_modifier.errors import MissingExtraError
+from autoround_modifier.readable import (
+    bits_text,
+    duration_text,
+    percent_text,
+    unbroken,
+)
 from autoround_modifier.report.layer_table import (
     bits_by_block,
     by_kind,
@@ -27,24 +32,15 @@ from autoround_modifier.report.schema import (
     Evaluation,
     QuantizationReport,
     TokenDivergence,
+    check_folder,
     read_evaluation,
     read_report,
 )
 from autoround_modifier.report.summary import command_text, key_figures, summary
-from autoround_modifier.report.words import (
-    bits_text,
-    bytes_text,
-    count_text,
-    duration_text,
-    figures_text,
-    model_name,
-    percent_text,
-    result_text,
-    scheme_text,
-    unbroken,
-)
+from autoround_modifier.report.templates import template
+from autoround_modifier.report.words import model_name, result_text, scheme_text
 
-__all__ = ["PAGE_FILE", "render_page", "write_page"]
+__all__ = ["PAGE_FILE", "check_matplotlib", "render_page", "write_page"]
 
 PAGE_FILE = "quantization_report.html"
 MARK = '<meta name="generator" content="autoround-modifier report">'
@@ -78,11 +74,20 @@ def write_page(checkpoint: Path, output: Path | None = None, overwrite: bool = F
     :raises OutputExistsError: if the file is there and is no such page
     """
     path = checkpoint / PAGE_FILE if output is None else output
+    check_folder(checkpoint)
     report = read_report(checkpoint)
     evaluation = read_evaluation(checkpoint)
     check_own(path, MARK, overwrite)
     write_own(path, render_page(report, evaluation), MARK, overwrite)
     return path
+
+
+def check_matplotlib() -> None:
+    """:raises MissingExtraError: if matplotlib, which draws the figures, is not installed"""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("the page of a report", "matplotlib", "plot") from None
 
 
 def render_page(report: QuantizationReport, evaluation: Evaluation | None) -> str:
@@ -91,31 +96,18 @@ def render_page(report: QuantizationReport, evaluation: Evaluation | None) -> st
     :raises MissingExtraError: if matplotlib is not installed
     :raises CheckpointError: if the recipe in the report cannot be read
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("the page of a report", "matplotlib", "plot") from None
-    environment = Environment(
-        loader=PackageLoader("autoround_modifier.report", ""),
+    check_matplotlib()
+    page = template(
+        "page.html",
         autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        duration=duration_text,
+        recovery=recovery_text,
+        result=result_text,
+        scheme=scheme_text,
+        unbroken=unbroken,
     )
-    environment.filters |= {
-        "bits": bits_text,
-        "bytes": bytes_text,
-        "count": count_text,
-        "duration": duration_text,
-        "figures": figures_text,
-        "percent": percent_text,
-        "recovery": recovery_text,
-        "result": result_text,
-        "scheme": scheme_text,
-        "unbroken": unbroken,
-    }
     tokens = [] if evaluation is None else _tokens(evaluation.tokens)
-    return environment.get_template("page.html").render(
+    return page.render(
         mark=Markup(MARK),
         name=model_name(report.model.source),
         summary=summary(report, evaluation),

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 
 import psutil
-import torch
 
+from autoround_modifier.device import peak_memory, reset_peak_memory
 from autoround_modifier.report.schema import PhaseRecord
 
 __all__ = ["PhaseClock"]
@@ -40,7 +40,7 @@ class PhaseClock:
         self._since = time.perf_counter()
 
     def start(self) -> None:
-        self._reset_device()
+        reset_peak_memory()
         self._sampler.start()
 
     def stop(self) -> None:
@@ -81,15 +81,9 @@ class PhaseClock:
         total = self._totals[self._open[-1]]
         total.seconds += now - self._since
         total.host = max(total.host, self._process.memory_info().rss)
-        if torch.cuda.is_available():
-            total.device = max(total.device, torch.cuda.max_memory_allocated())
-            self._reset_device()
+        total.device = max(total.device, peak_memory())
+        reset_peak_memory()
         self._since = now
-
-    @staticmethod
-    def _reset_device() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
 
     def _sample(self) -> None:
         while not self._stopped.wait(SAMPLING_SECONDS):

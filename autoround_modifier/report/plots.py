@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from autoround_modifier.readable import bits_text, bytes_text, duration_text, figures_text
 from autoround_modifier.report.layer_table import (
     ExpertTokens,
     Grid,
@@ -27,12 +28,6 @@ from autoround_modifier.report.schema import (
     SizeRecord,
 )
 from autoround_modifier.report.svg import COLOURS, inline_svg
-from autoround_modifier.report.words import (
-    bits_text,
-    bytes_text,
-    duration_text,
-    figures_text,
-)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

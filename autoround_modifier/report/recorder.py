@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
-import platform
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoround_modifier.device import device_name
 from autoround_modifier.host.layers import disable_onloading
 from autoround_modifier.parallel import gathered
 from autoround_modifier.progress.block_report import BlockReport
@@ -36,14 +35,15 @@ from autoround_modifier.report.schema import (
     BlockRecord,
     DataRecord,
     DistillationRecord,
+    LayerRecord,
     ModelRecord,
     QuantizationReport,
     SizeRecord,
 )
 from autoround_modifier.runs.calibration_data import calibration_digest, sample_lengths
-from autoround_modifier.version import __version__
+from autoround_modifier.version import package_versions
 
-__all__ = ["OriginalModel", "RunRecorder", "active_recorder", "package_versions", "recording"]
+__all__ = ["OriginalModel", "RunRecorder", "active_recorder", "recording"]
 
 _active: ContextVar[RunRecorder | None] = ContextVar("recorder", default=None)
 
@@ -92,7 +92,7 @@ class RunRecorder:
     A listener of `progress.events`. Reports may be made while the run goes on.
 
     :param command: the command line that started the run; None where there was none
-    :param recipe_name: of a shipped recipe
+    :param recipe_name: of a shipped recipe, or of a file
     :param dataset: where the calibration data is from, in words
     :param model: name of the original; None for what its config says
     """
@@ -165,8 +165,8 @@ class RunRecorder:
         tuned = {layer.name: layer for block in self._blocks for layer in block.layers}
         layers = layer_records(model, tuned, self._weight_errors, original.dtype)
         return QuantizationReport(
-            versions=package_versions(),
-            device=_device_name(),
+            versions=package_versions(*PACKAGES),
+            device=device_name(),
             started=self._started.isoformat(timespec="seconds"),
             seconds=round((datetime.now(timezone.utc) - self._started).total_seconds(), 3),
             command=None if self.command is None else list(self.command),
@@ -226,14 +226,6 @@ def active_recorder() -> RunRecorder | None:
     return _active.get()
 
 
-def package_versions() -> dict[str, str]:
-    """:return: version of each package that results depend on, of Python and the system"""
-    found = {"autoround_modifier": __version__}
-    for name in PACKAGES:
-        found[name] = importlib.metadata.version(name)
-    return found | {"python": platform.python_version(), "system": platform.platform()}
-
-
 def _block_record(block: BlockReport) -> BlockRecord:
     return BlockRecord(
         name=block.name,
@@ -251,7 +243,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _size(layers: list[Any], original: OriginalModel, folder: Path) -> SizeRecord:
+def _size(layers: list[LayerRecord], original: OriginalModel, folder: Path) -> SizeRecord:
     weights = sum(layer.weights for layer in layers)
     bits = sum(layer.bits_per_weight * layer.weights for layer in layers)
     return SizeRecord(
@@ -275,11 +267,3 @@ def _choice_record(choice: Any, budget: float | None) -> AutoSchemeRecord:
         chosen=(choice.avg_bits(), choice.score),
         layers=layers,
     )
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    accelerator = torch.accelerator.current_accelerator()
-    name = "CPU" if accelerator is None else str(accelerator)
-    return f"{name}, {torch.get_num_threads()} threads" if name == "CPU" else name

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from autoround_modifier.readable import percent_text
 from autoround_modifier.report.schema import TaskResult
-from autoround_modifier.report.words import percent_text, result_text
+from autoround_modifier.report.words import result_text
 
 __all__ = ["ResultRow", "recovery_text", "result_rows"]
 
@@ -82,8 +83,8 @@ def _category(task: str) -> str:
 
 def _row(category: str, task: TaskResult) -> ResultRow:
     details = [task.metric] if task.metric else []
-    if task.filter not in (None, "none"):
-        details.append(str(task.filter))
+    if task.filter is not None:
+        details.append(task.filter)
     if task.shots is not None:
         details.append(f"{task.shots}-shot")
     return ResultRow(

@@ -8,11 +8,11 @@ Fields may be added within a version; where one changes its meaning, the version
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
-from autoround_modifier.errors import CheckpointError
+from autoround_modifier.errors import CheckpointError, described_problems
 
 __all__ = [
     "EVALUATION_FILE",
@@ -29,9 +29,11 @@ __all__ = [
     "PhaseRecord",
     "QuantizationReport",
     "SizeRecord",
+    "TaskEngine",
     "TaskResult",
     "TextRecord",
     "TokenDivergence",
+    "check_folder",
     "read_evaluation",
     "read_report",
 ]
@@ -39,6 +41,7 @@ __all__ = [
 REPORT_FILE = "quantization_report.json"
 EVALUATION_FILE = "evaluation.json"
 VERSION: Literal[1] = 1
+TaskEngine: TypeAlias = Literal["transformers", "vllm"]
 
 
 class Record(BaseModel):
@@ -51,7 +54,6 @@ class ModelRecord(Record):
     revision: str | None = Field(default=None, description="commit on the hub, where there is one")
     architecture: str = Field(description="class of the model")
     parameters: int = Field(description="number of parameters, tied ones once")
-    license: str | None = Field(default=None, description="as its card spells it")
 
 
 class DataRecord(Record):
@@ -100,7 +102,7 @@ class LayerRecord(Record):
     name: str = Field(description="in the model")
     kind: str = Field(description="last part of the name, such as `q_proj`; experts have one kind")
     block: int | None = Field(description="number of the block that holds it; None outside blocks")
-    scheme: str = Field(description="short name, such as `W2 sym G64`")
+    scheme: str = Field(description="short name, such as `W2A16 G64`")
     bits_per_weight: float = Field(description="as saved, scales and zero points included")
     weights: int = Field(description="number of weights")
     error_of: Literal["output", "weight"] = Field(description="what its errors are errors of")
@@ -148,9 +150,13 @@ class QuantizationReport(Record):
     seconds: float = Field(description="of the whole run")
     command: list[str] | None = Field(description="the command line, where there was one")
     recipe: str = Field(description="YAML, as run")
-    recipe_name: str | None = Field(default=None, description="of a shipped recipe")
+    recipe_name: str | None = Field(
+        default=None, description="of a shipped recipe, or of a file, without ending"
+    )
     model: ModelRecord = Field(description="the original")
-    data: DataRecord | None = Field(description="calibration data; None if there was none")
+    data: DataRecord | None = Field(
+        description="calibration data; None if there was none, or it cannot be read twice"
+    )
     phases: list[PhaseRecord] = Field(description="in the order in which they began")
     blocks: list[BlockRecord] = Field(description="those that were tuned, in their order")
     layers: list[LayerRecord] = Field(description="those that are quantized")
@@ -205,7 +211,7 @@ class TaskResult(Record):
     quantized_stderr: float | None = Field(default=None, description="standard error")
     higher_is_better: bool | None = Field(default=None, description="what the harness says of it")
     group: str | None = Field(default=None, description="whose own result is a mean over this one")
-    engine: Literal["transformers", "vllm"] | None = Field(
+    engine: TaskEngine | None = Field(
         default=None, description="that ran it here; None for results that were read from files"
     )
 
@@ -226,7 +232,7 @@ class Evaluation(Record):
     versions: dict[str, str] = Field(description="of packages, Python and the operating system")
     original: str = Field(description="folder or name")
     quantized: str = Field(description="folder or name")
-    engine: Literal["transformers", "vllm"] = Field(
+    engine: TaskEngine = Field(
         default="transformers",
         description="that ran the tasks last; text and generations are those of Transformers",
     )
@@ -265,6 +271,12 @@ def read_evaluation(checkpoint: Path) -> Evaluation | None:
     return _read(path, Evaluation) if path.is_file() else None
 
 
+def check_folder(checkpoint: Path) -> None:
+    """:raises CheckpointError: if it is a file, beside which nothing is looked for"""
+    if checkpoint.is_file():
+        raise CheckpointError(f"{checkpoint} is a file; name the folder of the checkpoint")
+
+
 def _read(path: Path, kind: type[Read]) -> Read:
     try:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
@@ -272,5 +284,7 @@ def _read(path: Path, kind: type[Read]) -> Read:
         raise CheckpointError(
             f"{path} is not there; `autoround-modifier quantize` writes it"
         ) from None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {described_problems(error)}") from error

@@ -8,18 +8,17 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoround_modifier.report.run_settings import run_settings
-from autoround_modifier.report.schema import DataRecord, Evaluation, LayerRecord, QuantizationReport
-from autoround_modifier.report.words import (
+from autoround_modifier.readable import (
     bits_text,
     bytes_text,
     count_text,
     duration_text,
     figures_text,
-    model_name,
     percent_text,
-    scheme_text,
 )
+from autoround_modifier.report.rounding_method import rounding_method
+from autoround_modifier.report.schema import DataRecord, Evaluation, LayerRecord, QuantizationReport
+from autoround_modifier.report.words import model_name, scheme_text
 
 __all__ = ["KeyFigure", "command_text", "key_figures", "mean_bits", "schemes_text", "summary"]
 
@@ -42,9 +41,10 @@ def summary(report: QuantizationReport, evaluation: Evaluation | None) -> str:
     if report.layers:
         text += f" to {bits_text(mean_bits(report))} bits per weight"
         text += f" ({schemes_text(report.layers)})"
-    text += f" by {run_settings(report.recipe).method}"
+    method = rounding_method(report.recipe)
+    text += f" by {method.text}"
     if report.data is not None:
-        text += f" on {_data_text(report.data)}"
+        text += f" on {_data_text(report.data, method.samples)}"
     if report.auto_scheme is not None:
         text += ", with schemes chosen by AutoScheme"
     if report.distillation is not None and report.distillation.kept:
@@ -66,11 +66,13 @@ def command_text(report: QuantizationReport) -> str | None:
     return shlex.join([Path(program).name, *arguments])
 
 
-def _data_text(data: DataRecord) -> str:
+def _data_text(data: DataRecord, tuned_on: int | None) -> str:
+    """:param tuned_on: largest number of samples that were tuned on; None for all"""
+    number = data.samples if tuned_on is None else min(tuned_on, data.samples)
     length = f"{data.max_length} tokens"
     if data.tokens < data.samples * data.max_length:
         length = f"up to {length}"
-    samples = "1 sample" if data.samples == 1 else f"{data.samples} samples"
+    samples = "1 sample" if number == 1 else f"{number} samples"
     return f"{samples} of {length}"
 
 

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autoround_modifier.errors import CheckpointError
+from autoround_modifier.locks import LOCK_FILE, FolderLock
 from autoround_modifier.parallel import (
     gathered,
     is_source_process,
@@ -38,7 +39,6 @@ from autoround_modifier.progress.block_report import BlockReport
 from autoround_modifier.runs.block_data import COLUMNS, BlockData
 from autoround_modifier.runs.digests import DATA, MODEL, Described
 from autoround_modifier.runs.files import TEMPORARY_PREFIX, atomic_file, write_atomically
-from autoround_modifier.runs.lock import LOCK_FILE, FolderLock
 
 __all__ = ["BlockState", "RunCheckpoint"]
 
@@ -291,12 +291,14 @@ class RunCheckpoint:
             finished = self._num_finished()
             what = "" if name is None else f" {name} could not be saved;"
             kept = f" {finished} finished groups of blocks are kept there." if finished else ""
-            raise OSError(
-                error.errno,
+            said = (
                 f"checkpoint_dir {self.folder} cannot be written to ({error.strerror or error})."
                 f"{what}{kept} Free disk space or fix its permissions, then start the same run "
-                "again",
-            ) from error
+                "again"
+            )
+            # that of safetensors has no number
+            numbered = (said,) if error.errno is None else (error.errno, said)
+            raise OSError(*numbered) from error
 
 
 def _write(path: Path, state: BlockState) -> None:

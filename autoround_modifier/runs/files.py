@@ -9,9 +9,37 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["TEMPORARY_PREFIX", "atomic_file", "not_private_reason", "write_atomically"]
+__all__ = [
+    "TEMPORARY_PREFIX",
+    "atomic_file",
+    "check_writable",
+    "not_private_reason",
+    "write_atomically",
+]
 
 TEMPORARY_PREFIX = ".unfinished-"
+
+
+def check_writable(path: Path) -> None:
+    """
+    Whether a file can be written, found out before there is anything to write.
+
+    :param path: of a file, which may not exist, or of a folder for it
+    :raises OSError: if it is a device or a pipe, or its folder cannot be made or written to
+    """
+    _refuse_devices(path)
+    nearest = next(x for x in (path if path.is_dir() else path.parent, *path.parents) if x.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {nearest} cannot be written to")
+
+
+def _refuse_devices(path: Path) -> None:
+    """A file would take the place of the device, for every program."""
+    is_device = path.exists() and not (path.is_file() or path.is_dir())
+    if is_device or path.absolute().parent == Path(os.devnull).parent:
+        raise OSError(f"{path} is a device or a pipe; name a file")
 
 
 @contextlib.contextmanager
@@ -21,8 +49,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     its content is on the disk; no reader, and no crash, ever sees a part of it. A link in that
     place is replaced, not followed.
 
-    :raises OSError: if the folder cannot be written to; an existing file is left as it was
+    :raises OSError: if the folder cannot be written to, or ``path`` is a device or a pipe; an
+        existing file is left as it was
     """
+    _refuse_devices(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
     # The system applies the umask, as it does for `open`. O_EXCL refuses links as well.

@@ -46,7 +46,7 @@ def find_units(
 
     :param layers: names of the layers that get a scheme, in the order of the model
     :param shared: further groups, each given by targets (names, ``re:`` patterns, classes)
-    :param engine: that must load the checkpoint: one of `ENGINES`
+    :param engine: that must load the checkpoint: one of `fields.ENGINES`
     :return: units in the order of their first layers; every layer is in one
     :raises RecipeError: if a target of ``shared`` matches none of the layers
     """

@@ -16,8 +16,19 @@ HOST_LIBRARIES = ("llmcompressor", "compressed_tensors")
 # Rooms, that is folders and single files of the package. Each may import from the lines above its
 # own, and from nothing else of the package.
 ORDER = (
-    ("command", "device", "errors", "parallel", "presets", "progress", "version"),
-    ("calibration", "engines", "fields", "formats", "scheme_names"),
+    (
+        "command",
+        "defaults",
+        "device",
+        "errors",
+        "parallel",
+        "presets",
+        "progress",
+        "readable",
+        "version",
+    ),
+    ("calibration", "config_sections", "fields", "formats", "locks", "scheme_names"),
+    ("engines",),
     ("host", "recipe_files"),
     ("activations", "export", "scheme_catalogue"),
     ("blocks",),
@@ -26,8 +37,8 @@ ORDER = (
     ("hub", "report", "schemes"),
     ("evaluation", "modifiers"),
     ("recipes",),
-    ("entrypoint", "planning", "recipe_composition"),
-    ("api", "job"),
+    ("entrypoint", "recipe_composition"),
+    ("api", "job", "planning"),
     ("release",),
     ("cli",),
     ("__main__",),

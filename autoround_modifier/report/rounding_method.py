@@ -1,34 +1,37 @@
-"""What a recipe as run did to weights, read from its YAML alone."""
+"""How a recipe that was run rounded weights, read from its YAML alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from autoround_modifier.errors import CheckpointError
-from autoround_modifier.presets import PRESETS
+from autoround_modifier.presets import PRESETS, Preset
+from autoround_modifier.recipe_files import modifiers_of
 
-__all__ = ["RunSettings", "run_settings"]
+__all__ = ["RoundingMethod", "rounding_method"]
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class RoundingMethod:
     """
     :param modifiers: names, in the order in which they ran
     :param iters: steps of SignRound for each block; None without an AutoRoundModifier
     :param scale_search: whether scales were searched before tuning (SignRoundV2)
+    :param samples: largest number of samples that it tuned on; None where it tuned nothing
     """
 
     modifiers: tuple[str, ...]
     iters: int | None = None
     scale_search: bool = False
+    samples: int | None = None
 
     @property
-    def method(self) -> str:
-        """How weights were rounded: the end of a sentence that begins "was quantized by"."""
+    def text(self) -> str:
+        """The end of a sentence that begins "was quantized by"."""
         if self.iters is None:
             return " and ".join(self.modifiers)
         if self.iters:
@@ -38,7 +41,7 @@ class RunSettings:
         return "rounding to nearest"
 
 
-def run_settings(recipe: str) -> RunSettings:
+def rounding_method(recipe: str) -> RoundingMethod:
     """
     :param recipe: YAML
     :raises CheckpointError: if it is not a recipe
@@ -47,30 +50,21 @@ def run_settings(recipe: str) -> RunSettings:
         content = yaml.safe_load(recipe)
     except yaml.YAMLError as error:
         raise CheckpointError(f"the recipe in the report is not valid YAML: {error}") from error
-    bodies = list(_modifiers(content))
+    bodies = list(modifiers_of(content))
     if not bodies:
         raise CheckpointError("the recipe in the report has no modifiers")
     names = tuple(name for name, _ in bodies)
     for name, body in bodies:
         if name == "AutoRoundModifier":
             preset = PRESETS.get(body.get("preset", "default"), PRESETS["default"])
-            iters, search = body.get("iters"), body.get("scale_search")
-            return RunSettings(
-                names,
-                preset.iters if iters is None else iters,
-                preset.scale_search if search is None else search,
+            iters = _value(body, "iters", preset)
+            samples = _value(body, "num_calibration_samples", preset)
+            return RoundingMethod(
+                names, iters, _value(body, "scale_search", preset), samples if iters else None
             )
-    return RunSettings(names)
+    return RoundingMethod(names)
 
 
-def _modifiers(recipe: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """:return: name and fields of each modifier; a recipe is stages, groups, modifiers"""
-    for stage in _values(recipe):
-        for group in _values(stage):
-            if isinstance(group, dict):
-                for name, body in group.items():
-                    yield str(name), body if isinstance(body, dict) else {}
-
-
-def _values(mapping: Any) -> list[Any]:
-    return list(mapping.values()) if isinstance(mapping, dict) else []
+def _value(body: Mapping[str, Any], field: str, preset: Preset) -> Any:
+    given = body.get(field)
+    return getattr(preset, field) if given is None else given

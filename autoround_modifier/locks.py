@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -17,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LOCK_FILE", "FolderLock"]
+__all__ = ["LOCK_FILE", "FolderLock", "in_use", "is_in_use"]
 
 LOCK_FILE = "run.lock"
 
@@ -88,3 +90,40 @@ class FolderLock:
             del _held[self._key]
             self._file.close()
             self._file = None
+
+
+@contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """
+    Until the end, or until the process ends, `is_in_use` tells others that this process writes into
+    the folder; not on systems and file systems that cannot lock.
+
+    :param folder: exists
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_in_use(folder: Path) -> bool:
+    """:return: whether a process on this machine writes into a folder, by `in_use`"""
+    if fcntl is None:
+        return False
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # that process has ended since
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(descriptor)
+    return False

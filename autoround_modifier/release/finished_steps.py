@@ -1,4 +1,4 @@
-"""Which steps of a release are done, and what they were done with, so that it can go on."""
+"""Which steps of a release have ended, and with which settings, so that it can go on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from autoround_modifier.errors import CheckpointError
 from autoround_modifier.runs.digests import text_digest
 from autoround_modifier.runs.files import write_atomically
 
-__all__ = ["StepsDone"]
+__all__ = ["FinishedSteps"]
 
 
 @dataclass
-class StepsDone:
+class FinishedSteps:
     """
     :param path: of the file that notes the steps of one checkpoint
     """
@@ -31,6 +31,8 @@ class StepsDone:
             raise CheckpointError(
                 f"{self.path}: {error}; delete it to do all steps again"
             ) from error
+        if not isinstance(self._steps, dict):
+            raise CheckpointError(f"{self.path}: no JSON object; delete it to do all steps again")
 
     def is_done(self, step: str, settings: Any) -> bool:
         """
