@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from autoround_modifier.engines.config_names import EXPERT
+from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.errors import ExportError, listed
 from autoround_modifier.export.contents import refuse_other_formats
 from autoround_modifier.export.saved_files import opened, read_layout, tensor_files
 from autoround_modifier.export.saved_layers import EMBEDDINGS, HEADS
 from autoround_modifier.export.saved_weights import SavedWeights
-from autoround_modifier.host.schemes import QuantizationScheme, QuantizationType, scheme_label
+from autoround_modifier.host.schemes import QuantizationScheme, QuantizationType
 
 __all__ = ["IntegerCheckpoint", "IntegerLayer", "IntegerSpec"]
 
@@ -43,9 +44,9 @@ class IntegerSpec:
 
     @property
     def label(self) -> str:
-        """Such as ``W2 sym G64`` or ``W8 asym channel``."""
-        groups = "channel" if self.group_size == -1 else f"G{self.group_size}"
-        return f"W{self.num_bits} {'sym' if self.symmetric else 'asym'} {groups}"
+        """Such as ``W2A16 G64`` or ``W8A16 asym channel``."""
+        strategy = "channel" if self.group_size == -1 else "group"
+        return Scheme("int", self.num_bits, self.symmetric, self.group_size, strategy).label
 
     @property
     def features_per_scale(self) -> int:
@@ -193,9 +194,15 @@ class IntegerCheckpoint:
         weights = scheme.weights
         assert weights is not None
         if weights.type != QuantizationType.INT:
-            return f"{scheme_label(scheme)} is no integer format"
+            return f"{_label(scheme)} is no integer format"
         if scheme.input_activations is not None or scheme.output_activations is not None:
-            return f"{scheme_label(scheme)} quantizes activations"
+            return f"{_label(scheme)} quantizes activations"
         if f"{name}.weight_g_idx" in self.tensors:
             return "columns are in the order of their activations (`actorder`)"
         return None
+
+
+def _label(scheme: QuantizationScheme) -> str:
+    """:return: such as ``W8A8 sym channel dynamic`` or ``NVFP4``"""
+    found = Scheme.of_group(scheme.model_dump(mode="json"))
+    return "weights" if found is None else found.label
