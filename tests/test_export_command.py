@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from test_export import tuned
 
@@ -30,3 +31,14 @@ def test_refusals_and_notes(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert main(["export", source, "gptq", str(tmp_path / "out")]) == 0
     assert "note: vLLM and SGLang" in capsys.readouterr().err
+
+
+def test_gguf(tmp_path, capsys):
+    source, output = str(tuned((2, True, 64)).folder), tmp_path / "model.gguf"
+    converter = str(Path(__file__).parent / "fake_llama_cpp")
+    command = ["export", source, "gguf:q2_0", str(output), "--llama-cpp", converter]
+    assert main([*command, "--vocabulary", str(tmp_path / "missing.gguf")]) == 1
+    assert "missing.gguf cannot be read as GGUF" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "7 layers in gguf:q2_0" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
