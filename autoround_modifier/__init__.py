@@ -28,6 +28,7 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
         CheckpointError,
         CompressedSourceError,
         EvaluationError,
+        ExportError,
         FailedError,
         HubError,
         MissingExtraError,
@@ -39,6 +40,7 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
     )
     from autoround_modifier.evaluation import Divergence
     from autoround_modifier.export.check import check_checkpoint
+    from autoround_modifier.export.exporting import Exported, export_checkpoint
     from autoround_modifier.export.inspection import CheckpointInspection, inspect_checkpoint
     from autoround_modifier.formats import QuantizedWeight
     from autoround_modifier.host.loading import load_model
@@ -65,6 +67,8 @@ __all__ = [
     "DistillationResult",
     "Divergence",
     "EvaluationError",
+    "ExportError",
+    "Exported",
     "FailedError",
     "HubError",
     "Measurement",
@@ -84,6 +88,7 @@ __all__ = [
     "choose_schemes",
     "distill",
     "evaluate",
+    "export_checkpoint",
     "find_recipe",
     "inspect_checkpoint",
     "list_recipes",

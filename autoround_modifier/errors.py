@@ -7,6 +7,7 @@ __all__ = [
     "CheckpointError",
     "CompressedSourceError",
     "EvaluationError",
+    "ExportError",
     "FailedError",
     "HubError",
     "MissingExtraError",
@@ -45,6 +46,10 @@ class FailedError(RuntimeError):
 
 class EvaluationError(ValueError):
     """An evaluation that cannot be run, or results that cannot be compared."""
+
+
+class ExportError(ValueError):
+    """A checkpoint that another format cannot hold without a change of its numbers."""
 
 
 class HubError(OSError):

@@ -14,6 +14,7 @@ from autoround_modifier.cli import recipes
 from autoround_modifier.cli.card import card
 from autoround_modifier.cli.compare import compare
 from autoround_modifier.cli.evaluate import evaluate
+from autoround_modifier.cli.export import export
 from autoround_modifier.cli.inspect import inspect
 from autoround_modifier.cli.outcome import DONE, reported
 from autoround_modifier.cli.plan import plan
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "card": card,
     "push": push,
+    "export": export,
     "compare": compare,
     "release": release,
     "schemes": schemes,

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoround_modifier.engines.layout import TensorLayout
 from autoround_modifier.errors import CheckpointError, listed
 from autoround_modifier.export.saved_files import CONFIG, opened, read_json, tensor_files
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.matching import match_targets
 from autoround_modifier.host.quantized_weights import matches_saved_layer, read_saved_layer
-from autoround_modifier.host.schemes import QuantizationArgs, QuantizationConfig
+from autoround_modifier.host.schemes import QuantizationConfig, QuantizationScheme
 
 __all__ = ["SavedWeights", "dtype_named"]
 
@@ -46,12 +47,9 @@ class SavedWeights(Mapping[str, QuantizedWeight]):
                 f"{folder}: the `quantization_config` of its config.json cannot be read: {error}"
             ) from error
         self._dtype = dtype_named(config.get("dtype") or config.get("torch_dtype"))
-        self._args: list[tuple[str, QuantizationArgs]] = [
-            (target, scheme.weights)
-            for scheme in groups
-            if scheme.weights
-            for target in scheme.targets
-        ]
+        self._schemes: dict[str, QuantizationScheme] = {
+            target: scheme for scheme in groups if scheme.weights for target in scheme.targets
+        }
         self._files = tensor_files(folder)
         names = (name.removesuffix(SCALE) for name in self._files if name.endswith(SCALE))
         self._parts: dict[str, list[str]] = {name: [] for name in names}
@@ -70,22 +68,48 @@ class SavedWeights(Mapping[str, QuantizedWeight]):
 
     def __getitem__(self, name: str) -> QuantizedWeight:
         tensors = {part: self._tensor(f"{name}.{part}") for part in self._parts[name]}
-        return read_saved_layer(tensors, self._weight_args(name, tensors), self._dtype)
+        args = self._scheme(name, tensors).weights
+        assert args is not None
+        return read_saved_layer(tensors, args, self._dtype)
 
-    def _weight_args(self, name: str, tensors: dict[str, Tensor]) -> QuantizationArgs:
+    def scheme(self, name: str, tensors: Mapping[str, TensorLayout]) -> QuantizationScheme:
+        """
+        No weight is read.
+
+        :param name: of a layer
+        :param tensors: all tensors of the checkpoint
+        :return: how it is quantized
+        :raises CheckpointError: if no config group targets the layer and describes its tensors
+        """
+        found: dict[str, Tensor] = {}
+        for part in self._parts[name]:
+            full = f"{name}.{part}"
+            layout = tensors[full]
+            found[part] = (
+                self._tensor(full)
+                if part == "weight_shape"
+                else torch.empty(layout.shape, dtype=layout.dtype, device="meta")
+            )
+        return self._scheme(name, found)
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """:return: last parts of the names of a layer's tensors: ``weight_packed``, ..."""
+        return tuple(self._parts[name])
+
+    def _scheme(self, name: str, tensors: dict[str, Tensor]) -> QuantizationScheme:
         """
         The files do not say which layers are embeddings, which a target may tell apart by class. So
         what the config says must also be what the tensors are.
 
         :raises CheckpointError: if no config group targets the layer and describes its tensors
         """
-        targets = [target for target, _ in self._args]
+        targets = list(self._schemes)
         kinds = (nn.Linear(1, 1, device="meta"), nn.Embedding(1, 1, device="meta"))
         matched = [target for kind in kinds for target in match_targets(name, kind, targets)]
-        by_target = dict(self._args)
         for target in matched:
-            if matches_saved_layer(tensors, by_target[target]):
-                return by_target[target]
+            scheme = self._schemes[target]
+            if scheme.weights and matches_saved_layer(tensors, scheme.weights):
+                return scheme
         seen = [f"{part} {tuple(x.shape)} {x.dtype}" for part, x in tensors.items()]
         raise CheckpointError(
             f"{self.folder}: {name} is quantized, and no config group of its config.json "

@@ -57,6 +57,7 @@ __all__ = [
     "finish_when_saved",
     "prepare_compression",
     "recipe_text",
+    "written_at_once",
 ]
 
 UNFINISHED_PREFIX = ".unfinished-"
@@ -100,7 +101,7 @@ def finish_when_saved(
             if not is_source_process():
                 save(str(save_directory), *args, **kwargs)
                 return
-            with _written_at_once(Path(save_directory)) as unfinished:
+            with written_at_once(Path(save_directory)) as unfinished:
                 with _savable_generation_config(model), _no_mtp_layers():
                     save(str(unfinished.path), *args, **kwargs)
                 unfinished.complete = True
@@ -227,13 +228,18 @@ def compressed_tensors_of(layer: nn.Module) -> dict[str, Tensor]:
 
 
 @dataclass
-class _Unfinished:
+class Unfinished:
+    """
+    :ivar path: folder to write to
+    :ivar complete: set it once all files are written
+    """
+
     path: Path
     complete: bool = False
 
 
 @contextlib.contextmanager
-def _written_at_once(folder: Path) -> Iterator[_Unfinished]:
+def written_at_once(folder: Path) -> Iterator[Unfinished]:
     """
     Yields a folder inside of ``folder`` to write to. Once that is complete, its files take their
     places: weights of an earlier checkpoint go, other files of the user stay, and ``config.json``,
@@ -248,7 +254,7 @@ def _written_at_once(folder: Path) -> Iterator[_Unfinished]:
         # of a process that was killed while it saved
         if left_over.is_dir() and not is_in_use(left_over):
             shutil.rmtree(left_over, ignore_errors=True)
-    unfinished = _Unfinished(folder / f"{UNFINISHED_PREFIX}{secrets.token_hex(8)}")
+    unfinished = Unfinished(folder / f"{UNFINISHED_PREFIX}{secrets.token_hex(8)}")
     unfinished.path.mkdir()
     try:
         with in_use(unfinished.path):

@@ -1,0 +1,198 @@
+"""Exports a saved checkpoint to another format, with the same integers, scales and zero points."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from autoround_modifier.errors import ExportError, OutputExistsError
+from autoround_modifier.export.auto_round_format import (
+    auto_round_config,
+    auto_round_notes,
+    auto_round_tensors,
+    packing_format,
+)
+from autoround_modifier.export.awq import awq_config, awq_tensors
+from autoround_modifier.export.export_formats import check_format, check_scales, find_format
+from autoround_modifier.export.gguf import converter_script, export_gguf
+from autoround_modifier.export.gptq import gptq_config, gptq_notes, gptq_tensors, gptq_v1
+from autoround_modifier.export.integer_layers import IntegerCheckpoint, IntegerLayer, IntegerSpec
+from autoround_modifier.export.mlx import mlx_config, mlx_notes, mlx_tensors
+from autoround_modifier.export.saved_files import CONFIG, write_json
+from autoround_modifier.export.written_files import copy_others, write_weights
+from autoround_modifier.host.saving import UNFINISHED_PREFIX, written_at_once
+
+__all__ = ["Exported", "export_checkpoint"]
+
+GPTQ_CONFIG = "quantize_config.json"
+METADATA = {"mlx": "mlx"}
+GGUF = "gguf:"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """
+    :ivar output: folder that holds the exported checkpoint, or the file
+    :ivar format: its format
+    :ivar layers: number of quantized layers
+    :ivar bytes: of its tensors; for GGUF of the file
+    :ivar notes: which loaders do not take it, and what else a user should know
+    """
+
+    output: Path
+    format: str
+    layers: int
+    bytes: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """
+    :ivar config_keys: of ``config.json``, under which the format's section stands
+    :ivar section: that section
+    :ivar tensors: makes the tensors of a layer, by the last parts of their names
+    """
+
+    config_keys: tuple[str, ...]
+    section: dict[str, Any]
+    tensors: Callable[[IntegerLayer], dict[str, Tensor]]
+    notes: tuple[str, ...] = ()
+
+
+def export_checkpoint(
+    source: str | os.PathLike[str],
+    format: str,
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    llama_cpp: str | os.PathLike[str] | None = None,
+    vocabulary: str | os.PathLike[str] | None = None,
+) -> Exported:
+    """
+    Write a checkpoint with integer weights in the format of another family of engines. Integers,
+    scales and zero points are the same; what the format would change is refused before anything is
+    written. One file of the checkpoint is in memory at a time.
+
+    :param source: folder of a compressed-tensors checkpoint whose weights alone are quantized, to
+        integers: one of `quantize`, or of anybody else
+    :param format: ``gptq``, ``awq``, ``auto_round``, ``mlx``, or one of ``gguf:q2_0``,
+        ``gguf:q4_0``, ``gguf:q5_0`` and ``gguf:q8_0``
+    :param output: folder to write to. Weights and ``config.json`` appear in it once all are
+        written, ``config.json`` last. For GGUF the file, which ends in ``.gguf``
+    :param overwrite: the folder may hold files; weights of an earlier checkpoint go. For GGUF the
+        file may be there
+    :param llama_cpp: for GGUF, folder with llama.cpp's source, whose converter writes metadata and
+        vocabulary; None for that of the environment variable LLAMA_CPP_ROOT
+    :param vocabulary: for GGUF, another GGUF file of the same model, whose vocabulary is used; None
+        for what the converter makes of the checkpoint's
+    :return: what was written
+    :raises CheckpointError: if ``source`` is no such checkpoint, or cannot be read
+    :raises ExportError: if there is no such format, or it cannot hold the checkpoint; for GGUF also
+        if llama.cpp's converter is not there, or does not convert the model
+    :raises MissingExtraError: for GGUF, if the package `gguf` is not installed
+    :raises OutputExistsError: if ``output`` is there and ``overwrite`` is false, or if it is,
+        contains or lies in ``source``
+    :raises OSError: if it cannot be written to
+    """
+    source, output, chosen = Path(source), Path(output), find_format(format)
+    kind = chosen.name.removeprefix(GGUF) if chosen.name.startswith(GGUF) else None
+    _check_output(output, source, overwrite, is_file=kind is not None)
+    checkpoint = IntegerCheckpoint(source)
+    specs, skipped = list(checkpoint.specs.values()), checkpoint.unquantized_layers
+    check_format(chosen, specs, skipped)
+    check_scales(chosen, ((spec, checkpoint.scale(spec.name)) for spec in specs))
+    if kind is not None:
+        words = None if vocabulary is None else Path(vocabulary)
+        size = export_gguf(checkpoint, kind, output, converter_script(llama_cpp), words)
+        return Exported(output, chosen.name, len(specs), size, ())
+    plan = _PLANS[chosen.name](specs, skipped)
+    with written_at_once(output) as unfinished:
+        size = write_weights(
+            checkpoint, plan.tensors, unfinished.path, METADATA.get(chosen.name, "pt")
+        )
+        copy_others(source, unfinished.path)
+        if chosen.name == "gptq":
+            write_json(unfinished.path / GPTQ_CONFIG, plan.section)
+        config = {
+            key: value for key, value in checkpoint.config.items() if key != "quantization_config"
+        }
+        config |= dict.fromkeys(plan.config_keys, plan.section)
+        write_json(unfinished.path / CONFIG, config)
+        unfinished.complete = True
+    if chosen.name != "gptq":
+        (output / GPTQ_CONFIG).unlink(missing_ok=True)  # of an earlier export
+    return Exported(output, chosen.name, len(specs), size, plan.notes)
+
+
+def _gptq(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> _Plan:
+    v1 = gptq_v1(specs)
+    return _Plan(
+        ("quantization_config",),
+        gptq_config(specs, skipped),
+        lambda layer: gptq_tensors(layer, v1),
+        tuple(gptq_notes(specs, skipped)),
+    )
+
+
+def _awq(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> _Plan:
+    return _Plan(("quantization_config",), awq_config(specs, skipped), awq_tensors)
+
+
+def _auto_round(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> _Plan:
+    packing = packing_format(specs)
+    return _Plan(
+        ("quantization_config",),
+        auto_round_config(specs, skipped),
+        lambda layer: auto_round_tensors(layer, packing),
+        tuple(auto_round_notes(specs)),
+    )
+
+
+def _mlx(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> _Plan:
+    keys = ("quantization", "quantization_config")  # as mlx-lm writes it
+    return _Plan(keys, mlx_config(specs), mlx_tensors, tuple(mlx_notes(specs)))
+
+
+_PLANS: dict[str, Callable[[Sequence[IntegerSpec], Sequence[str]], _Plan]] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "auto_round": _auto_round,
+    "mlx": _mlx,
+}
+
+
+def _check_output(output: Path, source: Path, overwrite: bool, is_file: bool) -> None:
+    """
+    :param is_file: whether ``output`` is to be a file
+    :raises ExportError: if it is to be a file and does not end in ``.gguf``
+    :raises OutputExistsError: see `export_checkpoint`
+    """
+    if is_file and output.suffix != ".gguf":
+        raise ExportError(f"{output}: GGUF is one file; name one that ends in .gguf")
+    here, there = output.resolve(), source.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise OutputExistsError(
+            f"{output} is the folder of the checkpoint {source}, contains it or lies in it; choose "
+            "another place"
+        )
+    if here.is_dir() if is_file else here.is_file():
+        kinds = ("folder", "file") if is_file else ("file", "folder")
+        raise OutputExistsError(f"{output} is a {kinds[0]}; choose a {kinds[1]}")
+    if not overwrite and _exists(here):
+        raise OutputExistsError(
+            f"{output} is there already; choose another, or write over it with `overwrite` "
+            "(`--overwrite`)"
+        )
+
+
+def _exists(path: Path) -> bool:
+    """:return: whether there is such a file, or a folder that holds files"""
+    if not path.is_dir():
+        return path.exists()
+    return any(not inside.name.startswith(UNFINISHED_PREFIX) for inside in path.iterdir())

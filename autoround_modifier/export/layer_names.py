@@ -1,0 +1,80 @@
+"""Names of layers in the configs of other formats: expressions, blocks, and the general scheme."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from autoround_modifier.engines.fused import fused_parts
+from autoround_modifier.export.integer_layers import IntegerSpec
+
+__all__ = [
+    "block_lists",
+    "expressions",
+    "in_block",
+    "most_common_scheme",
+    "names_in_each_block",
+    "with_fused",
+]
+
+# Module list, number of the block, and name inside the block
+_BLOCK = re.compile(r"(.*?[^.\d][^.]*)\.(\d+)\.(.+)")
+
+
+def in_block(name: str) -> tuple[str, int, str] | None:
+    """:return: name of the module list, number of the block, name inside it; None outside blocks"""
+    found = _BLOCK.fullmatch(name)
+    return None if found is None else (found[1], int(found[2]), found[3])
+
+
+def block_lists(names: Iterable[str]) -> list[str]:
+    """:return: the module lists that hold the layers, such as ``model.layers``"""
+    found = (in_block(name) for name in names)
+    return list(dict.fromkeys(parts[0] for parts in found if parts is not None))
+
+
+def names_in_each_block(names: Sequence[str]) -> list[str] | None:
+    """:return: names inside a block; None if they are not the same in all blocks"""
+    blocks: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        parts = in_block(name)
+        if parts is None:
+            return None
+        blocks.setdefault(parts[:2], []).append(parts[2])
+    first, *others = blocks.values()
+    return first if all(set(block) == set(first) for block in others) else None
+
+
+def most_common_scheme(specs: Sequence[IntegerSpec]) -> tuple[int, int]:
+    """:return: bits and group size of most layers"""
+    return Counter((spec.num_bits, spec.group_size) for spec in specs).most_common(1)[0][0]
+
+
+def with_fused(names: Sequence[str]) -> list[str]:
+    """:return: names, and those of the layers into which vLLM fuses them"""
+    return [*names, *(fused for fused, _ in fused_parts(names))]
+
+
+def expressions(names: Iterable[str]) -> list[str]:
+    """
+    :param names: of layers
+    :return: expressions that match these names and no others, by `re.match`, `re.search` and
+        `re.fullmatch` alike; few where layers have the same names in many blocks
+    """
+    numbers: dict[tuple[str, str], list[int]] = {}
+    result = []
+    for name in names:
+        parts = in_block(name)
+        if parts is None:
+            result.append(f"^{re.escape(name)}$")
+        else:
+            numbers.setdefault((parts[0], parts[2]), []).append(parts[1])
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for (prefix, inside), found in numbers.items():
+        alike.setdefault((prefix, tuple(sorted(found))), []).append(inside)
+    for (prefix, found_numbers), inner in alike.items():
+        blocks = "|".join(map(str, found_numbers))
+        parts_inside = "|".join(re.escape(inside) for inside in inner)
+        result.append(rf"^{re.escape(prefix)}\.(?:{blocks})\.(?:{parts_inside})$")
+    return result
