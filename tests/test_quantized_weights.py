@@ -228,7 +228,7 @@ def of_no_dtype(config: dict) -> None:
     [
         (lambda config: config.pop("quantization_config"), "no `quantization_config`"),
         (of_gptq, "no `quantization_config` of compressed-tensors"),
-        (without_groups, "`quantization_config` of its config.json cannot be read"),
+        (without_groups, "`config_groups` of `quantization_config` is no JSON object"),
         (of_no_dtype, "float99, which is no dtype"),
     ],
 )
