@@ -51,9 +51,15 @@ from autoround_modifier.host.shared_state import (
 )
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.validation import check_not_quantized
-from autoround_modifier.parallel import gathered, is_distributed, process_rank
+from autoround_modifier.parallel import (
+    gathered,
+    is_distributed,
+    is_source_process,
+    process_rank,
+)
 from autoround_modifier.recipe_files import find_recipe, read_recipe, recipe_name
 from autoround_modifier.recipes import check_recipe
+from autoround_modifier.report.outdated import remove_outdated
 from autoround_modifier.report.recorder import RunRecorder, recording
 from autoround_modifier.runs.output_folder import check_output_folder
 
@@ -156,7 +162,7 @@ def oneshot(
         last.check_generation()
     try:
         with recording(recorder):
-            return host_oneshot(
+            quantized = host_oneshot(
                 model=model,
                 recipe=recipe,
                 dataset=dataset,
@@ -170,6 +176,9 @@ def oneshot(
         if explained is not None:
             raise RecipeError(explained) from error
         raise
+    if output_dir is not None and overwrite_output_dir and is_source_process():
+        remove_outdated(Path(output_dir))
+    return quantized
 
 
 def _stored_format(model: str | Path | PreTrainedModel, revision: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,10 @@ def find_recipe(recipe: str | Path) -> Path:
     shipped = list_recipes()
     if path.name == str(recipe) and path.stem in shipped and path.suffix in ("", ".yaml"):
         return shipped[path.stem]
+    near = difflib.get_close_matches(path.stem, shipped, n=2)
+    hint = f"; did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
     raise RecipeError(
-        f"no file `{recipe}`, and no shipped recipe of that name; shipped are: "
+        f"no file `{recipe}`, and no shipped recipe of that name{hint or ';'} shipped are: "
         f"{', '.join(sorted(shipped))}"
     )
 

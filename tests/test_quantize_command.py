@@ -12,6 +12,8 @@ from autoround_modifier import AutoRoundModifier, AutoSchemeModifier, ScaleDisti
 from autoround_modifier.cli.main import main
 from autoround_modifier.cli.outcome import DONE, FAILED, REFUSED, USAGE
 from autoround_modifier.cli.quantize import SHARED
+from autoround_modifier.report.card import MARK as CARD_MARK
+from autoround_modifier.report.page import MARK as PAGE_MARK
 from autoround_modifier.report.schema import read_report
 from autoround_modifier.runs.checkpoint import RunCheckpoint
 
@@ -129,6 +131,7 @@ def test_every_field_is_a_flag(modifier, prefix, without, capsys, monkeypatch):
     [
         ([], "--recipe"),
         (["--bits", "2.5"], "--options missing"),
+        (["--recipe", "w4a16_autoround", "--scheme", "W4A16"], "--scheme and --config-groups too"),
         (["--scheme", "W4A16", "--bits", "3", "--options", "W2A16,W4A16"], "--bits chooses"),
         (["--scheme", "W4A16", "--iters", "3", "--disable-opt-rtn"], "--iters 0"),
         (["--scheme", "W4A16", "--kv-cache-scheme", "{"], "--kv-cache-scheme"),
@@ -157,6 +160,7 @@ def test_what_shapes_rule_out_is_refused_before_weights_are_loaded(capsys):
     [
         (["--scheme", "W17"], "unknown scheme `W17`"),
         (["--recipe", "w5"], "no shipped recipe of that name"),
+        (["--recipe", "w4a16_autoroud"], "did you mean `w4a16_autoround`"),
         (["--scheme", "W4A16", "--iters", "-1"], "iters"),
         (["--scheme", "W4A16", "--set", "AutoRoundModifier.itres=3"], "did you mean `iters`"),
         (["--scheme", "W4A16", "--set", "Nothing.iters=3"], "there is no `Nothing`"),
@@ -198,6 +202,24 @@ def test_a_run_leaves_a_checkpoint_with_a_report(folder, text, tmp_path, capsys)
     assert len(report.blocks) == 2
     assert len(report.layers) == 14
     assert {layer.scheme for layer in report.layers} == {"W2A16 G32"}
+
+
+def test_what_was_said_of_an_overwritten_checkpoint_goes(folder, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["--scheme", "W4A16G32", "--preset", "rtn", "-o", str(output), "--quiet"]
+    assert main(["quantize", folder, *arguments]) == DONE
+    modes = {path.stat().st_mode for path in output.iterdir()}
+    assert len(modes) == 1  # safetensors would let the owner alone read the weights
+    (output / "evaluation.json").write_text("{}")
+    (output / "README.md").write_text("mine")
+    (output / "quantization_report.html").write_text(PAGE_MARK)
+    assert main(["quantize", folder, *arguments, "--overwrite"]) == DONE
+    names = {path.name for path in output.iterdir()}
+    assert not {"evaluation.json", "quantization_report.html"} & names
+    assert (output / "README.md").read_text() == "mine"
+    (output / "README.md").write_text(f"{CARD_MARK} of other weights")
+    assert main(["quantize", folder, *arguments, "--overwrite"]) == DONE
+    assert not (output / "README.md").exists()
 
 
 def test_the_model_writes_its_own_text(folder, tmp_path, capsys):

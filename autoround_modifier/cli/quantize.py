@@ -203,6 +203,8 @@ def _check_schemes(
 ) -> None:
     """:raises UsageError: unless there is one way to know how layers are quantized"""
     given = bool(schemes.get("scheme") or schemes.get("config_groups"))
+    if recipe is not None and given:
+        raise UsageError("--recipe says how layers are quantized; --scheme and --config-groups too")
     if recipe is None and not given and not auto_scheme:
         raise UsageError(
             "say how to quantize: --recipe (`recipes list`), --scheme (`schemes`), or --bits with "

@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -273,6 +274,7 @@ def written_at_once(folder: Path) -> Iterator[Unfinished]:
 
 def _move_into_place(source: Path, folder: Path) -> None:
     """Let the files of ``source`` replace those of the checkpoint in ``folder``."""
+    mode = stat.S_IMODE((source / CONFIG).stat().st_mode)  # safetensors lets the owner alone read
     (folder / CONFIG).unlink(missing_ok=True)
     for path in folder.iterdir():
         if WEIGHTS.fullmatch(path.name):
@@ -280,4 +282,5 @@ def _move_into_place(source: Path, folder: Path) -> None:
     names = sorted(path.relative_to(source) for path in source.rglob("*") if not path.is_dir())
     for name in sorted(names, key=lambda name: name == Path(CONFIG)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).chmod(mode)
         (source / name).replace(folder / name)
