@@ -20,7 +20,7 @@ from autoround_modifier.cli.main import main
 from autoround_modifier.cli.outcome import DONE, FAILED, REFUSED, USAGE
 from autoround_modifier.errors import CheckpointError
 from autoround_modifier.evaluation import results
-from autoround_modifier.host.saving import _written_at_once
+from autoround_modifier.host.saving import written_at_once
 from autoround_modifier.release.finished_steps import FinishedSteps
 from autoround_modifier.report.schema import read_report
 from autoround_modifier.runs.files import check_writable, write_atomically
@@ -347,7 +347,7 @@ def test_an_interrupted_release(folder, text, tmp_path, capsys, monkeypatch):
 
 def test_what_another_process_saves_is_left_alone(tmp_path):
     """Two runs that save into one folder at the same time."""
-    with _written_at_once(tmp_path) as first, _written_at_once(tmp_path) as second:
+    with written_at_once(tmp_path) as first, written_at_once(tmp_path) as second:
         assert first.path.is_dir()
         for one in (first, second):
             (one.path / "config.json").write_text("{}")
@@ -355,7 +355,7 @@ def test_what_another_process_saves_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     killed = tmp_path / ".unfinished-killed"
     killed.mkdir()
-    with _written_at_once(tmp_path):
+    with written_at_once(tmp_path):
         assert not killed.exists()
 
 

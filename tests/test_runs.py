@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaModel
 
-from autoround_modifier import AutoRoundModifier, CheckpointError
+from autoround_modifier import AutoRoundModifier, CheckpointError, locks
 from autoround_modifier.blocks import store
 from autoround_modifier.blocks.selection import KEY_SIZE
 from autoround_modifier.progress.block_report import BlockReport
-from autoround_modifier.runs import checkpoint, digests, files, lock, sources
+from autoround_modifier.runs import checkpoint, digests, files, sources
 from autoround_modifier.runs.block_data import describe_data
 from autoround_modifier.runs.calibration_data import NOT_READ, calibration_digest
 from autoround_modifier.runs.checkpoint import RunCheckpoint
@@ -399,13 +399,13 @@ def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeyp
     def no_locks(file, operation):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    monkeypatch.setattr(locks.fcntl, "flock", no_locks)
     RunCheckpoint(tmp_path, {"model": "m"}).close()
     assert any("cannot be locked (No locks available)" in line for line in log)
 
 
 def test_systems_without_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "fcntl", None)
+    monkeypatch.setattr(locks, "fcntl", None)
     RunCheckpoint(tmp_path, {"model": "m"}).close()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
