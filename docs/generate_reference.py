@@ -1,12 +1,13 @@
 """
 Makes the pages of the reference when the site is built, so that they cannot differ from the code.
 
-MkDocs calls `on_files` (see ``hooks`` in mkdocs.yml). Four pages are added, none is written to
+MkDocs calls `on_files` (see ``hooks`` in mkdocs.yml). Five pages are added, none is written to
 disk:
 
 - ``reference/fields.md``: the fields of the three modifiers and the presets, from pydantic
 - ``reference/recipes.md``: the shipped recipes, from the comments and fields of their files
 - ``reference/report-files.md``: the files beside a checkpoint, from their pydantic models
+- ``reference/commands.md``: the flags of every command, from the command line itself
 - ``reference/api.md``: every name in ``autoround_modifier.__all__``, for mkdocstrings
 """
 
@@ -21,6 +22,7 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import typer
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from mkdocs.config.defaults import MkDocsConfig
@@ -30,6 +32,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import autoround_modifier
+from autoround_modifier.cli.main import app
 from autoround_modifier.report import schema
 
 # A warning ends `mkdocs build --strict`.
@@ -48,6 +51,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "fields": fields_page,
         "recipes": recipes_page,
         "report-files": report_files_page,
+        "commands": commands_page,
         "api": api_page,
     }
     for name, make in pages.items():
@@ -300,6 +304,38 @@ def nested_records(model: type[BaseModel]) -> list[type[BaseModel]]:
             found.append(annotation)
         waiting.extend(typing.get_args(annotation))
     return list(dict.fromkeys(found))
+
+
+# ---------------------------------------------------------------------- commands
+
+
+def commands_page() -> str:
+    lines = ["# Commands", "", "What `--help` says, made when this site is built.", ""]
+    for name, command in sorted(commands(typer.main.get_command(app)).items()):
+        text = " ".join((command.help or "").split())
+        lines += [f"## `{name}` {{ #{name.replace(' ', '-')} }}", "", text, ""]
+        rows = [
+            (
+                ", ".join(f"`{flag}`" for flag in (*item.opts, *item.secondary_opts))
+                if item.param_type_name == "option"
+                else f"`{item.name.upper()}`",
+                " ".join((getattr(item, "help", "") or "").split()),
+            )
+            for item in command.params
+        ]
+        lines += [*table(("flag", "meaning"), rows), ""]
+    return "\n".join(lines)
+
+
+def commands(group: Any, prefix: str = "") -> dict[str, Any]:
+    """:return: words of each command -> the command, those of groups included"""
+    found = {}
+    for name, command in group.commands.items():
+        words = f"{prefix}{name}"
+        found |= (
+            commands(command, f"{words} ") if hasattr(command, "commands") else {words: command}
+        )
+    return found
 
 
 # ---------------------------------------------------------------------- API
