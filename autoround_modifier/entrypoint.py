@@ -12,7 +12,13 @@ from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
 from loguru import logger
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from autoround_modifier.calibration import (
     HubAccess,
@@ -22,6 +28,7 @@ from autoround_modifier.calibration import (
     model_columns,
     read_samples,
 )
+from autoround_modifier.defaults import MAX_SEQ_LENGTH
 from autoround_modifier.errors import CalibrationError, RecipeError
 from autoround_modifier.host.applied_schemes import disable_unfinished
 from autoround_modifier.host.failures import explain_failure
@@ -63,7 +70,7 @@ from autoround_modifier.report.outdated import remove_outdated
 from autoround_modifier.report.recorder import RunRecorder, recording
 from autoround_modifier.runs.output_folder import check_output_folder
 
-__all__ = ["check_dataset_name", "oneshot", "source_folders"]
+__all__ = ["check_dataset_name", "load_tokenizer", "oneshot", "source_folders"]
 
 
 def oneshot(
@@ -308,6 +315,19 @@ def check_dataset_name(name: str) -> None:
         )
 
 
+def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """
+    :param name: of a model, or its folder
+    :param kwargs: further arguments of `AutoTokenizer.from_pretrained`
+    :raises CalibrationError: if it has no tokenizer that can be loaded
+    """
+    try:
+        return AutoTokenizer.from_pretrained(pretrained_model_name_or_path=name, **kwargs)
+    except ValueError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CalibrationError(f"the tokenizer of {name} cannot be loaded: {reason}") from error
+
+
 def _samples(
     dataset: Any, model: str | PreTrainedModel, kwargs: dict[str, Any], hub: dict[str, Any]
 ) -> Any:
@@ -347,15 +367,10 @@ def _samples(
     processor = kwargs.get("tokenizer") or kwargs.get("processor")
     if processor is None or isinstance(processor, str):
         source = _processor_source(processor, model, kwargs)
-        try:
-            processor = AutoTokenizer.from_pretrained(**source, **hub)
-        except ValueError as error:
-            reason = str(error).strip().partition("\n")[0]
-            name = source["pretrained_model_name_or_path"]
-            raise CalibrationError(f"the tokenizer of {name} cannot be loaded: {reason}") from error
+        processor = load_tokenizer(source.pop("pretrained_model_name_or_path"), **source, **hub)
     max_seq_length = kwargs.get("max_seq_length")
     if max_seq_length is None and not isinstance(model, (str, Path)):
-        max_seq_length = min(2048, model_positions(model.config) or 2048)
+        max_seq_length = min(MAX_SEQ_LENGTH, model_positions(model.config) or MAX_SEQ_LENGTH)
     split = kwargs.get("splits")
     if isinstance(split, dict):
         split = split.get("calibration")

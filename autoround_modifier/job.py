@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from loguru import logger
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from autoround_modifier.calibration import self_generated
 from autoround_modifier.command import command_line
 from autoround_modifier.defaults import NUM_CALIBRATION_SAMPLES, calibration_length
-from autoround_modifier.entrypoint import check_dataset_name, oneshot, source_folders
-from autoround_modifier.errors import CalibrationError, FailedError, OutputExistsError, RecipeError
+from autoround_modifier.entrypoint import (
+    check_dataset_name,
+    load_tokenizer,
+    oneshot,
+    source_folders,
+)
+from autoround_modifier.errors import FailedError, OutputExistsError, RecipeError
 from autoround_modifier.host.lifecycle import Modifier, as_recipe
 from autoround_modifier.host.loading import (
     check_not_compressed,
@@ -176,15 +181,9 @@ class QuantizationJob:
         """:return: the dataset; what the model writes, where none is given and data is needed"""
         if self.dataset is not None or not any(x.requires_calibration_data for x in modifiers):
             return self.dataset
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-        except ValueError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise CalibrationError(
-                f"the tokenizer of {self.model} cannot be loaded: {reason}"
-            ) from error
+        tokenizer = load_tokenizer(
+            self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
         return self_generated(model, tokenizer, _num_samples(modifiers), length)
 
 

@@ -95,10 +95,8 @@ def finish_when_saved(
                 "written. Save it to a folder, and upload that: "
                 "`huggingface_hub.upload_folder(folder_path=..., repo_id=...)`"
             )
-        with (
-            phase("saving"),
-            suspend_distributed_timeout(),
-        ):  # other processes wait for the one that writes
+        # other processes wait for the one that writes
+        with phase("saving"), suspend_distributed_timeout():
             if not is_source_process():
                 save(str(save_directory), *args, **kwargs)
                 return

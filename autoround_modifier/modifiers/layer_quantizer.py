@@ -14,7 +14,7 @@ from autoround_modifier.host.layers import Layer, get_execution_device, stored_w
 from autoround_modifier.host.schemes import QuantizationArgs
 from autoround_modifier.host.write_back import write_back
 from autoround_modifier.parallel import wait_for_all
-from autoround_modifier.progress.events import LayerQuantized, publish
+from autoround_modifier.progress.events import LayerQuantized, is_anyone_listening, publish
 from autoround_modifier.search.initial_weights import InitialWeights
 
 __all__ = ["LayerQuantizer", "check_parts"]
@@ -55,10 +55,11 @@ class LayerQuantizer:
 
     def write_back(self, layer: Layer, weight: QuantizedWeight) -> None:
         """Set the layer's weight, scale and zero point, for good."""
-        original = layer.weight.detach()
-        error = (original - weight.dequantize()).float().square().sum()
-        error /= original.float().square().sum()
-        publish(LayerQuantized(self.names[layer], float(error)))
+        if is_anyone_listening():
+            original = layer.weight.detach()
+            error = (original - weight.dequantize()).float().square().sum()
+            error /= original.float().square().sum()
+            publish(LayerQuantized(self.names[layer], float(error)))
         moved = write_back(layer, weight, self.args[layer])
         if moved:
             logger.info(

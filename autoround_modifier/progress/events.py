@@ -24,6 +24,7 @@ __all__ = [
     "Result",
     "StepsDone",
     "StepsPlanned",
+    "is_anyone_listening",
     "listening",
     "phase",
     "publish",
@@ -138,6 +139,11 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listeners.reset(token)
+
+
+def is_anyone_listening() -> bool:
+    """Asked before something is computed for an event alone."""
+    return bool(_listeners.get())
 
 
 def publish(event: Event) -> None:
