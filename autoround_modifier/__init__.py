@@ -20,6 +20,8 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
         quantized_weights,
     )
     from autoround_modifier.calibration import self_generated, text_dataset
+    from autoround_modifier.checkpoints.check import check_checkpoint
+    from autoround_modifier.checkpoints.inspection import CheckpointInspection, inspect_checkpoint
     from autoround_modifier.distillation import DistillationResult
     from autoround_modifier.engines.problem import Problem
     from autoround_modifier.entrypoint import oneshot
@@ -39,9 +41,7 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
         SchemeError,
     )
     from autoround_modifier.evaluation import Divergence
-    from autoround_modifier.export.check import check_checkpoint
-    from autoround_modifier.export.exporting import Exported, export_checkpoint
-    from autoround_modifier.export.inspection import CheckpointInspection, inspect_checkpoint
+    from autoround_modifier.exports.exporting import Exported, export
     from autoround_modifier.formats import QuantizedWeight
     from autoround_modifier.host.loading import load_model
     from autoround_modifier.modifiers.auto_round import AutoRoundModifier
@@ -88,7 +88,7 @@ __all__ = [
     "choose_schemes",
     "distill",
     "evaluate",
-    "export_checkpoint",
+    "export",
     "find_recipe",
     "inspect_checkpoint",
     "list_recipes",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from autoround_modifier.calibration import check_samples
+from autoround_modifier.checkpoints.saved_weights import SavedWeights, dtype_named
 from autoround_modifier.distillation import (
     DistillationConfig,
     DistillationResult,
@@ -25,7 +26,6 @@ from autoround_modifier.engines.check import required_engines
 from autoround_modifier.entrypoint import oneshot
 from autoround_modifier.errors import CalibrationError, RecipeError
 from autoround_modifier.evaluation import Divergence, compare
-from autoround_modifier.export.saved_weights import SavedWeights, dtype_named
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.layers import disable_offloading

@@ -31,9 +31,9 @@ from autoround_modifier import (
     quantized_weights,
 )
 from autoround_modifier.blocks.store import CalibrationStore
+from autoround_modifier.checkpoints import check
 from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout
 from autoround_modifier.engines.vllm_loader import vllm_problems
-from autoround_modifier.export import check
 from autoround_modifier.modifiers import finishing
 
 ATTENTION, MLP = r"re:.*self_attn\..*_proj$", r"re:.*mlp\..*_proj$"

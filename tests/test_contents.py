@@ -20,10 +20,14 @@ from autoround_modifier import (
     inspect_checkpoint,
     load_recipe,
 )
+from autoround_modifier.checkpoints.contents import (
+    CheckpointContents,
+    LayerKind,
+    checkpoint_contents,
+)
+from autoround_modifier.checkpoints.saved_files import INDEX
 from autoround_modifier.engines import machine
 from autoround_modifier.engines.support import Hardware
-from autoround_modifier.export.contents import CheckpointContents, LayerKind, checkpoint_contents
-from autoround_modifier.export.saved_files import INDEX
 
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 FP8_BLOCK = {

@@ -25,14 +25,14 @@ from autoround_modifier import (
     CheckpointError,
     ExportError,
     OutputExistsError,
-    export_checkpoint,
+    export,
     quantized_weights,
 )
-from autoround_modifier.export import written_files
-from autoround_modifier.export.auto_round_format import auto_round_config
-from autoround_modifier.export.export_formats import FORMATS, check_format
-from autoround_modifier.export.gptq import gptq_config
-from autoround_modifier.export.integer_layers import IntegerSpec
+from autoround_modifier.exports import written_files
+from autoround_modifier.exports.auto_round_format import auto_round_config
+from autoround_modifier.exports.export_formats import FORMATS, check_format
+from autoround_modifier.exports.gptq import gptq_config
+from autoround_modifier.exports.integer_layers import IntegerSpec
 
 BITS = (2, 3, 4, 8)
 FOLDERS = ("gptq", "awq", "auto_round", "mlx")
@@ -115,7 +115,7 @@ MATRIX = [
 @pytest.mark.parametrize(("format", "bits", "symmetric", "size"), MATRIX)
 def test_integers_scales_and_zero_points_are_the_tuners(format, bits, symmetric, size, tmp_path):
     source = tuned((bits, symmetric, size))
-    exported = export_checkpoint(source.folder, format, tmp_path / "out")
+    exported = export(source.folder, format, tmp_path / "out")
     assert (exported.format, exported.layers) == (format, 7)
     assert_same(source, tmp_path / "out")
     assert_others_are_kept(source.folder, tmp_path / "out")
@@ -134,7 +134,7 @@ def test_integers_scales_and_zero_points_are_the_tuners(format, bits, symmetric,
 
 @pytest.mark.parametrize(("symmetric", "version"), [(True, "gptq"), (False, "gptq_v2")])
 def test_gptq_config(symmetric, version, tmp_path):
-    export_checkpoint(tuned((4, symmetric, 32)).folder, "gptq", tmp_path)
+    export(tuned((4, symmetric, 32)).folder, "gptq", tmp_path)
     section = section_of(tmp_path)
     assert section == json.loads((tmp_path / "quantize_config.json").read_text())
     assert section.pop("meta")["quantizer"][0].startswith("autoround_modifier:")
@@ -158,7 +158,7 @@ def test_zero_points_of_zero(format, tmp_path):
     """The first version of GPTQ's format stores them less one, so it has no number for 0."""
     source = tuned((2, False, 32))
     folder = changed(source.folder, tmp_path / "source", with_zero_points_of_zero)
-    export_checkpoint(folder, format, tmp_path / "out")
+    export(folder, format, tmp_path / "out")
     found = export_readers.read(tmp_path / "out", saved_tensors(tmp_path / "out"), DOWN, 2)
     assert not found.zero_point.any()
     assert torch.equal(found.codes, source.layers[DOWN][1].codes)
@@ -166,7 +166,7 @@ def test_zero_points_of_zero(format, tmp_path):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_awq_config(symmetric, tmp_path):
-    export_checkpoint(tuned((4, symmetric, 32)).folder, "awq", tmp_path)
+    export(tuned((4, symmetric, 32)).folder, "awq", tmp_path)
     assert section_of(tmp_path) == {
         "quant_method": "awq",
         "bits": 4,
@@ -188,7 +188,7 @@ def test_awq_config(symmetric, tmp_path):
     ],
 )
 def test_auto_round_config(bits, symmetric, packing, tmp_path):
-    export_checkpoint(tuned((bits, symmetric, 32)).folder, "auto_round", tmp_path)
+    export(tuned((bits, symmetric, 32)).folder, "auto_round", tmp_path)
     section = section_of(tmp_path)
     assert section.pop("quantizer").startswith("autoround_modifier:")
     assert section == {
@@ -204,13 +204,13 @@ def test_auto_round_config(bits, symmetric, packing, tmp_path):
 
 
 def test_mlx_config_and_dtypes(tmp_path):
-    export_checkpoint(tuned((4, True, 32)).folder, "mlx", tmp_path / "symmetric")
+    export(tuned((4, True, 32)).folder, "mlx", tmp_path / "symmetric")
     config = config_of(tmp_path / "symmetric")
     expected = {"bits": 4, "group_size": 32, "mode": "affine"}
     assert config["quantization"] == config["quantization_config"] == expected
     tensors = saved_tensors(tmp_path / "symmetric")
     assert tensors[f"{DOWN}.biases"].dtype == tensors[f"{DOWN}.scales"].dtype == torch.bfloat16
-    exported = export_checkpoint(tuned((4, False, 32)).folder, "mlx", tmp_path / "asymmetric")
+    exported = export(tuned((4, False, 32)).folder, "mlx", tmp_path / "asymmetric")
     assert saved_tensors(tmp_path / "asymmetric")[f"{DOWN}.biases"].dtype == torch.float32
     assert "float32" in exported.notes[0]
 
@@ -224,7 +224,7 @@ def mixed() -> Tuned:
 
 @pytest.mark.parametrize("format", ["gptq", "auto_round"])
 def test_mixed_bits(format, tmp_path):
-    exported = export_checkpoint(mixed().folder, format, tmp_path)
+    exported = export(mixed().folder, format, tmp_path)
     assert_same(mixed(), tmp_path)
     section = section_of(tmp_path)
     assert (section["bits"], section["group_size"], section["sym"]) == (4, -1, False)
@@ -248,7 +248,7 @@ def test_mixed_bits(format, tmp_path):
 
 def test_mixed_bits_in_mlx(tmp_path):
     source = tuned((2, True, 32, MLP), (4, True, 32, ATTENTION))
-    export_checkpoint(source.folder, "mlx", tmp_path)
+    export(source.folder, "mlx", tmp_path)
     assert_same(source, tmp_path)
     quantization = config_of(tmp_path)["quantization"]
     assert (quantization.pop("bits"), quantization.pop("mode")) == (4, "affine")
@@ -260,7 +260,7 @@ def test_mixed_bits_in_mlx(tmp_path):
 def test_mixed_group_sizes_are_refused_by_awq(tmp_path):
     source = tuned((4, True, 32, MLP), (4, True, None, ATTENTION))
     with pytest.raises(ExportError, match="exported to gptq, auto_round") as refused:
-        export_checkpoint(source.folder, "awq", tmp_path / "out")
+        export(source.folder, "awq", tmp_path / "out")
     assert "other group sizes" in str(refused.value)
     assert DOWN in str(refused.value)
     assert not (tmp_path / "out").exists()
@@ -269,7 +269,7 @@ def test_mixed_group_sizes_are_refused_by_awq(tmp_path):
 @pytest.mark.parametrize("format", FOLDERS)
 def test_layers_that_are_not_quantized(format, tmp_path):
     source = tuned((4, True, 32, ("re:.*(q|k|v)_proj",)), layers=2)
-    export_checkpoint(source.folder, format, tmp_path)
+    export(source.folder, format, tmp_path)
     assert_same(source, tmp_path)
     section = section_of(tmp_path)
     skipped = [
@@ -294,14 +294,14 @@ def test_layers_that_are_not_quantized(format, tmp_path):
 
 def test_blocks_that_differ_are_left_to_dynamic(tmp_path):
     source = tuned((4, True, 32, ("re:.*layers.1.mlp.*_proj", "re:.*self_attn.*_proj")), layers=2)
-    exported = export_checkpoint(source.folder, "gptq", tmp_path)
+    exported = export(source.folder, "gptq", tmp_path)
     assert "modules_in_block_to_quantize" not in section_of(tmp_path)
     assert "GPTQModel and vLLM read that, Transformers does not" in exported.notes[0]
 
 
 def test_tied_embeddings(tmp_path):
     source = tuned((4, True, 32), tied=True)
-    export_checkpoint(source.folder, "gptq", tmp_path)
+    export(source.folder, "gptq", tmp_path)
     assert config_of(tmp_path)["tie_word_embeddings"]
     assert "lm_head.weight" not in saved_tensors(tmp_path)
     assert_others_are_kept(source.folder, tmp_path)
@@ -332,7 +332,7 @@ def test_a_sharded_checkpoint_whose_layers_are_split_over_files(format, tmp_path
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    exported = export_checkpoint(folder, format, tmp_path / "out")
+    exported = export(folder, format, tmp_path / "out")
     assert_same(source, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == exported.bytes
@@ -355,7 +355,7 @@ def test_integers_that_are_one_to_a_byte(tmp_path):
             group["format"] = "int-quantized"
 
     folder = changed(source.folder, tmp_path / "source", change)
-    export_checkpoint(folder, "gptq", tmp_path / "out")
+    export(folder, "gptq", tmp_path / "out")
     assert_same(source, tmp_path / "out")
 
 
@@ -404,7 +404,7 @@ def with_transforms(tensors, config):
 def test_refused_checkpoints(change, said, tmp_path):
     folder = changed(tuned((4, True, 32)).folder, tmp_path / "source", change)
     with pytest.raises(ExportError, match=f"(?s){said}"):
-        export_checkpoint(folder, "gptq", tmp_path / "out")
+        export(folder, "gptq", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -413,10 +413,10 @@ def test_other_sources_are_refused(tmp_path):
 
     dense = tiny_llama_folder(torch.bfloat16, 2, 0, False)
     with pytest.raises(CheckpointError, match="no `quantization_config`"):
-        export_checkpoint(dense, "gptq", tmp_path / "out")
-    export_checkpoint(tuned((4, True, 32)).folder, "awq", tmp_path / "awq")
+        export(dense, "gptq", tmp_path / "out")
+    export(tuned((4, True, 32)).folder, "awq", tmp_path / "awq")
     with pytest.raises(CheckpointError, match="format awq"):
-        export_checkpoint(tmp_path / "awq", "gptq", tmp_path / "out")
+        export(tmp_path / "awq", "gptq", tmp_path / "out")
 
 
 def spec(**fields) -> IntegerSpec:
@@ -470,20 +470,20 @@ def test_names_of_other_models():
 
 def test_an_unknown_format():
     with pytest.raises(ExportError, match="no format `exl3`; use one of gptq, awq"):
-        export_checkpoint(tuned((4, True, 32)).folder, "exl3", "out")
+        export(tuned((4, True, 32)).folder, "exl3", "out")
 
 
 def test_folders(tmp_path):
     source = tuned((4, True, 32)).folder
     for output in (source, source / "inside", source.parent):
         with pytest.raises(OutputExistsError):
-            export_checkpoint(source, "gptq", output, overwrite=True)
+            export(source, "gptq", output, overwrite=True)
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match="--overwrite"):
-        export_checkpoint(source, "gptq", tmp_path)
-    export_checkpoint(source, "gptq", tmp_path, overwrite=True)
+        export(source, "gptq", tmp_path)
+    export(source, "gptq", tmp_path, overwrite=True)
     assert (tmp_path / "quantize_config.json").exists()
-    export_checkpoint(source, "awq", tmp_path, overwrite=True)
+    export(source, "awq", tmp_path, overwrite=True)
     assert section_of(tmp_path)["quant_method"] == "awq"
     assert not (tmp_path / "quantize_config.json").exists()
     assert (tmp_path / "note.txt").read_text() == "mine"
@@ -495,5 +495,5 @@ def test_nothing_is_left_of_a_failed_export(tmp_path, monkeypatch):
 
     monkeypatch.setattr(written_files, "save_file", fail)
     with pytest.raises(OSError, match="no space left"):
-        export_checkpoint(tuned((4, True, 32)).folder, "gptq", tmp_path / "out")
+        export(tuned((4, True, 32)).folder, "gptq", tmp_path / "out")
     assert not (tmp_path / "out").exists()

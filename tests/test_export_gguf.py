@@ -18,10 +18,10 @@ from test_export import changed, spec, tuned
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from autoround_modifier import ExportError, OutputExistsError, export_checkpoint, quantized_weights
-from autoround_modifier.export.gguf import LLAMA_CPP
-from autoround_modifier.export.gguf_blocks import BLOCK_TYPES, pack_blocks
-from autoround_modifier.export.integer_layers import IntegerLayer
+from autoround_modifier import ExportError, OutputExistsError, export, quantized_weights
+from autoround_modifier.exports.gguf import LLAMA_CPP
+from autoround_modifier.exports.gguf_blocks import BLOCK_TYPES, pack_blocks
+from autoround_modifier.exports.integer_layers import IntegerLayer
 
 CONVERTER = Path(__file__).parent / "fake_llama_cpp"
 NAMES = {
@@ -124,7 +124,7 @@ def permuted(weight: Tensor, heads: int) -> Tensor:
 )
 def test_weights_are_the_tuners(in_process, kind, bits, symmetric, size, tmp_path):
     source, file = tuned((bits, symmetric, size)).folder, tmp_path / "model.gguf"
-    exported = export_checkpoint(source, f"gguf:{kind}", file, llama_cpp=CONVERTER)
+    exported = export(source, f"gguf:{kind}", file, llama_cpp=CONVERTER)
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
     assert (exported.layers, exported.bytes) == (7, file.stat().st_size)
     found, reader = weights(file)
@@ -152,7 +152,7 @@ def test_weights_are_the_tuners(in_process, kind, bits, symmetric, size, tmp_pat
 )
 def test_transformers_computes_the_same(in_process, kind, scheme, tmp_path):
     source = tuned(scheme).folder
-    export_checkpoint(source, f"gguf:{kind}", tmp_path / "model.gguf", llama_cpp=CONVERTER)
+    export(source, f"gguf:{kind}", tmp_path / "model.gguf", llama_cpp=CONVERTER)
     ours = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32
     )
@@ -165,7 +165,7 @@ def test_transformers_computes_the_same(in_process, kind, scheme, tmp_path):
 def test_mixed_bits_and_tied_embeddings(in_process, tmp_path):
     schemes = (2, True, 32, (r"re:.*mlp\..*_proj",)), (4, True, 64, (r"re:.*self_attn\..*_proj",))
     source = tuned(*schemes, tied=True).folder
-    export_checkpoint(source, "gguf:q4_0", tmp_path / "model.gguf", llama_cpp=CONVERTER)
+    export(source, "gguf:q4_0", tmp_path / "model.gguf", llama_cpp=CONVERTER)
     found, _ = weights(tmp_path / "model.gguf")
     down = dequantized(source)["model.layers.0.mlp.down_proj"]
     assert np.array_equal(found["blk.0.ffn_down.weight"], down.numpy())
@@ -198,9 +198,9 @@ def test_the_converter(tmp_path, monkeypatch):
     source, file = tuned((4, True, 32)).folder, tmp_path / "model.gguf"
     monkeypatch.delenv(LLAMA_CPP, raising=False)
     with pytest.raises(ExportError, match=r"git clone .* set LLAMA_CPP_ROOT"):
-        export_checkpoint(source, "gguf:q4_0", file)
+        export(source, "gguf:q4_0", file)
     with pytest.raises(ExportError, match="has no convert_hf_to_gguf"):
-        export_checkpoint(source, "gguf:q4_0", file, llama_cpp=tmp_path)
+        export(source, "gguf:q4_0", file, llama_cpp=tmp_path)
     monkeypatch.setenv(LLAMA_CPP, str(CONVERTER))
 
     def of_another_kind(tensors, config):
@@ -210,9 +210,9 @@ def test_the_converter(tmp_path, monkeypatch):
     with pytest.raises(
         ExportError, match=r"(?s)does not convert.*OtherForCausalLM is not supported"
     ):
-        export_checkpoint(other, "gguf:q4_0", file)
+        export(other, "gguf:q4_0", file)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
-    export_checkpoint(source, "gguf:q4_0", file)
+    export(source, "gguf:q4_0", file)
 
 
 def test_a_converter_that_changes_weights(in_process, tmp_path):
@@ -223,7 +223,7 @@ def test_a_converter_that_changes_weights(in_process, tmp_path):
     assert changing != script
     (tmp_path / "convert_hf_to_gguf.py").write_text(changing)
     with pytest.raises(ExportError, match="more than the order of its rows"):
-        export_checkpoint(
+        export(
             tuned((4, True, 32)).folder, "gguf:q4_0", tmp_path / "model.gguf", llama_cpp=tmp_path
         )
     assert [path.name for path in tmp_path.iterdir()] == ["convert_hf_to_gguf.py"]
@@ -256,36 +256,34 @@ def byte_level(folder: Path, source: Path) -> Path:
 def test_a_vocabulary_that_the_converter_mistakes(in_process, tmp_path):
     source, file = tuned((4, True, 32)).folder, tmp_path / "model.gguf"
     mistaken = converter_of_words(tmp_path / "mistaken", "llama", 128)
-    export_checkpoint(source, "gguf:q4_0", file, llama_cpp=mistaken, overwrite=True)
+    export(source, "gguf:q4_0", file, llama_cpp=mistaken, overwrite=True)
     checkpoint = byte_level(tmp_path / "source", source)
     with pytest.raises(ExportError, match="would abort on the first text"):
-        export_checkpoint(checkpoint, "gguf:q4_0", tmp_path / "x.gguf", llama_cpp=mistaken)
+        export(checkpoint, "gguf:q4_0", tmp_path / "x.gguf", llama_cpp=mistaken)
     assert not (tmp_path / "x.gguf").exists()
 
     right = converter_of_words(tmp_path / "right", "gpt2", 128)
-    export_checkpoint(checkpoint, "gguf:q4_0", tmp_path / "words.gguf", llama_cpp=right)
+    export(checkpoint, "gguf:q4_0", tmp_path / "words.gguf", llama_cpp=right)
     words = {"vocabulary": tmp_path / "words.gguf", "llama_cpp": mistaken, "overwrite": True}
-    export_checkpoint(checkpoint, "gguf:q4_0", file, **words)
+    export(checkpoint, "gguf:q4_0", file, **words)
     fields = gguf.GGUFReader(file).fields
     assert fields["tokenizer.ggml.model"].contents() == "gpt2"
     assert len(fields["tokenizer.ggml.tokens"].contents()) == 128
 
     fewer = converter_of_words(tmp_path / "fewer", "llama", 100)
     with pytest.raises(ExportError, match="has 128 tokens, and the model 100"):
-        export_checkpoint(checkpoint, "gguf:q4_0", file, **{**words, "llama_cpp": fewer})
+        export(checkpoint, "gguf:q4_0", file, **{**words, "llama_cpp": fewer})
     with pytest.raises(ExportError, match="cannot be read as GGUF"):
-        export_checkpoint(
-            checkpoint, "gguf:q4_0", file, **{**words, "vocabulary": source / "config.json"}
-        )
+        export(checkpoint, "gguf:q4_0", file, **{**words, "vocabulary": source / "config.json"})
 
 
 def test_the_file(in_process, tmp_path):
     source = tuned((4, True, 32)).folder
     with pytest.raises(ExportError, match=r"ends in .gguf"):
-        export_checkpoint(source, "gguf:q4_0", tmp_path / "out", llama_cpp=CONVERTER)
+        export(source, "gguf:q4_0", tmp_path / "out", llama_cpp=CONVERTER)
     file = tmp_path / "model.gguf"
     file.write_text("mine")
     with pytest.raises(OutputExistsError, match="--overwrite"):
-        export_checkpoint(source, "gguf:q4_0", file, llama_cpp=CONVERTER)
-    export_checkpoint(source, "gguf:q4_0", file, llama_cpp=CONVERTER, overwrite=True)
+        export(source, "gguf:q4_0", file, llama_cpp=CONVERTER)
+    export(source, "gguf:q4_0", file, llama_cpp=CONVERTER, overwrite=True)
     assert file.read_bytes().startswith(b"GGUF")

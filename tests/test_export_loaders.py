@@ -7,7 +7,7 @@ import torch
 from test_export import tuned
 from transformers import AutoModelForCausalLM
 
-from autoround_modifier import export_checkpoint, quantized_weights
+from autoround_modifier import export, quantized_weights
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from autoround_modifier import export_checkpoint, quantized_weights
 )
 def test_auto_round_reads_the_same_weights(bits, symmetric, size, tmp_path):
     source = tuned((bits, symmetric, size)).folder
-    export_checkpoint(source, "auto_round", tmp_path)
+    export(source, "auto_round", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
     for name, weight in quantized_weights(source).items():
         layer = model.get_submodule(name)

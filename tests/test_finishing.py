@@ -22,9 +22,9 @@ from autoround_modifier import (
     SavingError,
     oneshot,
 )
-from autoround_modifier.export.saved_config import changed_fields, with_changes
-from autoround_modifier.export.saved_files import add_to_index, tensor_files
-from autoround_modifier.export.source import find_source
+from autoround_modifier.checkpoints.saved_config import changed_fields, with_changes
+from autoround_modifier.checkpoints.saved_files import add_to_index, tensor_files
+from autoround_modifier.checkpoints.source import find_source
 from autoround_modifier.modifiers import finishing
 from autoround_modifier.modifiers.generation import GenerationCheck
 from autoround_modifier.runs.output_folder import check_output_folder

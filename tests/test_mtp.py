@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from autoround_modifier import AutoRoundModifier, SchemeError, load_recipe
-from autoround_modifier.export.mtp import mtp_expressions, mtp_names, renumbered
-from autoround_modifier.export.saved_files import tensor_files
+from autoround_modifier.checkpoints.mtp import mtp_expressions, mtp_names, renumbered
+from autoround_modifier.checkpoints.saved_files import tensor_files
 from autoround_modifier.modifiers import mtp
 
 LINEAR = nn.Linear(1, 1, device="meta")

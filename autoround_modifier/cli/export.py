@@ -55,9 +55,9 @@ def export(
     from autoround_modifier.cli.logs import own_logs
 
     with own_logs():
-        from autoround_modifier.export.exporting import export_checkpoint
+        from autoround_modifier.exports import exporting
 
-        exported = export_checkpoint(
+        exported = exporting.export(
             checkpoint,
             format,
             output,

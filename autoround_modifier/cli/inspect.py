@@ -15,8 +15,8 @@ from autoround_modifier.cli.tables import print_json, print_table
 from autoround_modifier.readable import bytes_text
 
 if TYPE_CHECKING:
+    from autoround_modifier.checkpoints.inspection import CheckpointInspection
     from autoround_modifier.engines.support import EngineSupport, Hardware
-    from autoround_modifier.export.inspection import CheckpointInspection
 
 __all__ = ["inspect"]
 
@@ -53,7 +53,7 @@ def inspect(
     from autoround_modifier.cli.logs import own_logs
 
     with own_logs():
-        from autoround_modifier.export.inspection import inspect_checkpoint
+        from autoround_modifier.checkpoints.inspection import inspect_checkpoint
 
         inspection = inspect_checkpoint(checkpoint)
     if as_json:

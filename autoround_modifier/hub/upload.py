@@ -10,9 +10,9 @@ from typing import Any
 
 from loguru import logger
 
+from autoround_modifier.checkpoints.check import check_checkpoint
 from autoround_modifier.engines.problem import Problem
 from autoround_modifier.errors import CheckpointError, HubError, MissingExtraError
-from autoround_modifier.export.check import check_checkpoint
 from autoround_modifier.hub.platform import Platform, chosen_platform, is_offline
 from autoround_modifier.runs.files import TEMPORARY_PREFIX
 

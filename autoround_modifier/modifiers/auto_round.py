@@ -15,9 +15,9 @@ from autoround_modifier.activations import (
     calibrate_remaining,
 )
 from autoround_modifier.blocks.store import CalibrationStore
+from autoround_modifier.checkpoints.check import check_before_saving
 from autoround_modifier.device import Compute, compilation_pays
 from autoround_modifier.errors import RecipeError
-from autoround_modifier.export.check import check_before_saving
 from autoround_modifier.host.applied_schemes import forget_scheme, forget_schemes, modules_of
 from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_attention
 from autoround_modifier.host.blocks import declare_blocks, find_blocks, input_embeddings

@@ -11,10 +11,10 @@ from typing import Any
 from loguru import logger
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from autoround_modifier.export.check import check_saved
-from autoround_modifier.export.saved_config import changed_fields, with_changes
-from autoround_modifier.export.saved_files import CONFIG, read_json, write_json
-from autoround_modifier.export.source import cached_config
+from autoround_modifier.checkpoints.check import check_saved
+from autoround_modifier.checkpoints.saved_config import changed_fields, with_changes
+from autoround_modifier.checkpoints.saved_files import CONFIG, read_json, write_json
+from autoround_modifier.checkpoints.source import cached_config
 from autoround_modifier.fields import AutoSchemeFields
 from autoround_modifier.host.lifecycle import Modifier, recipe_modifiers, recipe_stage
 from autoround_modifier.host.loading import save_without_requantizing

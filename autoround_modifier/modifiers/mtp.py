@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 
 from autoround_modifier.activations import needs_calibration
 from autoround_modifier.blocks.importance import Importance
-from autoround_modifier.errors import CheckpointError, SchemeError
-from autoround_modifier.export.mtp import (
+from autoround_modifier.checkpoints.mtp import (
     MTP_FIELDS,
     mtp_expressions,
     mtp_names,
@@ -24,9 +23,10 @@ from autoround_modifier.export.mtp import (
     renumbered,
     with_mtp_layers,
 )
-from autoround_modifier.export.saved_config import text_part
-from autoround_modifier.export.saved_files import CONFIG, add_to_index, read_json, write_json
-from autoround_modifier.export.source import SourceCheckpoint, find_source
+from autoround_modifier.checkpoints.saved_config import text_part
+from autoround_modifier.checkpoints.saved_files import CONFIG, add_to_index, read_json, write_json
+from autoround_modifier.checkpoints.source import SourceCheckpoint, find_source
+from autoround_modifier.errors import CheckpointError, SchemeError
 from autoround_modifier.host.layers import Layer, disable_onloading
 from autoround_modifier.host.lifecycle import Modifier
 from autoround_modifier.host.matching import is_match

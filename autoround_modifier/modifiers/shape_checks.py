@@ -8,8 +8,8 @@ from loguru import logger
 from torch import nn
 from transformers import PreTrainedConfig
 
+from autoround_modifier.checkpoints.check import check_before_saving
 from autoround_modifier.errors import RecipeError
-from autoround_modifier.export.check import check_before_saving
 from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.empty_model import empty_model
 from autoround_modifier.host.lifecycle import Modifier, quantization_configs

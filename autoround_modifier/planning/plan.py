@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from autoround_modifier import defaults
+from autoround_modifier.checkpoints.mtp import promised_mtp_layers
 from autoround_modifier.errors import RecipeError
-from autoround_modifier.export.mtp import promised_mtp_layers
 from autoround_modifier.host.loading import check_not_compressed, source_config, stored_format
 from autoround_modifier.planning.advice import Change, changes_that_fit
 from autoround_modifier.planning.counts import ModelCounts, count_model

@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
+from autoround_modifier.checkpoints.saved_config import quantization_of
+from autoround_modifier.checkpoints.saved_files import CONFIG, read_json
 from autoround_modifier.errors import CheckpointError
-from autoround_modifier.export.saved_config import quantization_of
-from autoround_modifier.export.saved_files import CONFIG, read_json
 from autoround_modifier.report.own_files import check_own, write_own
 from autoround_modifier.report.results_table import result_rows
 from autoround_modifier.report.rounding_method import rounding_method

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
+from autoround_modifier.checkpoints.saved_config import quantization_of
+from autoround_modifier.checkpoints.saved_files import CONFIG, read_json
 from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.errors import CheckpointError
-from autoround_modifier.export.saved_config import quantization_of
-from autoround_modifier.export.saved_files import CONFIG, read_json
 from autoround_modifier.report.schema import (
     EVALUATION_FILE,
     REPORT_FILE,

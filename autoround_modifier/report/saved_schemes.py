@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autoround_modifier.checkpoints.saved_config import COMPRESSED_TENSORS, quantization_of
 from autoround_modifier.engines.scheme import Scheme
-from autoround_modifier.export.saved_config import COMPRESSED_TENSORS, quantization_of
 
 __all__ = ["SavedScheme", "saved_schemes"]
 

@@ -9,7 +9,7 @@ from conftest import quantize, tiny_llama, weight_scheme
 from tiny_mixtures import tiny_mixture
 
 from autoround_modifier import AutoRoundModifier
-from autoround_modifier.export.saved_files import read_layout
+from autoround_modifier.checkpoints.saved_files import read_layout
 from autoround_modifier.host.prediction import predict_layout, quantization_section
 from autoround_modifier.host.saved_names import name_experts_as_released
 

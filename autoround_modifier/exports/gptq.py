@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoround_modifier.export.bit_stream import pack_rows
-from autoround_modifier.export.integer_layers import IntegerLayer, IntegerSpec
-from autoround_modifier.export.layer_names import (
+from autoround_modifier.checkpoints.saved_layers import HEADS
+from autoround_modifier.exports.bit_stream import pack_rows
+from autoround_modifier.exports.integer_layers import IntegerLayer, IntegerSpec
+from autoround_modifier.exports.layer_names import (
     block_lists,
     expressions,
     most_common_scheme,
     names_in_each_block,
     with_fused,
 )
-from autoround_modifier.export.saved_layers import HEADS
 from autoround_modifier.version import __version__
 
 __all__ = ["gptq_config", "gptq_notes", "gptq_tensors", "gptq_v1"]

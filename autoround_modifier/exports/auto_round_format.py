@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from autoround_modifier.export.awq import awq_tensors
-from autoround_modifier.export.gptq import gptq_tensors
-from autoround_modifier.export.integer_layers import IntegerLayer, IntegerSpec
-from autoround_modifier.export.layer_names import block_lists, most_common_scheme
-from autoround_modifier.export.saved_layers import HEADS
+from autoround_modifier.checkpoints.saved_layers import HEADS
+from autoround_modifier.exports.awq import awq_tensors
+from autoround_modifier.exports.gptq import gptq_tensors
+from autoround_modifier.exports.integer_layers import IntegerLayer, IntegerSpec
+from autoround_modifier.exports.layer_names import block_lists, most_common_scheme
 from autoround_modifier.version import __version__
 
 __all__ = ["auto_round_config", "auto_round_notes", "auto_round_tensors", "packing_format"]

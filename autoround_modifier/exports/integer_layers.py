@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoround_modifier.checkpoints.contents import refuse_other_formats
+from autoround_modifier.checkpoints.saved_files import opened, read_layout, tensor_files
+from autoround_modifier.checkpoints.saved_layers import EMBEDDINGS, HEADS
+from autoround_modifier.checkpoints.saved_weights import SavedWeights
 from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.errors import ExportError, listed
-from autoround_modifier.export.contents import refuse_other_formats
-from autoround_modifier.export.saved_files import opened, read_layout, tensor_files
-from autoround_modifier.export.saved_layers import EMBEDDINGS, HEADS
-from autoround_modifier.export.saved_weights import SavedWeights
 from autoround_modifier.host.schemes import QuantizationScheme, QuantizationType
 
 __all__ = ["IntegerCheckpoint", "IntegerLayer", "IntegerSpec"]

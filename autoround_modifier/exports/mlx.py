@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoround_modifier.export.bit_stream import pack_rows
-from autoround_modifier.export.integer_layers import IntegerLayer, IntegerSpec
-from autoround_modifier.export.layer_names import most_common_scheme
+from autoround_modifier.exports.bit_stream import pack_rows
+from autoround_modifier.exports.integer_layers import IntegerLayer, IntegerSpec
+from autoround_modifier.exports.layer_names import most_common_scheme
 
 __all__ = ["mlx_config", "mlx_notes", "mlx_tensors"]
 

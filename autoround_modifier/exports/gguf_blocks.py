@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autoround_modifier.export.integer_layers import IntegerLayer
+from autoround_modifier.exports.integer_layers import IntegerLayer
 
 __all__ = ["BLOCK_TYPES", "BlockType", "pack_blocks"]
 

@@ -10,8 +10,8 @@ from loguru import logger
 from safetensors.torch import save_file
 from torch import Tensor
 
-from autoround_modifier.export.integer_layers import IntegerCheckpoint, IntegerLayer
-from autoround_modifier.export.saved_files import CONFIG, INDEX, write_json
+from autoround_modifier.checkpoints.saved_files import CONFIG, INDEX, write_json
+from autoround_modifier.exports.integer_layers import IntegerCheckpoint, IntegerLayer
 
 __all__ = ["copy_others", "write_weights"]
 

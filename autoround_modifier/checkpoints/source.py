@@ -12,9 +12,15 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
+from autoround_modifier.checkpoints.saved_config import text_part
+from autoround_modifier.checkpoints.saved_files import (
+    CONFIG,
+    INDEX,
+    opened,
+    read_json,
+    tensor_files,
+)
 from autoround_modifier.errors import CheckpointError
-from autoround_modifier.export.saved_config import text_part
-from autoround_modifier.export.saved_files import CONFIG, INDEX, opened, read_json, tensor_files
 from autoround_modifier.formats.fp8_blocks import dequantize_fp8_blocks
 
 __all__ = ["SourceCheckpoint", "cached_config", "find_source"]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoround_modifier.export.integer_layers import IntegerLayer, IntegerSpec
-from autoround_modifier.export.layer_names import with_fused
+from autoround_modifier.exports.integer_layers import IntegerLayer, IntegerSpec
+from autoround_modifier.exports.layer_names import with_fused
 
 __all__ = ["awq_config", "awq_tensors", "misread_names"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoround_modifier.checkpoints.saved_files import CONFIG, opened, read_json, tensor_files
 from autoround_modifier.engines.layout import TensorLayout
 from autoround_modifier.errors import CheckpointError, listed
-from autoround_modifier.export.saved_files import CONFIG, opened, read_json, tensor_files
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.matching import match_targets
 from autoround_modifier.host.quantized_weights import matches_saved_layer, read_saved_layer

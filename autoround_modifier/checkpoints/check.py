@@ -12,12 +12,12 @@ from loguru import logger
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from autoround_modifier.checkpoints.saved_files import read_layout
 from autoround_modifier.engines.check import find_problems, required_engines
 from autoround_modifier.engines.layout import CheckpointLayout
 from autoround_modifier.engines.problem import Problem
 from autoround_modifier.engines.vllm_loader import vllm_problems
 from autoround_modifier.errors import RecipeError
-from autoround_modifier.export.saved_files import read_layout
 from autoround_modifier.host.layers import as_single_threaded
 from autoround_modifier.host.prediction import predict_layout
 from autoround_modifier.host.saved_names import name_experts_as_released

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from autoround_modifier.errors import ExportError, listed
-from autoround_modifier.export.awq import misread_names
-from autoround_modifier.export.integer_layers import IntegerSpec
-from autoround_modifier.export.layer_names import in_block
+from autoround_modifier.exports.awq import misread_names
+from autoround_modifier.exports.integer_layers import IntegerSpec
+from autoround_modifier.exports.layer_names import in_block
 
 __all__ = ["FORMATS", "ExportFormat", "check_format", "check_scales", "find_format"]
 

@@ -10,24 +10,24 @@ from typing import Any
 
 from torch import Tensor
 
+from autoround_modifier.checkpoints.saved_files import CONFIG, write_json
 from autoround_modifier.errors import ExportError, OutputExistsError
-from autoround_modifier.export.auto_round_format import (
+from autoround_modifier.exports.auto_round_format import (
     auto_round_config,
     auto_round_notes,
     auto_round_tensors,
     packing_format,
 )
-from autoround_modifier.export.awq import awq_config, awq_tensors
-from autoround_modifier.export.export_formats import check_format, check_scales, find_format
-from autoround_modifier.export.gguf import converter_script, export_gguf
-from autoround_modifier.export.gptq import gptq_config, gptq_notes, gptq_tensors, gptq_v1
-from autoround_modifier.export.integer_layers import IntegerCheckpoint, IntegerLayer, IntegerSpec
-from autoround_modifier.export.mlx import mlx_config, mlx_notes, mlx_tensors
-from autoround_modifier.export.saved_files import CONFIG, write_json
-from autoround_modifier.export.written_files import copy_others, write_weights
+from autoround_modifier.exports.awq import awq_config, awq_tensors
+from autoround_modifier.exports.export_formats import check_format, check_scales, find_format
+from autoround_modifier.exports.gguf import converter_script, export_gguf
+from autoround_modifier.exports.gptq import gptq_config, gptq_notes, gptq_tensors, gptq_v1
+from autoround_modifier.exports.integer_layers import IntegerCheckpoint, IntegerLayer, IntegerSpec
+from autoround_modifier.exports.mlx import mlx_config, mlx_notes, mlx_tensors
+from autoround_modifier.exports.written_files import copy_others, write_weights
 from autoround_modifier.host.saving import UNFINISHED_PREFIX, written_at_once
 
-__all__ = ["Exported", "export_checkpoint"]
+__all__ = ["Exported", "export"]
 
 GPTQ_CONFIG = "quantize_config.json"
 METADATA = {"mlx": "mlx"}
@@ -65,7 +65,7 @@ class _Plan:
     notes: tuple[str, ...] = ()
 
 
-def export_checkpoint(
+def export(
     source: str | os.PathLike[str],
     format: str,
     output: str | os.PathLike[str],
@@ -171,7 +171,7 @@ def _check_output(output: Path, source: Path, overwrite: bool, is_file: bool) ->
     """
     :param is_file: whether ``output`` is to be a file
     :raises ExportError: if it is to be a file and does not end in ``.gguf``
-    :raises OutputExistsError: see `export_checkpoint`
+    :raises OutputExistsError: see `export`
     """
     if is_file and output.suffix != ".gguf":
         raise ExportError(f"{output}: GGUF is one file; name one that ends in .gguf")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from autoround_modifier.engines.fused import fused_parts
-from autoround_modifier.export.integer_layers import IntegerSpec
+from autoround_modifier.exports.integer_layers import IntegerSpec
 
 __all__ = [
     "block_lists",

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoround_modifier.checkpoints.mtp import mtp_names, promised_mtp_layers
+from autoround_modifier.checkpoints.saved_config import (
+    COMPRESSED_TENSORS,
+    quantization_of,
+    text_part,
+)
+from autoround_modifier.checkpoints.saved_files import CONFIG, read_json, read_layout, tensor_files
+from autoround_modifier.checkpoints.saved_layers import SavedLayer, saved_layers, tensor_bytes
 from autoround_modifier.engines.config_names import NUMBER
 from autoround_modifier.engines.layout import CheckpointLayout
 from autoround_modifier.engines.matching import groups_of
 from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.errors import CheckpointError
-from autoround_modifier.export.mtp import mtp_names, promised_mtp_layers
-from autoround_modifier.export.saved_config import (
-    COMPRESSED_TENSORS,
-    quantization_of,
-    text_part,
-)
-from autoround_modifier.export.saved_files import CONFIG, read_json, read_layout, tensor_files
-from autoround_modifier.export.saved_layers import SavedLayer, saved_layers, tensor_bytes
 from autoround_modifier.host.saving import RECIPE
 
 __all__ = ["CheckpointContents", "LayerKind", "checkpoint_contents", "refuse_other_formats"]

@@ -6,18 +6,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoround_modifier.checkpoints.check import problems_of_layout
+from autoround_modifier.checkpoints.contents import (
+    CheckpointContents,
+    checkpoint_contents,
+    refuse_other_formats,
+)
+from autoround_modifier.checkpoints.saved_files import read_layout
 from autoround_modifier.engines.check import required_engines
 from autoround_modifier.engines.machine import Machine, this_machine
 from autoround_modifier.engines.problem import Problem
 from autoround_modifier.engines.support import EngineSupport, find_support
 from autoround_modifier.engines.tables import ENGINE_TABLES
-from autoround_modifier.export.check import problems_of_layout
-from autoround_modifier.export.contents import (
-    CheckpointContents,
-    checkpoint_contents,
-    refuse_other_formats,
-)
-from autoround_modifier.export.saved_files import read_layout
 
 __all__ = ["CheckpointInspection", "inspect_checkpoint"]
 

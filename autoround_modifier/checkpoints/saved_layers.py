@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoround_modifier.checkpoints.saved_files import opened, tensor_files
 from autoround_modifier.engines.config_names import EXPERT, HEADS, NUMBER
 from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout
 from autoround_modifier.engines.matching import Names, Targets, groups_of
 from autoround_modifier.engines.scheme import Scheme
-from autoround_modifier.export.saved_files import opened, tensor_files
 
 __all__ = ["SavedLayer", "saved_layers", "tensor_bytes"]
 

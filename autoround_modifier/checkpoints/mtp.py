@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from autoround_modifier.export.saved_config import text_part
+from autoround_modifier.checkpoints.saved_config import text_part
 
 __all__ = [
     "MTP_FIELDS",

@@ -21,18 +21,18 @@ from loguru import logger
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autoround_modifier.checkpoints.saved_config import text_part
+from autoround_modifier.checkpoints.saved_files import CONFIG, write_json
+from autoround_modifier.checkpoints.saved_weights import dtype_named
 from autoround_modifier.errors import ExportError, MissingExtraError
-from autoround_modifier.export.gguf_blocks import BLOCK_TYPES, pack_blocks
-from autoround_modifier.export.gguf_vocabulary import (
+from autoround_modifier.exports.gguf_blocks import BLOCK_TYPES, pack_blocks
+from autoround_modifier.exports.gguf_vocabulary import (
     VOCABULARY_KEYS,
     check_vocabulary,
     vocabulary_fields,
 )
-from autoround_modifier.export.integer_layers import IntegerCheckpoint, IntegerLayer
-from autoround_modifier.export.saved_config import text_part
-from autoround_modifier.export.saved_files import CONFIG, write_json
-from autoround_modifier.export.saved_weights import dtype_named
-from autoround_modifier.export.written_files import copy_others, write_weights
+from autoround_modifier.exports.integer_layers import IntegerCheckpoint, IntegerLayer
+from autoround_modifier.exports.written_files import copy_others, write_weights
 
 __all__ = ["LLAMA_CPP", "converter_script", "export_gguf"]
 

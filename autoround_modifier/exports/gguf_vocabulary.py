@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from autoround_modifier.checkpoints.saved_files import read_json
 from autoround_modifier.errors import ExportError
-from autoround_modifier.export.saved_files import read_json
 
 __all__ = ["VOCABULARY_KEYS", "check_vocabulary", "vocabulary_fields"]
 

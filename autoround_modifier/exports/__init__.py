@@ -1,0 +1,1 @@
+"""Checkpoints of integers in the formats of other engines."""
