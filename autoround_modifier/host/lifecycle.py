@@ -10,7 +10,8 @@ class is *named* ``AutoRoundModifier``; AutoRound needs full-precision inputs an
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationConfig, disable_quantization
@@ -27,6 +28,8 @@ from llmcompressor.recipe import Recipe
 from llmcompressor.utils import targets_embeddings, untie_word_embeddings
 from llmcompressor.utils.helpers import DisableQuantization, eval_context
 from llmcompressor.utils.pytorch import infer_sequential_targets
+from torch import nn
+from torch.fx import _symbolic_trace
 from transformers import PreTrainedModel
 
 __all__ = [
@@ -66,8 +69,23 @@ def host_oneshot(**kwargs: Any) -> PreTrainedModel:
     LLM-Compressor's own check reads the ``config.json`` that the model is from, and so refuses
     weights that were dequantized as they were loaded.
     """
-    with patch_attr(Oneshot, "validate_model", lambda self, model: None):
+    with patch_attr(Oneshot, "validate_model", lambda self, model: None), _wraps_forgotten():
         return _oneshot(**kwargs)
+
+
+@contextmanager
+def _wraps_forgotten() -> Iterator[None]:
+    """
+    Let models be freed. The tracer of the sequential pipeline calls `torch.fx.wrap` in namespaces
+    that hold a module of the model, and PyTorch never forgets what was wrapped.
+    """
+    before = set(_symbolic_trace._wrapped_fns_to_patch)
+    try:
+        yield
+    finally:
+        for key in set(_symbolic_trace._wrapped_fns_to_patch) - before:
+            if isinstance(_symbolic_trace._wrapped_fns_to_patch[key].get("self"), nn.Module):
+                del _symbolic_trace._wrapped_fns_to_patch[key]
 
 
 class PlainDataModifier(Modifier):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -111,6 +113,14 @@ def test_order_of_events():
     assert not probe._found["gradients"]
     assert probe._found["batch"] == 3
     assert not probe._found["loss masks"]
+
+
+def test_models_of_earlier_runs_are_freed():
+    """The tracer keeps namespaces that hold modules; the session keeps the last model."""
+    earlier = weakref.ref(run(Probe()))
+    run(Probe())
+    gc.collect()
+    assert earlier() is None
 
 
 def test_calibration_runs_in_eager_attention_with_masks(monkeypatch):
