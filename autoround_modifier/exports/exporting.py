@@ -20,7 +20,10 @@ from autoround_modifier.exports.auto_round_format import (
 )
 from autoround_modifier.exports.awq import awq_config, awq_tensors
 from autoround_modifier.exports.export_formats import check_format, check_scales, find_format
-from autoround_modifier.exports.gguf import converter_script, export_gguf
+from autoround_modifier.exports.gguf import write_gguf
+from autoround_modifier.exports.gguf_integers import integer_source
+from autoround_modifier.exports.gguf_template import converter_script
+from autoround_modifier.exports.gguf_types import BLOCK_TYPES
 from autoround_modifier.exports.gptq import gptq_config, gptq_notes, gptq_tensors, gptq_v1
 from autoround_modifier.exports.integer_layers import IntegerCheckpoint, IntegerLayer, IntegerSpec
 from autoround_modifier.exports.mlx import mlx_config, mlx_notes, mlx_tensors
@@ -109,7 +112,9 @@ def export(
     check_scales(chosen, ((spec, checkpoint.scale(spec.name)) for spec in specs))
     if kind is not None:
         words = None if vocabulary is None else Path(vocabulary)
-        size = export_gguf(checkpoint, kind, output, converter_script(llama_cpp), words)
+        kinds = dict.fromkeys(checkpoint.specs, BLOCK_TYPES[kind])
+        script = converter_script(llama_cpp)
+        size = write_gguf(integer_source(checkpoint, kinds), output, script, words)
         return Exported(output, chosen.name, len(specs), size, ())
     plan = _PLANS[chosen.name](specs, skipped)
     with written_at_once(output) as unfinished:

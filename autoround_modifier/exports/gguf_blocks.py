@@ -1,6 +1,6 @@
 """
-Blocks of GGUF: each holds integers of neighbouring input features and their scale. Types whose
-values are a scale times an integer, so that integers and scales stay as they are.
+Blocks of GGUF that hold integers of neighbouring input features and their scale. Values are a scale
+times an integer, so that integers and scales stay as they are.
 """
 
 from __future__ import annotations
@@ -12,28 +12,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from autoround_modifier.exports.gguf_types import BLOCK_TYPES, BlockType, Bytes
 from autoround_modifier.exports.integer_layers import IntegerLayer
 
-__all__ = ["BLOCK_TYPES", "BlockType", "pack_blocks"]
-
-Bytes = NDArray[np.uint8]
+__all__ = ["pack_integers"]
 
 
 @dataclass(frozen=True)
-class BlockType:
+class _Packer:
     """
-    :ivar number: of the type in llama.cpp
-    :ivar file_type: of a file whose matrices have it (``general.file_type``)
-    :ivar block: input features of a block
-    :ivar size: bytes of a block
     :ivar negated: whether scale and integers change their signs
     :ivar pack: makes the bytes after the scale, (rows, size - 2), of integers (rows, block), int16
     """
 
-    number: int
-    file_type: int
-    block: int
-    size: int
     negated: bool
     pack: Callable[[NDArray[np.int16]], Bytes]
 
@@ -68,29 +59,29 @@ def _q8_0(values: NDArray[np.int16]) -> Bytes:
     return values.astype(np.int8).view(np.uint8)
 
 
-BLOCK_TYPES: dict[str, BlockType] = {
-    "q2_0": BlockType(42, 41, 64, 18, True, _q2_0),
-    "q4_0": BlockType(2, 2, 32, 18, False, _q4_0),
-    "q5_0": BlockType(6, 8, 32, 22, False, _q5_0),
-    "q8_0": BlockType(8, 7, 32, 34, False, _q8_0),
+_PACKERS = {
+    BLOCK_TYPES["q2_0"]: _Packer(True, _q2_0),
+    BLOCK_TYPES["q4_0"]: _Packer(False, _q4_0),
+    BLOCK_TYPES["q5_0"]: _Packer(False, _q5_0),
+    BLOCK_TYPES["q8_0"]: _Packer(False, _q8_0),
 }
 
 
-def pack_blocks(layer: IntegerLayer, kind: BlockType) -> Bytes:
+def pack_integers(layer: IntegerLayer, kind: BlockType) -> Bytes:
     """
     :param layer: that the type holds, with scales that are exact in float16
     :param kind: type of the blocks; each lies in one group
     :return: (out_features, in_features / block * size)
     """
-    spec = layer.spec
+    spec, packer = layer.spec, _PACKERS[kind]
     values = layer.codes.to(torch.int16) - layer.zero_point.to(torch.int16).repeat_interleave(
         spec.features_per_scale, 1
     )
     scale = layer.scale.to(torch.float16).repeat_interleave(
         spec.features_per_scale // kind.block, 1
     )
-    if kind.negated:
+    if packer.negated:
         values, scale = -values, -scale
-    packed = kind.pack(values.reshape(-1, kind.block).numpy())
+    packed = packer.pack(values.reshape(-1, kind.block).numpy())
     scales = scale.contiguous().view(-1, 1).numpy().astype("<f2").view(np.uint8)
     return np.concatenate([scales, packed], axis=1).reshape(spec.out_features, -1)
