@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoround_modifier.exports.gguf_rounding import Rounding
 from autoround_modifier.exports.gguf_template import convert, dtype_of_config
 from autoround_modifier.exports.gguf_writing import PackedLayer, graft
 
@@ -44,7 +45,11 @@ class GGUFSource:
 
 
 def write_gguf(
-    source: GGUFSource, output: Path, script: Path, vocabulary: Path | None = None
+    source: GGUFSource,
+    output: Path,
+    script: Path,
+    vocabulary: Path | None = None,
+    rounding: Rounding | None = None,
 ) -> int:
     """
     Needs room on the disk of ``output`` for the dequantized model, twice.
@@ -54,6 +59,7 @@ def write_gguf(
     :param script: see `gguf_template.converter_script`
     :param vocabulary: GGUF file of the same model, whose vocabulary is used; None for what the
         converter makes of the checkpoint's
+    :param rounding: of embeddings and head; None to keep them
     :return: bytes of the file
     :raises ExportError: if llama.cpp's converter does not know the model, or changes more of a
         weight than the order of its rows, or gets the vocabulary wrong
@@ -74,6 +80,7 @@ def write_gguf(
                 config=source.config,
                 file_type=source.file_type,
                 vocabulary=vocabulary,
+                rounding=rounding,
             )
             with unfinished.open("rb+") as file:
                 os.fsync(file.fileno())

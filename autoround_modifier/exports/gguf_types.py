@@ -38,9 +38,15 @@ class BlockType:
 BLOCK_TYPES: dict[str, BlockType] = {
     found.name: found
     for found in (
+        BlockType("tq2_0", 35, 37, 256, 66),
         BlockType("q2_0", 42, 41, 64, 18),
+        BlockType("mxfp4", 39, 38, 32, 17),
+        BlockType("nvfp4", 40, 39, 64, 36),
         BlockType("q4_0", 2, 2, 32, 18),
+        BlockType("q4_1", 3, 3, 32, 20),
         BlockType("q5_0", 6, 8, 32, 22),
+        BlockType("q5_1", 7, 9, 32, 24),
+        BlockType("q6_k", 14, 18, 256, 210),
         BlockType("q8_0", 8, 7, 32, 34),
     )
 }

@@ -1,20 +1,23 @@
 """
 Writes a GGUF file: what the file of llama.cpp's converter holds, with blocks in place of the
-weights of quantized layers. Each brings a type of its own.
+weights of quantized layers. Each layer brings a type of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from autoround_modifier.checkpoints.saved_config import text_part
-from autoround_modifier.errors import ExportError
+from autoround_modifier.errors import ExportError, listed
+from autoround_modifier.exports.gguf_names import tensor_names
+from autoround_modifier.exports.gguf_rounding import Rounding
 from autoround_modifier.exports.gguf_rows import row_order
 from autoround_modifier.exports.gguf_types import BlockType, Bytes, register_types
 from autoround_modifier.exports.gguf_vocabulary import (
@@ -27,6 +30,7 @@ __all__ = ["PackedLayer", "graft"]
 
 # Keys that the writer sets itself
 OWN_KEYS = ("GGUF.", "general.architecture", "general.file_type")
+FLOAT32 = 0
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,31 @@ class PackedLayer:
     :ivar blocks: makes them, (out_features, in_features / block * size)
     :ivar weight: makes what they hold, (out_features, in_features), as it is in the dense
         checkpoint: rows are found in the converter's file by it
+    :ivar scale: factor of the whole weight, which llama.cpp reads from a tensor of its own; None
+        for types that have none
     """
 
     kind: BlockType
     blocks: Callable[[], Bytes]
     weight: Callable[[], Tensor]
+    scale: float | None = None
+
+
+class _Written(NamedTuple):
+    """
+    A tensor of the file.
+
+    :ivar number: of its type
+    :ivar shape: as the writer takes it: of blocks in bytes
+    :ivar dtype: of its data
+    :ivar data: makes it
+    """
+
+    name: str
+    number: int
+    shape: tuple[int, ...]
+    dtype: Any
+    data: Callable[[], NDArray[Any]]
 
 
 def graft(
@@ -54,6 +78,7 @@ def graft(
     config: Mapping[str, Any],
     file_type: int,
     vocabulary: Path | None,
+    rounding: Rounding | None = None,
 ) -> None:
     """
     One tensor is in memory at a time.
@@ -66,6 +91,7 @@ def graft(
     :param file_type: ``general.file_type``
     :param vocabulary: GGUF file of the same model, whose vocabulary is used; None for that of
         the template
+    :param rounding: of embeddings and head where they are not among the layers; None to keep them
     :raises ExportError: if the template has no tensor for a layer, or changes more of a weight
         than the order of its rows, or gets the vocabulary wrong
     """
@@ -74,41 +100,32 @@ def graft(
     register_types()
     reader = gguf.GGUFReader(template)
     architecture = reader.fields["general.architecture"].contents()
-    names = _tensor_names(layers, architecture, text_part(config).get("num_hidden_layers") or 0)
-    there = {tensor.name for tensor in reader.tensors}
-    missing = [found for found in names if found not in there]
-    if missing:
-        raise ExportError(
-            f"llama.cpp's converter writes no tensor {missing[0]} for {names[missing[0]]}"
-        )
+    names = tensor_names(
+        layers,
+        architecture,
+        text_part(config).get("num_hidden_layers") or 0,
+        {tensor.name: tensor.data.shape for tensor in reader.tensors},
+    )
     writer = gguf.GGUFWriter(output, architecture)
     words = vocabulary_fields(reader, vocabulary)
     check_vocabulary(words, folder)
     _copy_fields(reader, words, writer)
     writer.add_file_type(file_type)
-    for tensor in reader.tensors:
-        name = names.get(tensor.name)
-        if name is None:
-            data, kind = tensor.data, tensor.tensor_type
-            writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, kind)
-        else:
-            found = layers[name].kind
-            columns, *rows = (int(size) for size in tensor.shape)
-            shape = (*reversed(rows), columns // found.block * found.size)
-            writer.add_tensor_info(
-                tensor.name,
-                shape,
-                np.dtype(np.uint8),
-                int(np.prod(shape)),
-                found.number,  # type: ignore[arg-type]
-            )
+    tensors = [
+        made
+        for tensor in reader.tensors
+        for made in _tensors(tensor, {x: layers[x] for x in names.get(tensor.name, ())}, rounding)
+    ]
+    for made in tensors:
+        dtype = np.dtype(made.dtype)
+        size = int(np.prod(made.shape)) * dtype.itemsize
+        number = cast(Any, made.number)  # gguf may not know it
+        writer.add_tensor_info(made.name, made.shape, dtype, size, number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor in reader.tensors:
-        name = names.get(tensor.name)
-        data = tensor.data if name is None else _blocks(name, layers[name], tensor.data)
-        writer.write_tensor_data(data)
+    for made in tensors:
+        writer.write_tensor_data(made.data())
     writer.close()
 
 
@@ -124,7 +141,54 @@ def _copy_fields(reader: Any, vocabulary: Mapping[str, Any], writer: Any) -> Non
                 writer.add_key_value(key, value, types[0], types[-1] if len(types) > 1 else None)
 
 
-def _blocks(name: str, layer: PackedLayer, converted: Any) -> Bytes:
+def _tensors(
+    tensor: Any, layers: Mapping[str, PackedLayer], rounding: Rounding | None
+) -> Iterator[_Written]:
+    """
+    Yield what is written for a tensor of the template.
+
+    :param layers: by name, that are stacked in it; none if it is not quantized
+    :raises ExportError: if the layers have several types
+    """
+    if layers:
+        yield from _stack(tensor, layers)
+    elif rounding is not None and (kind := rounding.kind(tensor)) is not None:
+        shape = _shape(tensor, kind)
+        yield _Written(tensor.name, kind.number, shape, np.uint8, lambda: rounding.round(tensor))
+    else:
+        data = tensor.data
+        yield _Written(tensor.name, tensor.tensor_type, data.shape, data.dtype, lambda: data)
+
+
+def _stack(tensor: Any, layers: Mapping[str, PackedLayer]) -> Iterator[_Written]:
+    kinds = {layer.kind for layer in layers.values()}
+    if len(kinds) > 1:
+        used = ", ".join(sorted(kind.name for kind in kinds))
+        raise ExportError(
+            f"{tensor.name} has one type, and its experts {used}: {listed(list(layers))}"
+        )
+    kind = kinds.pop()
+
+    def blocks() -> Bytes:
+        parts = tensor.data if len(layers) > 1 else [tensor.data]
+        packed = [_blocks(*item, part) for item, part in zip(layers.items(), parts, strict=True)]
+        return np.stack(packed) if len(layers) > 1 else packed[0]
+
+    yield _Written(tensor.name, kind.number, _shape(tensor, kind), np.uint8, blocks)
+    scales = [layer.scale for layer in layers.values() if layer.scale is not None]
+    if scales:
+        name = tensor.name.removesuffix("weight") + "scale"
+        numbers = np.array(scales, dtype=np.float32)
+        yield _Written(name, FLOAT32, numbers.shape, np.float32, lambda: numbers)
+
+
+def _shape(tensor: Any, kind: BlockType) -> tuple[int, ...]:
+    """:return: of the tensor's blocks, in bytes"""
+    columns, *rows = (int(size) for size in tensor.shape)
+    return (*reversed(rows), columns // kind.block * kind.size)
+
+
+def _blocks(name: str, layer: PackedLayer, converted: NDArray[Any]) -> Bytes:
     """
     :param converted: the weight in the converter's file
     :return: the layer's blocks, rows in the order of that file
@@ -137,26 +201,3 @@ def _blocks(name: str, layer: PackedLayer, converted: Any) -> Bytes:
             "integers have no place in GGUF"
         )
     return layer.blocks()[order]
-
-
-def _tensor_names(
-    layers: Mapping[str, PackedLayer], architecture: str, count: int
-) -> dict[str, str]:
-    """
-    :param count: of the model's blocks
-    :return: name of a tensor in GGUF -> the layer
-    :raises ExportError: if the installed `gguf` does not know one
-    """
-    import gguf
-
-    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    if architecture not in known:
-        raise ExportError(f"the installed package `gguf` does not know the model {architecture}")
-    names = gguf.get_tensor_name_map(known[architecture], count)
-    result = {}
-    for name in layers:
-        found = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
-        if found is None:
-            raise ExportError(f"`gguf` has no name for {name} in a model of kind {architecture}")
-        result[found] = name
-    return result
