@@ -9,7 +9,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from autoround_modifier.errors import CheckpointError
-from autoround_modifier.formats import QuantizedWeight, TunedWeight, WeightSpec
+from autoround_modifier.formats import FormatSpec, QuantizedWeight, TunedWeight
 from autoround_modifier.host.layers import Layer, get_execution_device, stored_weight
 from autoround_modifier.host.schemes import QuantizationArgs
 from autoround_modifier.host.write_back import write_back
@@ -84,7 +84,7 @@ class LayerQuantizer:
         return [self.names[layer] for layer in layers]
 
 
-def _layout(weight: Tensor, spec: WeightSpec) -> dict[str, Tensor]:
+def _layout(weight: Tensor, spec: FormatSpec) -> dict[str, Tensor]:
     """:return: the parts of a weight of this shape and format, without data"""
     empty = torch.empty_like(weight, device="meta")
     global_scale = torch.empty(1, device="meta") if spec.global_scale else None

@@ -54,6 +54,7 @@ WITHOUT_HOST = (
     "search.float_search",
     "search.integer_search",
     "search.shared_scale",
+    "search.super_block_search",
     "tuning.loss",
     "tuning.optimizer",
     "tuning.sampling",
