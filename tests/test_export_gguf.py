@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from autoround_modifier import ExportError, OutputExistsError, export, quantized_weights
-from autoround_modifier.exports.gguf import LLAMA_CPP
-from autoround_modifier.exports.gguf_blocks import BLOCK_TYPES, pack_blocks
+from autoround_modifier.exports.gguf_blocks import pack_integers
+from autoround_modifier.exports.gguf_template import LLAMA_CPP
+from autoround_modifier.exports.gguf_types import BLOCK_TYPES
 from autoround_modifier.exports.integer_layers import IntegerLayer
 
 CONVERTER = Path(__file__).parent / "fake_llama_cpp"
@@ -184,7 +185,7 @@ def test_every_integer_of_a_block(kind):
         torch.tensor([[0.5], [-0.25]], dtype=torch.bfloat16),
         torch.full((2, 1), 2 ** (bits - 1), dtype=torch.uint8),
     )
-    packed = pack_blocks(layer, block)
+    packed = pack_integers(layer, block)
     assert packed.shape == (2, 256 // block.block * block.size)
     if kind == "q2_0":
         found = q2_0(packed, 256)

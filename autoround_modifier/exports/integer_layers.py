@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.errors import ExportError, listed
 from autoround_modifier.host.schemes import QuantizationScheme, QuantizationType
 
-__all__ = ["IntegerCheckpoint", "IntegerLayer", "IntegerSpec"]
+__all__ = ["IntegerCheckpoint", "IntegerLayer", "IntegerSpec", "kind_of"]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,11 @@ class IntegerCheckpoint:
     :param folder: of a checkpoint in a format of compressed-tensors
     :raises CheckpointError: if it is none, or a file cannot be read
     :raises ExportError: if anything in it is quantized that is not the weight of a layer, to
-        integers
+        integers; see `floats`
+    :cvar floats: families of `Scheme` that are left to a subclass
     """
+
+    floats: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, folder: Path):
         refuse_other_formats(folder)
@@ -90,7 +93,21 @@ class IntegerCheckpoint:
         self._files = tensor_files(folder)
         schemes = {name: self._weights.scheme(name, layout.tensors) for name in self._weights}
         self._refuse_what_is_not_integers(schemes)
-        self.specs = {name: self._spec(name, scheme) for name, scheme in schemes.items()}
+        self.float_families = {
+            name: _family(scheme)
+            for name, scheme in schemes.items()
+            if _family(scheme) in self.floats
+        }
+        self.specs = {
+            name: self._spec(name, scheme)
+            for name, scheme in schemes.items()
+            if name not in self.float_families
+        }
+
+    @property
+    def quantized(self) -> Collection[str]:
+        """Names of quantized layers."""
+        return self._weights.keys()
 
     @property
     def unquantized_layers(self) -> list[str]:
@@ -100,14 +117,14 @@ class IntegerCheckpoint:
             for name, tensor in self.tensors.items()
             if name.endswith(".weight")
             and len(tensor.shape) == 2
-            and name.removesuffix(".weight") not in self.specs
+            and name.removesuffix(".weight") not in self.quantized
             and not EMBEDDINGS.fullmatch(name.removesuffix(".weight"))
         ]
 
     def files(self) -> Iterator[tuple[str, list[str], list[str]]]:
         """Yield of each file its name, the quantized layers in it, and its other tensors."""
         taken = {
-            f"{name}.{part}": name for name in self.specs for part in self._weights.parts(name)
+            f"{name}.{part}": name for name in self._weights for part in self._weights.parts(name)
         }
         by_file: dict[str, tuple[list[str], list[str]]] = {}
         for tensor, path in self._files.items():
@@ -150,13 +167,6 @@ class IntegerCheckpoint:
             rows, columns = self.tensor(f"{name}.weight_shape").tolist()
         else:
             rows, columns = self.tensors[f"{name}.weight"].shape
-        kind = "linear"
-        if EXPERT.search(name):
-            kind = "expert"
-        elif EMBEDDINGS.fullmatch(name):
-            kind = "embedding"
-        elif name.rpartition(".")[2] in HEADS:
-            kind = "head"
         by_group = str(getattr(weights.strategy, "value", weights.strategy)) == "group"
         return IntegerSpec(
             name=name,
@@ -165,7 +175,7 @@ class IntegerCheckpoint:
             num_bits=weights.num_bits,
             symmetric=bool(weights.symmetric),
             group_size=int(weights.group_size or -1) if by_group else -1,
-            kind=kind,
+            kind=kind_of(name),
         )
 
     def _refuse_what_is_not_integers(self, schemes: dict[str, QuantizationScheme]) -> None:
@@ -193,6 +203,8 @@ class IntegerCheckpoint:
     def _not_integers(self, name: str, scheme: QuantizationScheme) -> str | None:
         weights = scheme.weights
         assert weights is not None
+        if _family(scheme) in self.floats:
+            return None
         if weights.type != QuantizationType.INT:
             return f"{_label(scheme)} is no integer format"
         if scheme.input_activations is not None or scheme.output_activations is not None:
@@ -200,6 +212,24 @@ class IntegerCheckpoint:
         if f"{name}.weight_g_idx" in self.tensors:
             return "columns are in the order of their activations (`actorder`)"
         return None
+
+
+def kind_of(name: str) -> str:
+    """
+    :param name: of a layer
+    :return: ``linear``, ``expert``, ``embedding`` or ``head``
+    """
+    if EXPERT.search(name):
+        return "expert"
+    if EMBEDDINGS.fullmatch(name):
+        return "embedding"
+    return "head" if name.rpartition(".")[2] in HEADS else "linear"
+
+
+def _family(scheme: QuantizationScheme) -> str:
+    """:return: one of `FAMILIES`"""
+    found = Scheme.of_group(scheme.model_dump(mode="json"))
+    return "other" if found is None else found.family
 
 
 def _label(scheme: QuantizationScheme) -> str:
