@@ -14,11 +14,36 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from autoround_modifier.exports.gguf_blocks import pack_integers
+from autoround_modifier.exports.gguf_types import BLOCK_TYPES
+from autoround_modifier.exports.integer_layers import IntegerLayer, IntegerSpec
+from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.formats.super_block import SUPER_BLOCK
 
-__all__ = ["SUPER_BLOCK_BYTES", "pack_super_blocks"]
+__all__ = ["SUPER_BLOCK_BYTES", "pack_super_blocks", "pack_weight"]
 
 Parts = Mapping[str, Tensor]
+
+
+def pack_weight(weight: QuantizedWeight, kind: str) -> Tensor:
+    """
+    :param weight: on any device, with the grid of `formats.gguf_specs.GGUF_SPECS`
+    :param kind: name of its type
+    :return: (out_features, bytes of a row), uint8, on the CPU
+    """
+    if kind in SUPER_BLOCK_BYTES:
+        return pack_super_blocks(weight.parts, kind)
+    values, scale = weight.values.cpu(), weight.scale.cpu()
+    rows, columns = values.shape
+    bits = BITS_OF_SYMMETRIC[kind]
+    offset = 2 ** (bits - 1)
+    layer = IntegerLayer(
+        IntegerSpec("", rows, columns, bits, True, weight.grouping.group_size, "linear"),
+        (values.to(torch.int16) + offset).to(torch.uint8),
+        scale,
+        torch.full(scale.shape, offset, dtype=torch.uint8),
+    )
+    return torch.from_numpy(pack_integers(layer, BLOCK_TYPES[kind]))
 
 
 def pack_super_blocks(parts: Parts, kind: str) -> Tensor:
@@ -122,5 +147,7 @@ _PACKERS: dict[str, Callable[[Parts], Tensor]] = {
     "q5_k": _q5_k,
     "q6_k": _q6_k,
 }
+# Types whose values are a float16 scale times an integer
+BITS_OF_SYMMETRIC = {"q4_0": 4, "q5_0": 5, "q8_0": 8}
 # Bytes of a super-block
 SUPER_BLOCK_BYTES = {"q2_k": 84, "q3_k": 110, "q4_k": 144, "q5_k": 176, "q6_k": 210}

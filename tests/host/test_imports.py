@@ -21,6 +21,7 @@ ORDER = (
         "defaults",
         "device",
         "errors",
+        "gguf_schemes",
         "parallel",
         "presets",
         "progress",
