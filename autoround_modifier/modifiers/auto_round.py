@@ -217,6 +217,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         self._only_modifier = len(modifiers) <= 1
         check_processes(model)
         check_experts(model)
+        self.set_gguf_types({})
         self.add_ignored(ignored_layers(model, self.resolved_config))
         plan = prepare_saving(model)
         warn_of_targets(model, self.resolved_config, plan.mtp.schemes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from loguru import logger
 from torch import nn
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.errors import RecipeError, SchemeError, listed
 from autoround_modifier.fields import AutoSchemeFields, DistillationFields
+from autoround_modifier.formats.super_block import SUPER_BLOCK
 from autoround_modifier.gguf_schemes import (
     GGUF_TYPES,
     ModelFacts,
@@ -96,16 +97,20 @@ def say_what_falls_back(model: nn.Module, scheme: str, types: Mapping[str, str])
     counts = Counter(types.values())
     used = ", ".join(f"{GGUF_TYPES[kind].label[5:]} ({count})" for kind, count in counts.items())
     logger.info(f"{scheme}: the layers are tuned in {used}")
-    fallen: dict[tuple[str, int], list[str]] = {}
+    fallen: dict[str, dict[str, int]] = {}
     for name, kind in types.items():
-        if not kind.endswith("_k"):
-            columns = int(stored_weight(model.get_submodule(name)).shape[-1])  # type: ignore[arg-type]
-            fallen.setdefault((kind, columns), []).append(name)
-    for (kind, columns), names in fallen.items():
+        if GGUF_TYPES[kind].block != SUPER_BLOCK:
+            weight = stored_weight(cast(nn.Linear, model.get_submodule(name)))
+            fallen.setdefault(kind, {})[name] = weight.shape[-1]
+    if fallen:
+        parts = [
+            f"{len(layers)} layers of {' or '.join(map(str, sorted(set(layers.values()))))} input "
+            f"features in {GGUF_TYPES[kind].label[5:]} ({listed(list(layers))})"
+            for kind, layers in fallen.items()
+        ]
         logger.warning(
-            f"{len(names)} layers are tuned in {GGUF_TYPES[kind].label[5:]}, to which llama.cpp "
-            f"falls back: super-blocks of 256 do not divide their {columns} input features: "
-            f"{listed(names)}"
+            f"super-blocks of {SUPER_BLOCK} do not divide the rows of some layers, which are tuned "
+            f"in the types to which llama.cpp falls back: {'; '.join(parts)}"
         )
 
 

@@ -55,6 +55,7 @@ def check_shapes(
         if not tuner.has_schemes:
             continue
         tuner.add_ignored(ignored_layers(model, tuner.resolved_config))
+        tuner.set_gguf_types({})
         schemes = resolve_schemes(model, tuner.resolved_config)
         if tuner.gguf_scheme is not None:
             check_alone(tuner, modifiers)
