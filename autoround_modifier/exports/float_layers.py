@@ -8,12 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autoround_modifier.exports.integer_layers import IntegerCheckpoint, kind_of
+from autoround_modifier.exports.integer_layers import FOR_GGUF, IntegerCheckpoint, kind_of
 
 __all__ = ["FloatLayer", "FloatSpec", "WeightCheckpoint"]
-
-# Weights alone are quantized
-FAMILIES = {"mxfp4a16": "mxfp4", "nvfp4a16": "nvfp4"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class WeightCheckpoint(IntegerCheckpoint):
         integers, MXFP4 or NVFP4
     """
 
-    floats = tuple(FAMILIES)
+    floats = FOR_GGUF
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -106,4 +103,4 @@ class WeightCheckpoint(IntegerCheckpoint):
 
     def _float_spec(self, name: str, family: str) -> FloatSpec:
         rows, columns = self.tensors[f"{name}.weight_packed"].shape
-        return FloatSpec(name, rows, 2 * columns, FAMILIES[family], kind_of(name))
+        return FloatSpec(name, rows, 2 * columns, family.removesuffix("a16"), kind_of(name))

@@ -19,7 +19,10 @@ from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.errors import ExportError, listed
 from autoround_modifier.host.schemes import QuantizationScheme, QuantizationType
 
-__all__ = ["IntegerCheckpoint", "IntegerLayer", "IntegerSpec", "kind_of"]
+__all__ = ["FOR_GGUF", "IntegerCheckpoint", "IntegerLayer", "IntegerSpec", "kind_of"]
+
+# Families of `Scheme` that GGUF holds as well: weights alone are quantized, to 4 bits
+FOR_GGUF = ("mxfp4a16", "nvfp4a16")
 
 
 @dataclass(frozen=True)
@@ -196,8 +199,8 @@ class IntegerCheckpoint:
         if found:
             reasons = [f"{reason}: {listed(names)}" for reason, names in found.items()]
             raise ExportError(
-                f"{self.folder} can only stay in compressed-tensors: integers of weights alone are "
-                "exported.\n  " + "\n  ".join(reasons)
+                f"{self.folder} is more than integers of weights, which alone can be exported to "
+                "this format; it can stay in compressed-tensors.\n  " + "\n  ".join(reasons)
             )
 
     def _not_integers(self, name: str, scheme: QuantizationScheme) -> str | None:
@@ -206,7 +209,8 @@ class IntegerCheckpoint:
         if _family(scheme) in self.floats:
             return None
         if weights.type != QuantizationType.INT:
-            return f"{_label(scheme)} is no integer format"
+            elsewhere = "; GGUF holds it (`gguf:auto`)" if _family(scheme) in FOR_GGUF else ""
+            return f"{_label(scheme)} is no integer format{elsewhere}"
         if scheme.input_activations is not None or scheme.output_activations is not None:
             return f"{_label(scheme)} quantizes activations"
         if f"{name}.weight_g_idx" in self.tensors:
