@@ -102,14 +102,18 @@ def test_other_checkpoints_are_refused(tmp_path):
     reset_session()
     with pytest.raises(ExportError, match="quantize the model with `scheme: gguf:q4_k_m`"):
         export(tmp_path / "out", "GGUF:Q4-K-M", tmp_path / "model.gguf", llama_cpp=CONVERTER)
-    with pytest.raises(OutputExistsError):
+    with pytest.raises(ExportError, match="GGUF is one file"):
         export(tuned("gguf:q4_k_m"), "gguf:q4_k_m", tmp_path, llama_cpp=CONVERTER)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(OutputExistsError):
+        export(tuned("gguf:q4_k_m"), "gguf:q4_k_m", tmp_path / "model.gguf", llama_cpp=CONVERTER)
 
 
 def test_by_the_command_line(tmp_path, capsys, in_process):
     folder, file = tuned("gguf:q4_k_m"), tmp_path / "model.gguf"
-    assert (
-        main(["export", str(folder), "gguf:q4_k_m", str(file), "--llama-cpp", str(CONVERTER)]) == 0
-    )
+    before = saved_tensors(folder)
+    command = ["export", str(folder), "gguf:q4_k_m", str(file), "--llama-cpp", str(CONVERTER)]
+    assert main(command) == 0
     assert "14 layers in gguf:q4_k_m" in capsys.readouterr().out
-    assert saved_tensors(folder)  # what was exported is as it was
+    after = saved_tensors(folder)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

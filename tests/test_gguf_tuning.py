@@ -30,6 +30,7 @@ from autoround_modifier.checkpoints.inspection import inspect_checkpoint
 from autoround_modifier.cli.main import main
 from autoround_modifier.errors import CheckpointError, RecipeError, SchemeError
 from autoround_modifier.gguf_schemes import GGUF_TYPES, ModelFacts, fitting_type, layer_types
+from autoround_modifier.report.card import CardOptions, make_card
 from autoround_modifier.report.schema import read_report
 from autoround_modifier.runs.checkpoint import RunCheckpoint
 
@@ -322,6 +323,9 @@ def test_report_inspection_and_plan(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "blocks of GGUF of 14 layers" in text
     assert "gguf:q4_k_m FILE.gguf` writes a file for llama.cpp" in text
+    card = make_card(out, CardOptions()).text
+    assert "tuned in types of GGUF (`gguf:q4_k_m`)" in card
+    assert "GGUF Q4_K; GGUF Q6_K" in card
     recipe = load_recipe(out / "recipe.yaml")
     assert recipe.modifiers[0].gguf_scheme == "gguf:q4_k_m"
     planned = plan(tiny_llama(hidden_size=256).config, scheme="gguf:q4_k_m", iters=2)
