@@ -7,7 +7,7 @@ import json
 import gguf
 import pytest
 import torch
-from conftest import quantize, tiny_llama
+from conftest import quantize, tiny_llama, tiny_llama_folder
 from helpers import quantized_layers, saved_tensors
 from llmcompressor.core import reset_session
 from safetensors.torch import save_file
@@ -379,3 +379,15 @@ def test_a_damaged_file_of_blocks_is_named(tmp_path):
     write_gguf_blocks(tmp_path, "gguf:q4_k", {"b": "q4_0"}, {"a": torch.zeros(2, 18)})
     with pytest.raises(CheckpointError, match="not known here: a, b"):
         SavedBlocks(tmp_path)
+
+
+def test_by_the_command_line(capsys):
+    assert main(["schemes", "gguf:q4_k_m"]) == 0
+    text = capsys.readouterr().out
+    assert "Q4_K_M of llama.cpp, with quantized scales" in text
+    assert "bits per weight   4.500" in text
+    assert "  scheme: gguf:q4_k_m" in text
+    assert "gguf_q4_k_m_autoround" in text
+    folder = str(tiny_llama_folder(torch.bfloat16, 2, 0, False, 256))
+    assert main(["quantize", folder, "--scheme", "gguf:q2_k_s", "--dry-run"]) == 0
+    assert "scheme: gguf:q2_k_s" in capsys.readouterr().out
