@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from autoround_modifier.checkpoints.gguf_blocks import find_blocks_file
 from autoround_modifier.checkpoints.saved_files import CONFIG, write_json
 from autoround_modifier.errors import ExportError, OutputExistsError
 from autoround_modifier.exports.auto_round_format import (
@@ -26,10 +27,12 @@ from autoround_modifier.exports.gguf_checkpoint import checkpoint_source
 from autoround_modifier.exports.gguf_choice import choose_types
 from autoround_modifier.exports.gguf_rounding import Rounding, rounding_notes
 from autoround_modifier.exports.gguf_template import converter_script
+from autoround_modifier.exports.gguf_tuned import TunedCheckpoint
 from autoround_modifier.exports.gptq import gptq_config, gptq_notes, gptq_tensors, gptq_v1
 from autoround_modifier.exports.integer_layers import IntegerCheckpoint, IntegerLayer, IntegerSpec
 from autoround_modifier.exports.mlx import mlx_config, mlx_notes, mlx_tensors
 from autoround_modifier.exports.written_files import copy_others, write_weights
+from autoround_modifier.gguf_schemes import gguf_scheme
 from autoround_modifier.host.saving import UNFINISHED_PREFIX, written_at_once
 
 __all__ = ["Exported", "export"]
@@ -89,7 +92,8 @@ def export(
     :param format: ``gptq``, ``awq``, ``auto_round``, ``mlx``, or a type of GGUF: ``gguf:q2_0``,
         ``gguf:tq2_0``, ``gguf:q4_0``, ``gguf:q4_1``, ``gguf:q5_0``, ``gguf:q5_1``, ``gguf:q8_0``,
         ``gguf:mxfp4`` or ``gguf:nvfp4``. Layers that it does not hold get the smallest type that
-        does, and so do all layers with ``gguf:auto``
+        does, and so do all layers with ``gguf:auto``. A checkpoint that was tuned in a scheme of
+        GGUF such as ``gguf:q4_k_m`` is written as that
     :param output: folder to write to. Weights and ``config.json`` appear in it once all are
         written, ``config.json`` last. For GGUF the file, which ends in ``.gguf``
     :param overwrite: the folder may hold files; weights of an earlier checkpoint go. For GGUF the
@@ -109,11 +113,14 @@ def export(
         contains or lies in ``source``
     :raises OSError: if it cannot be written to
     """
-    source, output, chosen = Path(source), Path(output), find_format(format)
+    source, output = Path(source), Path(output)
+    words = None if vocabulary is None else Path(vocabulary)
+    if gguf_scheme(format) is not None or find_blocks_file(source) is not None:
+        return _tuned(source, format, output, overwrite, llama_cpp, words, embeddings)
+    chosen = find_format(format)
     kind = chosen.name.removeprefix(GGUF) if chosen.name.startswith(GGUF) else None
     _check_output(output, source, overwrite, is_file=kind is not None)
     if kind is not None:
-        words = None if vocabulary is None else Path(vocabulary)
         return _gguf(source, kind, output, llama_cpp, words, embeddings)
     if embeddings is not None:
         raise ExportError(f"`embeddings` is for GGUF; {chosen.name} keeps them as they are")
@@ -143,6 +150,26 @@ def export(
     return Exported(output, chosen.name, len(specs), size, plan.notes)
 
 
+def _tuned(
+    source: Path,
+    format: str,
+    output: Path,
+    overwrite: bool,
+    llama_cpp: str | os.PathLike[str] | None,
+    vocabulary: Path | None,
+    embeddings: str | None,
+) -> Exported:
+    """Write the blocks of a checkpoint that was tuned in types of GGUF."""
+    rounding = None if embeddings is None else Rounding(embeddings)
+    checkpoint = TunedCheckpoint(source, format)
+    _check_output(output, source, overwrite, is_file=True)
+    script = converter_script(llama_cpp)
+    size = write_gguf(checkpoint.source(), output, script, vocabulary, rounding)
+    types = checkpoint.saved.types
+    notes = rounding_notes(checkpoint.layout.tensors, types, rounding, size)
+    return Exported(output, checkpoint.scheme, len(types), size, tuple(notes))
+
+
 def _gguf(
     source: Path,
     kind: str,
@@ -158,7 +185,8 @@ def _gguf(
     script = converter_script(llama_cpp)
     made = checkpoint_source(checkpoint, choice.kinds)
     size = write_gguf(made, output, script, vocabulary, rounding)
-    notes = (*choice.notes, *rounding_notes(checkpoint, rounding, size))
+    rounded = rounding_notes(checkpoint.tensors, checkpoint.quantized, rounding, size)
+    notes = (*choice.notes, *rounded)
     return Exported(output, f"{GGUF}{kind}", len(choice.kinds), size, notes)
 
 

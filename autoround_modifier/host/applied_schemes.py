@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
+from weakref import WeakSet
 
 from compressed_tensors.quantization import QuantizationMetadata, QuantizationStatus
 from torch import nn
@@ -12,11 +13,16 @@ from autoround_modifier.host.matching import match_named_modules
 
 __all__ = [
     "disable_unfinished",
+    "forget_carriers",
     "forget_scheme",
     "forget_schemes",
     "modules_of",
     "quantized_names",
 ]
+
+
+# Layers that are quantized although they have no scheme
+_DENSE: WeakSet[nn.Module] = WeakSet()
 
 
 def quantized_names(model: nn.Module) -> list[str]:
@@ -25,7 +31,9 @@ def quantized_names(model: nn.Module) -> list[str]:
         modifiers of a recipe are initialised before the first of them calibrates
     """
     return [
-        name for name, x in model.named_modules() if _status(x) > QuantizationStatus.INITIALIZED
+        name
+        for name, x in model.named_modules()
+        if _status(x) > QuantizationStatus.INITIALIZED or x in _DENSE
     ]
 
 
@@ -54,6 +62,16 @@ def forget_scheme(module: nn.Module) -> None:
         QuantizationMetadata.clear_all_qparams(module)
         module.__dict__.pop("quantization_scheme", None)
     module.__dict__.pop("quantization_status", None)
+
+
+def forget_carriers(layers: Iterable[nn.Module]) -> None:
+    """
+    Remove schemes that compressed-tensors is not to save, of layers that are quantized in another
+    way and now compute with their dequantized weights.
+    """
+    for layer in layers:
+        forget_scheme(layer)
+        _DENSE.add(layer)
 
 
 def disable_unfinished(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from autoround_modifier.host.empty_model import empty_model
 from autoround_modifier.host.lifecycle import Modifier, quantization_configs
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
+from autoround_modifier.modifiers.gguf_layers import check_alone, choose_gguf_types
 from autoround_modifier.modifiers.routers import ignored_layers
 from autoround_modifier.modifiers.validation import (
     check_fit,
@@ -54,12 +55,18 @@ def check_shapes(
         if not tuner.has_schemes:
             continue
         tuner.add_ignored(ignored_layers(model, tuner.resolved_config))
+        tuner.set_gguf_types({})
         schemes = resolve_schemes(model, tuner.resolved_config)
+        if tuner.gguf_scheme is not None:
+            check_alone(tuner, modifiers)
+            blocks = find_blocks(model, None)
+            tuner.set_gguf_types(choose_gguf_types(model, tuner.gguf_scheme, schemes, blocks))
+            schemes = resolve_schemes(model, tuner.resolved_config)
         check_fit(schemes)
         check_kv_cache(model, tuner.kv_cache_scheme)
         if tuner.iters:
             check_layers_in_blocks(find_blocks(model, None), schemes, tuner.iters)
-    if tuners and all(tuner.has_schemes for tuner in tuners):
+    if tuners and all(x.has_schemes and x.gguf_scheme is None for x in tuners):
         check_before_saving(model, quantization_configs(modifiers), tuners[-1].engine)
 
 
