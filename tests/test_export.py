@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import itertools
 import json
 import re
 import shutil
-import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import export_readers
 import pytest
 import torch
-from conftest import quantize, tiny_llama, tiny_tokenizer, weight_scheme
-from export_readers import Integers
+from export_sources import Tuned, tuned
 from helpers import saved_tensors
 from safetensors.torch import load_file, save_file
 
 from autoround_modifier import (
-    AutoRoundModifier,
     CheckpointError,
     ExportError,
     OutputExistsError,
@@ -37,35 +31,6 @@ from autoround_modifier.exports.integer_layers import IntegerSpec
 BITS = (2, 3, 4, 8)
 FOLDERS = ("gptq", "awq", "auto_round", "mlx")
 DOWN, Q = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"
-
-
-class Tuned(NamedTuple):
-    """A saved checkpoint, and what the tuner left in the model, read before it was saved."""
-
-    folder: Path
-    layers: dict[str, tuple[int, Integers]]
-
-
-@functools.cache
-def tuned(*schemes: tuple, tied: bool = False, layers: int = 1) -> Tuned:
-    """:param schemes: bits, symmetric, group size or None, and targets if there are several"""
-    groups = {
-        f"group_{i}": weight_scheme(bits, symmetric, size, *targets)
-        for i, (bits, symmetric, size, *targets) in enumerate(schemes)
-    }
-    modifier = AutoRoundModifier(config_groups=groups, ignore=["lm_head"], iters=2)
-    model = quantize(tiny_llama(num_layers=layers, tied=tied), modifier)
-    found = {}
-    for name, weight in quantized_weights(model).items():
-        bits = weight.grid.num_bits
-        offset = 2 ** (bits - 1)
-        codes, zeros = (x.clone().long() + offset for x in (weight.values, weight.zero_point))
-        found[name] = (bits, Integers(codes, weight.scale.clone(), zeros))
-    folder = Path(tempfile.mkdtemp(prefix="exported_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return Tuned(folder, found)
 
 
 def config_of(folder: Path) -> dict:

@@ -1,14 +1,15 @@
-"""Exports a saved checkpoint to another format, with the same integers, scales and zero points."""
+"""Exports a quantized model to another format, with the same integers, scales and zero points."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from autoround_modifier.checkpoints.saved_files import CONFIG, write_json
 from autoround_modifier.errors import ExportError, OutputExistsError
@@ -19,11 +20,22 @@ from autoround_modifier.exports.auto_round_format import (
     packing_format,
 )
 from autoround_modifier.exports.awq import awq_config, awq_tensors
-from autoround_modifier.exports.export_formats import check_format, check_scales, find_format
+from autoround_modifier.exports.export_formats import (
+    ExportFormat,
+    check_format,
+    check_scales,
+    find_format,
+)
 from autoround_modifier.exports.gguf import converter_script, export_gguf
 from autoround_modifier.exports.gptq import gptq_config, gptq_notes, gptq_tensors, gptq_v1
 from autoround_modifier.exports.integer_layers import IntegerCheckpoint, IntegerLayer, IntegerSpec
 from autoround_modifier.exports.mlx import mlx_config, mlx_notes, mlx_tensors
+from autoround_modifier.exports.model_source import (
+    Tokenizer,
+    check_model,
+    model_folders,
+    saved_beside,
+)
 from autoround_modifier.exports.written_files import copy_others, write_weights
 from autoround_modifier.host.saving import UNFINISHED_PREFIX, written_at_once
 
@@ -66,10 +78,11 @@ class _Plan:
 
 
 def export(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | PreTrainedModel,
     format: str,
     output: str | os.PathLike[str],
     *,
+    tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
     llama_cpp: str | os.PathLike[str] | None = None,
     vocabulary: str | os.PathLike[str] | None = None,
@@ -80,11 +93,16 @@ def export(
     written. One file of the checkpoint is in memory at a time.
 
     :param source: folder of a compressed-tensors checkpoint whose weights alone are quantized, to
-        integers: one of `quantize`, or of anybody else
+        integers: one of `quantize`, or of anybody else. Or a model in memory, as `quantize` and
+        `oneshot` return it: it is saved beside ``output`` for a moment, and left as
+        `save_pretrained` leaves it
     :param format: ``gptq``, ``awq``, ``auto_round``, ``mlx``, or one of ``gguf:q2_0``,
         ``gguf:q4_0``, ``gguf:q5_0`` and ``gguf:q8_0``
     :param output: folder to write to. Weights and ``config.json`` appear in it once all are
         written, ``config.json`` last. For GGUF the file, which ends in ``.gguf``
+    :param tokenizer: of a model in memory: tokenizer or processor, or name or folder of one; None
+        for that of the folder, or of the download, from which the model was loaded. A folder has
+        its own
     :param overwrite: the folder may hold files; weights of an earlier checkpoint go. For GGUF the
         file may be there
     :param llama_cpp: for GGUF, folder with llama.cpp's source, whose converter writes metadata and
@@ -99,10 +117,35 @@ def export(
     :raises OutputExistsError: if ``output`` is there and ``overwrite`` is false, or if it is,
         contains or lies in ``source``
     :raises OSError: if it cannot be written to
+    :raises RuntimeError: if several processes were started together, and a model is in memory
     """
-    source, output, chosen = Path(source), Path(output), find_format(format)
+    output, chosen = Path(output), find_format(format)
+    is_file = chosen.name.startswith(GGUF)
+    if not isinstance(source, nn.Module):
+        if tokenizer is not None:
+            raise ExportError(
+                f"{source} has its own tokenizer; `tokenizer` is for a model in memory"
+            )
+        _check_output(output, {Path(source)}, overwrite, is_file)
+        return _export_folder(Path(source), chosen, output, llama_cpp, vocabulary)
+    _check_output(output, model_folders(source), overwrite, is_file)
+    if is_file:
+        converter_script(llama_cpp)  # refuses before anything is saved
+    check_model(source, chosen)
+    with saved_beside(source, output, tokenizer) as saved:
+        exported = _export_folder(saved.folder, chosen, output, llama_cpp, vocabulary)
+    return replace(exported, notes=(*saved.notes, *exported.notes))
+
+
+def _export_folder(
+    source: Path,
+    chosen: ExportFormat,
+    output: Path,
+    llama_cpp: str | os.PathLike[str] | None,
+    vocabulary: str | os.PathLike[str] | None,
+) -> Exported:
+    """:param source: folder of a compressed-tensors checkpoint; for the others see `export`"""
     kind = chosen.name.removeprefix(GGUF) if chosen.name.startswith(GGUF) else None
-    _check_output(output, source, overwrite, is_file=kind is not None)
     checkpoint = IntegerCheckpoint(source)
     specs, skipped = list(checkpoint.specs.values()), checkpoint.unquantized_layers
     check_format(chosen, specs, skipped)
@@ -167,20 +210,23 @@ _PLANS: dict[str, Callable[[Sequence[IntegerSpec], Sequence[str]], _Plan]] = {
 }
 
 
-def _check_output(output: Path, source: Path, overwrite: bool, is_file: bool) -> None:
+def _check_output(output: Path, sources: Iterable[Path], overwrite: bool, is_file: bool) -> None:
     """
+    :param sources: folders from which the model is read
     :param is_file: whether ``output`` is to be a file
     :raises ExportError: if it is to be a file and does not end in ``.gguf``
     :raises OutputExistsError: see `export`
     """
     if is_file and output.suffix != ".gguf":
         raise ExportError(f"{output}: GGUF is one file; name one that ends in .gguf")
-    here, there = output.resolve(), source.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise OutputExistsError(
-            f"{output} is the folder of the checkpoint {source}, contains it or lies in it; choose "
-            "another place"
-        )
+    here = output.resolve()
+    for source in sources:
+        there = source.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise OutputExistsError(
+                f"{output} is the folder of the checkpoint {source}, contains it or lies in it; "
+                "choose another place"
+            )
     if here.is_dir() if is_file else here.is_file():
         kinds = ("folder", "file") if is_file else ("file", "folder")
         raise OutputExistsError(f"{output} is a {kinds[0]}; choose a {kinds[1]}")
