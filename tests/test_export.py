@@ -400,6 +400,7 @@ def spec(**fields) -> IntegerSpec:
         ("gptq", {"kind": "embedding"}, "(?s)exported to mlx.*quantized embedding"),
         ("gguf:q2_0", {}, "(?s)gguf:q4_0.*holds 2 bits"),
         ("gguf:q2_0", {"num_bits": 2}, "(?s)gguf:q4_0.*W2A16 G32: .*multiples of 64"),
+        ("gguf:q2_0", {"num_bits": 2, "symmetric": False}, "(?s)gguf:q4_0.*holds no zero points"),
         ("gguf:q4_0", {"symmetric": False}, "(?s)gguf:q5_0.*zero points with 2 or 3 bits"),
         ("gguf:q8_0", {"symmetric": False, "num_bits": 8}, "(?s)gptq.*W8A16 asym"),
         ("gptq", {"name": "projector.linear"}, "(?s)exported to awq, mlx.*outside the blocks"),

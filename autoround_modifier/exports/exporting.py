@@ -124,7 +124,8 @@ def export(
     if not isinstance(source, nn.Module):
         if tokenizer is not None:
             raise ExportError(
-                f"{source} has its own tokenizer; `tokenizer` is for a model in memory"
+                f"{source} is a folder, whose own tokenizer is used; `tokenizer` goes with a model "
+                "in memory"
             )
         _check_output(output, {Path(source)}, overwrite, is_file)
         return _export_folder(Path(source), chosen, output, llama_cpp, vocabulary)
