@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 from loguru import logger
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from autoround_modifier.checkpoints.check import check_before_saving
-from autoround_modifier.errors import RecipeError
+from autoround_modifier.errors import ExportError, RecipeError
+from autoround_modifier.exports.export_formats import check_format, find_format
+from autoround_modifier.exports.integer_specs import (
+    IntegerSpec,
+    check_integers,
+    integer_spec,
+    unquantized_layers,
+)
 from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.empty_model import empty_model
 from autoround_modifier.host.lifecycle import Modifier, quantization_configs
+from autoround_modifier.host.prediction import predict_layers
+from autoround_modifier.host.saved_names import name_experts_as_released
+from autoround_modifier.host.schemes import QuantizationConfig
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
 from autoround_modifier.modifiers.routers import ignored_layers
@@ -25,19 +36,24 @@ from autoround_modifier.modifiers.validation import (
 )
 from autoround_modifier.schemes import check_budget, resolve_options
 
-__all__ = ["check_shapes"]
+__all__ = ["check_formats", "check_shapes"]
 
 
 def check_shapes(
-    config: PreTrainedConfig, modifiers: Sequence[Modifier], trust_remote_code: bool = False
+    config: PreTrainedConfig,
+    modifiers: Sequence[Modifier],
+    trust_remote_code: bool = False,
+    formats: Sequence[str] = (),
 ) -> None:
     """
     :param config: of the model that is to be quantized
     :param modifiers: of a recipe, made for this check alone: they are changed
     :param trust_remote_code: let the model run its own code
+    :param formats: to which the checkpoint will be exported
     :raises RecipeError: if Transformers cannot build the model, nothing is targeted, no block is
         found, or an engine would not load what will be saved
     :raises SchemeError: if a scheme does not fit a layer, or no choice fits a budget of bits
+    :raises ExportError: if a format cannot hold what will be saved
     """
     try:
         model = empty_model(config, trust_remote_code=trust_remote_code, all_experts=True).model
@@ -61,6 +77,80 @@ def check_shapes(
             check_layers_in_blocks(find_blocks(model, None), schemes, tuner.iters)
     if tuners and all(tuner.has_schemes for tuner in tuners):
         check_before_saving(model, quantization_configs(modifiers), tuners[-1].engine)
+    _check_exports(model, modifiers, formats)
+
+
+def check_formats(
+    config: PreTrainedConfig,
+    modifiers: Sequence[Modifier],
+    formats: Sequence[str],
+    trust_remote_code: bool = False,
+) -> None:
+    """
+    The last of `check_shapes`. A model that Transformers cannot build from its configuration alone
+    is not checked, with a warning.
+
+    :raises ExportError: if a format cannot hold what will be saved
+    """
+    if not formats:
+        return
+    try:
+        model = empty_model(config, trust_remote_code=trust_remote_code, all_experts=True).model
+    except RecipeError as error:
+        logger.warning(f"formats are not checked before the run: {error}")
+        return
+    for tuner in modifiers:
+        if isinstance(tuner, AutoRoundModifier) and tuner.has_schemes:
+            tuner.add_ignored(ignored_layers(model, tuner.resolved_config))
+    _check_exports(model, modifiers, formats)
+
+
+def _check_exports(
+    model: PreTrainedModel, modifiers: Sequence[Modifier], formats: Sequence[str]
+) -> None:
+    """
+    Where schemes are still to be chosen, each layer must fit in with each option.
+
+    :raises ExportError: see `check_shapes`
+    """
+    if not formats:
+        return
+    name_experts_as_released(model)
+    fixed = quantization_configs(modifiers)
+    choosers = [x for x in modifiers if isinstance(x, AutoSchemeModifier)]
+    tuners = [x for x in modifiers if isinstance(x, AutoRoundModifier)]
+    ignore = [name for x in choosers for name in x.ignore]
+    ignore += [name for x in tuners for name in x.ignore]
+    options = [config for x in choosers for config in _option_configs(model, x, ignore)]
+    specs: dict[IntegerSpec, None] = {}
+    skipped: list[str] = []
+    for option in options or [None]:
+        configs = fixed if option is None else [*fixed, option]
+        layout, layers = predict_layers(model, configs)
+        check_integers("this recipe", layout, {name: x.scheme for name, x in layers.items()})
+        for name, layer in layers.items():
+            specs[integer_spec(name, layer.shape, cast(Any, layer.scheme.weights))] = None
+        skipped = unquantized_layers(layout.tensors, layers)
+    if not specs:
+        raise ExportError("this recipe quantizes no weights, so nothing can be exported")
+    for name in formats:
+        check_format(find_format(name), list(specs), skipped)
+
+
+def _option_configs(
+    model: nn.Module, modifier: AutoSchemeModifier, ignore: list[str]
+) -> list[QuantizationConfig]:
+    """:return: for each option that quantizes: all targeted layers get it"""
+    targets = [modifier.targets] if isinstance(modifier.targets, str) else list(modifier.targets)
+    configs = []
+    for scheme in resolve_options(modifier.options).values():
+        if scheme.weights is None:
+            continue
+        group = scheme.model_copy(update={"targets": targets}, deep=True)
+        config = QuantizationConfig(config_groups={"group_0": group}, ignore=ignore)
+        config.ignore = [*ignore, *ignored_layers(model, config)]
+        configs.append(config)
+    return configs
 
 
 def _check_choice(
