@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from export_readers import Integers
 from transformers import PreTrainedModel
 
 from autoround_modifier import AutoRoundModifier, quantized_weights
+from autoround_modifier.exports.integer_specs import IntegerSpec
 
 
 class Tuned(NamedTuple):
@@ -60,3 +62,13 @@ def tuned(*schemes: tuple, tied: bool = False, layers: int = 1, iters: int | Non
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return Tuned(folder, found)
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def spec(**fields) -> IntegerSpec:
+    """Of a linear layer of 64 x 64 in W4A16 with groups of 32, but for what is given."""
+    known = {"name": "model.layers.0.x", "out_features": 64, "in_features": 64, "num_bits": 4}
+    return IntegerSpec(**{**known, "symmetric": True, "group_size": 32, "kind": "linear", **fields})

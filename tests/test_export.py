@@ -11,7 +11,7 @@ from pathlib import Path
 import export_readers
 import pytest
 import torch
-from export_sources import Tuned, tuned
+from export_sources import Tuned, config_of, spec, tuned
 from helpers import saved_tensors
 from safetensors.torch import load_file, save_file
 
@@ -26,15 +26,10 @@ from autoround_modifier.exports import written_files
 from autoround_modifier.exports.auto_round_format import auto_round_config
 from autoround_modifier.exports.export_formats import FORMATS, check_format
 from autoround_modifier.exports.gptq import gptq_config
-from autoround_modifier.exports.integer_layers import IntegerSpec
 
 BITS = (2, 3, 4, 8)
 FOLDERS = ("gptq", "awq", "auto_round", "mlx")
 DOWN, Q = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"
-
-
-def config_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
 
 
 def section_of(folder: Path) -> dict:
@@ -206,7 +201,7 @@ def test_mixed_bits(format, tmp_path):
         assert all(match(expression, name) for name in [*names, fused])
         assert not any(
             match(expression, name)
-            for name in [Q, "model.layers.2.mlp.up_proj", "x.model.layers.1.mlp.up_proj"]
+            for name in [Q, "model.layers.2.mlp.up_proj", "model.layers.1.mlp.up_proj.x"]
         )
     assert "Transformers does not" in exported.notes[0]
 
@@ -384,11 +379,6 @@ def test_other_sources_are_refused(tmp_path):
         export(tmp_path / "awq", "gptq", tmp_path / "out")
 
 
-def spec(**fields) -> IntegerSpec:
-    known = {"name": "model.layers.0.x", "out_features": 64, "in_features": 64, "num_bits": 4}
-    return IntegerSpec(**{**known, "symmetric": True, "group_size": 32, "kind": "linear", **fields})
-
-
 @pytest.mark.parametrize(
     ("format", "fields", "said"),
     [
@@ -426,8 +416,8 @@ def test_names_of_other_models():
     config = gptq_config(layers, [*skipped, "lm_head"])
     assert config["modules_in_block_to_quantize"] == [["attn.c_attn"]]
     assert set(config["dynamic"]) == {
-        r"-:^transformer\.h\.(?:0|1)\.(?:mlp\.c_fc)$",
-        r"-:^vision\.blocks\.(?:0)\.(?:fc)$",
+        r"-:^(?:.*\.)?h\.(?:0|1)\.(?:mlp\.c_fc)$",
+        r"-:^(?:.*\.)?blocks\.(?:0)\.(?:fc)$",
     }
     config = auto_round_config(layers, [*skipped, "lm_head"])
     assert config["block_name_to_quantize"] == "transformer.h"

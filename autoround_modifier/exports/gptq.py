@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from autoround_modifier.checkpoints.saved_layers import HEADS
+from autoround_modifier.errors import listed
 from autoround_modifier.exports.bit_stream import pack_rows
 from autoround_modifier.exports.integer_layers import IntegerLayer, IntegerSpec
 from autoround_modifier.exports.layer_names import (
@@ -74,17 +75,21 @@ def gptq_config(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> dict[st
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"autoround_modifier:{__version__}"]},
     }
+    quantized = with_fused([spec.name for spec in specs])
+    left_out = with_fused(_no_heads(skipped))
     dynamic: dict[str, Any] = {
-        f"-:{expression}": {} for expression in expressions(with_fused(_no_heads(skipped)))
+        f"-:{expression}": {} for expression in expressions(left_out, quantized)
     }
     by_scheme: dict[tuple[int, int], list[str]] = {}
     for spec in specs:
         by_scheme.setdefault((spec.num_bits, spec.group_size), []).append(spec.name)
     for (other_bits, other_size), names in by_scheme.items():
         if (other_bits, other_size) != (bits, group_size):
+            own = with_fused(names)
+            others = {*quantized, *left_out}.difference(own)
             dynamic |= {
                 f"+:{expression}": {"bits": other_bits, "group_size": other_size}
-                for expression in expressions(with_fused(names))
+                for expression in expressions(own, others)
             }
     if dynamic:
         config["dynamic"] = dynamic
@@ -107,12 +112,21 @@ def gptq_notes(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> list[str
             "other layers are quantized in one block than in another (`dynamic`): GPTQModel and "
             "vLLM read that, Transformers does not; `auto_round` holds it for Transformers"
         )
+    taken = _taken_by_transformers(specs, skipped)
+    if taken:
+        notes.append(f"Transformers would take {listed(taken)} for quantized, and not load them")
     if any(spec.num_bits not in (4, 8) or not spec.symmetric for spec in specs):
         notes.append(
             "vLLM and SGLang take GPTQ with 4 or 8 bits, symmetric, by default; other layers of "
             "this checkpoint need `--quantization humming` there, or Transformers with GPTQModel"
         )
     return notes
+
+
+def _taken_by_transformers(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> list[str]:
+    """:return: layers that are not quantized, whose names end with that of one inside a block"""
+    inside = names_in_each_block([spec.name for spec in specs]) or ()
+    return [name for name in _in_blocks(specs, skipped) if name.endswith(tuple(inside))]
 
 
 def _in_blocks(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> list[str]:

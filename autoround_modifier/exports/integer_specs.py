@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,11 @@ from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.errors import ExportError, listed
 from autoround_modifier.host.schemes import QuantizationArgs, QuantizationScheme, QuantizationType
 
-__all__ = ["IntegerSpec", "check_integers", "integer_spec", "unquantized_layers"]
+__all__ = ["EXPERTS", "IntegerSpec", "check_integers", "integer_spec", "unquantized_layers"]
+
+# Name of a module that holds experts, and what is in it: layers, or tensors of all of them
+EXPERTS = "experts"
+_INSIDE_EXPERTS = re.compile(rf"((?:.*\.)?{EXPERTS})\.")
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,19 @@ def unquantized_layers(tensors: Mapping[str, TensorLayout], quantized: Container
     :param tensors: of a checkpoint
     :param quantized: names of the quantized layers
     :return: names of the layers with a matrix for weight that are not quantized, embeddings left
-        out
+        out; for experts that of the module that holds them, by which engines know them
     """
-    names = [
-        name.removesuffix(".weight")
-        for name, tensor in tensors.items()
-        if name.endswith(".weight") and len(tensor.shape) == 2
-    ]
-    return [name for name in names if name not in quantized and not EMBEDDINGS.fullmatch(name)]
+    found: dict[str, None] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        inside = _INSIDE_EXPERTS.match(name)
+        if layer in quantized:
+            continue
+        if inside is not None:
+            found[inside[1]] = None
+        elif part == "weight" and len(tensor.shape) == 2 and not EMBEDDINGS.fullmatch(layer):
+            found[layer] = None
+    return list(found)
 
 
 def check_integers(
