@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoround_modifier.errors import ExportError, listed
 from autoround_modifier.exports.awq import misread_names
-from autoround_modifier.exports.integer_layers import IntegerSpec
+from autoround_modifier.exports.integer_layers import IntegerLayer, IntegerSpec
 from autoround_modifier.exports.layer_names import in_block
 
 __all__ = ["FORMATS", "ExportFormat", "check_format", "check_scales", "find_format"]
@@ -94,18 +94,46 @@ def check_format(
         _refuse(chosen, problems, lambda other: not _problems(other, specs, skipped))
 
 
-def check_scales(chosen: ExportFormat, scales: Iterable[tuple[IntegerSpec, Tensor]]) -> None:
+def check_scales(
+    chosen: ExportFormat,
+    scales: Iterable[tuple[IntegerSpec, Tensor]],
+    layer: Callable[[str], IntegerLayer] | None = None,
+) -> None:
     """
+    A scale whose weights are all zero may be rounded: they stay zero.
+
     :param scales: of each quantized layer, (out_features, groups), as saved
+    :param layer: reads the integers of a layer by its name; None lets no scale be rounded
     :raises ExportError: if the format would round one; names the layers
     """
+    specs: list[IntegerSpec] = []
     problems: dict[str, list[str]] = {}
+    rounding: set[str] = set()  # formats that round one
     for spec, scale in scales:
-        reason = _rounded(chosen, spec, scale)
+        specs.append(spec)
+        if _rounded(chosen, spec, scale) is None:
+            others = (x for x in FORMATS.values() if x.name not in rounding)
+            rounding |= {x.name for x in others if _rounded(x, spec, scale) is not None}
+            continue
+        used = scale if layer is None else scale * _is_used(layer(spec.name))
+        rounding |= {x.name for x in FORMATS.values() if _rounded(x, spec, used) is not None}
+        reason = _rounded(chosen, spec, used)
         if reason is not None:
             problems.setdefault(reason, []).append(spec.name)
     if problems:
-        _refuse(chosen, problems, lambda other: False)
+        _refuse(
+            chosen,
+            problems,
+            lambda other: other.name not in rounding and not _problems(other, specs, []),
+        )
+
+
+def _is_used(layer: IntegerLayer) -> Tensor:
+    """:return: (out_features, groups): whether any weight that the scale is for is not zero"""
+    size = layer.spec.features_per_scale
+    zero_point = layer.zero_point.repeat_interleave(size, 1)
+    used = (layer.codes != zero_point).reshape(layer.spec.out_features, -1, size).any(-1)
+    return used
 
 
 def _refuse(

@@ -150,7 +150,8 @@ def _export_folder(
     checkpoint = IntegerCheckpoint(source)
     specs, skipped = list(checkpoint.specs.values()), checkpoint.unquantized_layers
     check_format(chosen, specs, skipped)
-    check_scales(chosen, ((spec, checkpoint.scale(spec.name)) for spec in specs))
+    scales = ((spec, checkpoint.scale(spec.name)) for spec in specs)
+    check_scales(chosen, scales, checkpoint.layer)
     if kind is not None:
         words = None if vocabulary is None else Path(vocabulary)
         size = export_gguf(checkpoint, kind, output, converter_script(llama_cpp), words)
