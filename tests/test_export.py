@@ -346,6 +346,17 @@ def with_wide_scales(tensors, config):
     tensors[f"{DOWN}.weight_scale"][0, 0] = 70000.0
 
 
+def with_subnormal_scales(tensors, config):
+    """Of bfloat16, with digits that float16 loses."""
+    tensors[f"{DOWN}.weight_scale"][0, 0] = 4.5e-6
+
+
+def with_a_zero_group(tensors, config):
+    """As the tuner leaves a group whose weights are all zero."""
+    tensors[f"{DOWN}.weight_packed"][0, :4] = -0x77777778  # 32 codes of 8
+    tensors[f"{DOWN}.weight_scale"][0, 0] = torch.finfo(torch.bfloat16).tiny
+
+
 def with_transforms(tensors, config):
     config["quantization_config"]["transform_config"] = {"config_groups": {}}
 
@@ -357,7 +368,8 @@ def with_transforms(tensors, config):
         (with_cache, "key-value cache is quantized: .*k_scale"),
         (with_order, "actorder.*down_proj"),
         (with_experts, "experts of a mixture .*experts.3.down_proj"),
-        (with_wide_scales, "not exact in float16: .*down_proj"),
+        (with_wide_scales, "exported to mlx.*not exact in float16: .*down_proj"),
+        (with_subnormal_scales, "exported to mlx.*not exact in float16: .*down_proj"),
         (with_transforms, "rotated while the model runs"),
     ],
 )
@@ -366,6 +378,31 @@ def test_refused_checkpoints(change, said, tmp_path):
     with pytest.raises(ExportError, match=f"(?s){said}"):
         export(folder, "gptq", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "auto_round"])
+def test_a_group_of_zeros_has_any_scale(format, tmp_path):
+    folder = changed(tuned((4, True, 32)).folder, tmp_path / "source", with_a_zero_group)
+    export(folder, format, tmp_path / "out")
+    found = export_readers.read(tmp_path / "out", saved_tensors(tmp_path / "out"), DOWN, 4)
+    assert found.scale[0, 0] == 0
+    weight = quantized_weights(folder)[DOWN]
+    assert not weight.values[0, :32].any()
+    expected = weight.scale.double().repeat_interleave(32, 1) * weight.values.double()
+    assert torch.equal(found.dequantize(), expected)
+
+
+def test_one_layer_with_zero_points_among_others(tmp_path):
+    """All are then stored as ones with zero points, so that no loader reads two kinds."""
+    source = tuned((4, True, 32, MLP), (4, False, 32, ATTENTION))
+    for format in ("gptq", "awq", "auto_round", "mlx"):
+        export(source.folder, format, tmp_path / format)
+        assert_same(source, tmp_path / format)
+    gptq, auto_round = (section_of(tmp_path / x) for x in ("gptq", "auto_round"))
+    assert (gptq["sym"], gptq["checkpoint_format"]) == (False, "gptq_v2")
+    assert "dynamic" not in gptq
+    assert (auto_round["sym"], auto_round["packing_format"]) == (False, "auto_round:auto_awq")
+    assert "extra_config" not in auto_round
 
 
 def test_other_sources_are_refused(tmp_path):

@@ -14,14 +14,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from test_export import changed, spec, tuned
+from test_export import changed, tuned
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from autoround_modifier import ExportError, OutputExistsError, export, quantized_weights
-from autoround_modifier.exports.gguf import LLAMA_CPP
-from autoround_modifier.exports.gguf_blocks import BLOCK_TYPES, pack_blocks
-from autoround_modifier.exports.integer_layers import IntegerLayer
+from autoround_modifier.exports.gguf_template import LLAMA_CPP
+from autoround_modifier.exports.gguf_types import BLOCK_TYPES
 
 CONVERTER = Path(__file__).parent / "fake_llama_cpp"
 NAMES = {
@@ -170,28 +169,6 @@ def test_mixed_bits_and_tied_embeddings(in_process, tmp_path):
     down = dequantized(source)["model.layers.0.mlp.down_proj"]
     assert np.array_equal(found["blk.0.ffn_down.weight"], down.numpy())
     assert "output.weight" not in found
-
-
-@pytest.mark.parametrize("kind", BLOCK_TYPES)
-def test_every_integer_of_a_block(kind):
-    """Each number that the type holds, with a negative scale and with a positive one."""
-    block = BLOCK_TYPES[kind]
-    bits = {"q2_0": 2, "q4_0": 4, "q5_0": 5, "q8_0": 8}[kind]
-    codes = (torch.arange(2 * 256).reshape(2, 256) % 2**bits).to(torch.uint8)
-    layer = IntegerLayer(
-        spec(out_features=2, in_features=256, num_bits=bits, group_size=-1),
-        codes,
-        torch.tensor([[0.5], [-0.25]], dtype=torch.bfloat16),
-        torch.full((2, 1), 2 ** (bits - 1), dtype=torch.uint8),
-    )
-    packed = pack_blocks(layer, block)
-    assert packed.shape == (2, 256 // block.block * block.size)
-    if kind == "q2_0":
-        found = q2_0(packed, 256)
-    else:
-        found = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType(block.number))
-    expected = torch.tensor([[0.5], [-0.25]]) * (codes.float() - 2 ** (bits - 1))
-    assert np.array_equal(found, expected.numpy())
 
 
 def test_the_converter(tmp_path, monkeypatch):

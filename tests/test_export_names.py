@@ -127,7 +127,7 @@ def is_left_out(section: dict, format: str, name: str) -> bool:
 # ---------------------------------------------------------------------- refused by name
 
 
-@pytest.mark.parametrize("format", ["gptq", "awq", "auto_round", "mlx", "gguf:q4_0"])
+@pytest.mark.parametrize("format", ["gptq", "awq", "auto_round", "mlx"])
 def test_quantized_experts(format):
     experts = spec(name="model.layers.0.mlp.experts.3.up_proj", kind="expert")
     with pytest.raises(ExportError, match=r"experts of a mixture .*experts\.3\.up_proj"):
@@ -135,7 +135,7 @@ def test_quantized_experts(format):
 
 
 @pytest.mark.parametrize("kind", ["head", "embedding"])
-@pytest.mark.parametrize("format", ["gptq", "awq", "auto_round", "gguf:q4_0"])
+@pytest.mark.parametrize("format", ["gptq", "awq", "auto_round"])
 def test_quantized_heads_and_embeddings(format, kind):
     name = {"head": "lm_head", "embedding": "model.embed_tokens"}[kind]
     with pytest.raises(ExportError, match=rf"(?s)exported to mlx.*quantized {kind}.*: {name}"):

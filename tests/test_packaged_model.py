@@ -46,7 +46,7 @@ def test_the_cache_is_created_for_the_user_alone(cache, another_file):
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
-def put_checkpoint(cache, name="smollm2-135m-instruct-b179c952"):
+def put_checkpoint(cache, name="smollm2-135m-instruct-b179c952-2"):
     (cache / name).mkdir(parents=True)
     (cache / name / "config.json").write_text("{}")
     cache.chmod(0o755)
@@ -55,14 +55,15 @@ def put_checkpoint(cache, name="smollm2-135m-instruct-b179c952"):
 
 def test_a_cached_checkpoint_of_the_expected_file_is_used(cache, another_file):
     whole = put_checkpoint(cache)
-    two_layers = put_checkpoint(cache, "smollm2-135m-instruct-b179c952-2-layers")
+    two_layers = put_checkpoint(cache, "smollm2-135m-instruct-b179c952-2-2-layers")
     assert smollm2.save_smollm2() == whole
     assert smollm2.save_smollm2(num_layers=2) == two_layers
 
 
 def test_a_cached_checkpoint_of_another_file_is_not_used(cache, another_file):
     put_checkpoint(cache, "smollm2-135m-instruct")
-    put_checkpoint(cache, "smollm2-135m-instruct-12345678")
+    put_checkpoint(cache, "smollm2-135m-instruct-12345678-2")
+    put_checkpoint(cache, "smollm2-135m-instruct-b179c952")  # of an earlier version
     with pytest.raises(ValueError, match="SHA-256"):
         smollm2.save_smollm2()
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import integers, quantized_layers, saved_integers, saved_tensors
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from autoround_modifier import load_recipe, oneshot, self_generated
 from autoround_modifier.evaluation import compare
@@ -46,6 +52,22 @@ def test_two_bits_end_to_end(smollm2, tmp_path):
         assert torch.equal(saved_integers(tensors, name, 2), values)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert compare(original, reloaded, evaluation).kl == pytest.approx(kl["tuned"], rel=0.02)
+
+
+@pytest.mark.smollm2
+def test_the_tokenizer_is_one_of_bytes(smollm2):
+    """As the package has it, but for what llama.cpp's converter takes for SentencePiece."""
+    from smollm2 import packaged_gguf
+
+    folder, _, tokenizer = smollm2
+    packaged = AutoTokenizer.from_pretrained(packaged_gguf().parent, gguf_file=packaged_gguf().name)
+    written = json.loads((folder / "tokenizer.json").read_text())
+    assert written["model"]["byte_fallback"] is False
+    texts = ["Hello 12345 w\u00f6rld \U0001f600 \x00\xff", " two  spaces\n\n\u65e5\u672c\u2581x"]
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        assert ids == packaged(text).input_ids
+        assert tokenizer.decode(ids) == text
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ def export(
         str,
         typer.Argument(
             metavar="FORMAT",
-            help="gptq, awq, auto_round, mlx, gguf:q2_0, gguf:q4_0, gguf:q5_0 or gguf:q8_0",
+            help="gptq, awq, auto_round, mlx, gguf:auto, or a type of GGUF: gguf:q2_0, tq2_0, "
+            "q4_0, q4_1, q5_0, q5_1, q8_0, mxfp4 or nvfp4",
         ),
     ],
     output: Annotated[
@@ -44,6 +45,14 @@ def export(
             help="for GGUF: another GGUF file of the same model, whose vocabulary is used"
         ),
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="for GGUF: f16, bf16, q8_0 or q6_k, to which embeddings and head are rounded; "
+            "without it they keep the dtype of the model",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """
@@ -64,6 +73,7 @@ def export(
             overwrite=overwrite,
             llama_cpp=llama_cpp,
             vocabulary=vocabulary,
+            embeddings=embeddings,
         )
     if as_json:
         print_json({**asdict(exported), "output": str(exported.output)})

@@ -10,12 +10,25 @@ from torch import Tensor
 
 from autoround_modifier.errors import ExportError, listed
 from autoround_modifier.exports.awq import misread_names
-from autoround_modifier.exports.integer_layers import IntegerLayer, IntegerSpec
+from autoround_modifier.exports.integer_specs import IntegerSpec
 from autoround_modifier.exports.layer_names import in_block
 
-__all__ = ["FORMATS", "ExportFormat", "check_format", "check_scales", "find_format"]
+__all__ = [
+    "AUTO",
+    "FORMATS",
+    "GGUF",
+    "ExportFormat",
+    "check_format",
+    "check_scales",
+    "find_format",
+    "layer_problems",
+    "problems_of",
+    "refuse",
+    "rounded",
+]
 
 BITS = (2, 3, 4, 8)
+GGUF, AUTO = "gguf:", "auto"
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,7 @@ class ExportFormat:
     :ivar blocks_only: whether loaders quantize no linear layers outside blocks
     :ivar outside_blocks: whether it holds embeddings and heads
     :ivar float16_scales: whether scales are stored in float16
+    :ivar experts: whether it holds experts of a mixture
     """
 
     name: str
@@ -44,13 +58,22 @@ class ExportFormat:
     blocks_only: bool = False
     outside_blocks: bool = False
     float16_scales: bool = True
+    experts: bool = False
 
 
 def _gguf(
     name: str, bits: tuple[int, ...], zero_point_bits: tuple[int, ...], block: int
 ) -> ExportFormat:
     """:param block: input features that share a scale in the file"""
-    return ExportFormat(name, bits, zero_point_bits, group_multiple=block, multiples=(1, block))
+    return ExportFormat(
+        f"{GGUF}{name}",
+        bits,
+        zero_point_bits,
+        group_multiple=block,
+        multiples=(1, block),
+        outside_blocks=True,
+        experts=True,
+    )
 
 
 FORMATS: dict[str, ExportFormat] = {
@@ -61,10 +84,20 @@ FORMATS: dict[str, ExportFormat] = {
         ExportFormat("auto_round", BITS, BITS, blocks_only=True),
         ExportFormat("mlx", BITS, BITS, (32, 64, 128), outside_blocks=True, float16_scales=False),
         # `weight / scale` is -2 to 1, -8 to 7, -16 to 15 and -128 to 127
-        _gguf("gguf:q2_0", (2,), (), 64),
-        _gguf("gguf:q4_0", (2, 3, 4), (2, 3), 32),
-        _gguf("gguf:q5_0", (2, 3, 4, 5), (2, 3, 4), 32),
-        _gguf("gguf:q8_0", (2, 3, 4, 5, 6, 7, 8), (2, 3, 4, 5, 6, 7), 32),
+        _gguf("tq2_0", (2,), (), 256),
+        _gguf("q2_0", (2,), (), 64),
+        _gguf("q4_0", (2, 3, 4), (2, 3), 32),
+        _gguf("q5_0", (2, 3, 4, 5), (2, 3, 4), 32),
+        _gguf("q8_0", (2, 3, 4, 5, 6, 7, 8), (2, 3, 4, 5, 6, 7), 32),
+        # `weight / scale` less a minimum is 0 to 15 and 0 to 31; whether the minimum is exact in
+        # float16 is up to the numbers
+        _gguf("q4_1", (2, 3, 4), (2, 3, 4), 32),
+        _gguf("q5_1", (2, 3, 4, 5), (2, 3, 4, 5), 32),
+        # no integers
+        _gguf("mxfp4", (), (), 32),
+        _gguf("nvfp4", (), (), 64),
+        # for each layer the smallest type that holds it
+        _gguf(AUTO, (), (), 1),
     )
 }
 
@@ -89,21 +122,14 @@ def check_format(
     :raises ExportError: if the format cannot hold them; names the layers, the reason, and the
         formats that can
     """
-    problems = _problems(chosen, specs, skipped)
+    problems = problems_of(chosen, specs, skipped)
     if problems:
-        _refuse(chosen, problems, lambda other: not _problems(other, specs, skipped))
+        refuse(chosen, problems, lambda other: not problems_of(other, specs, skipped))
 
 
-def check_scales(
-    chosen: ExportFormat,
-    scales: Iterable[tuple[IntegerSpec, Tensor]],
-    layer: Callable[[str], IntegerLayer] | None = None,
-) -> None:
+def check_scales(chosen: ExportFormat, scales: Iterable[tuple[IntegerSpec, Tensor]]) -> None:
     """
-    A scale whose weights are all zero may be rounded: they stay zero.
-
-    :param scales: of each quantized layer, (out_features, groups), as saved
-    :param layer: reads the integers of a layer by its name; None lets no scale be rounded
+    :param scales: of each quantized layer, (out_features, groups): `IntegerCheckpoint.scale`
     :raises ExportError: if the format would round one; names the layers
     """
     specs: list[IntegerSpec] = []
@@ -111,32 +137,19 @@ def check_scales(
     rounding: set[str] = set()  # formats that round one
     for spec, scale in scales:
         specs.append(spec)
-        if _rounded(chosen, spec, scale) is None:
-            others = (x for x in FORMATS.values() if x.name not in rounding)
-            rounding |= {x.name for x in others if _rounded(x, spec, scale) is not None}
-            continue
-        used = scale if layer is None else scale * _is_used(layer(spec.name))
-        rounding |= {x.name for x in FORMATS.values() if _rounded(x, spec, used) is not None}
-        reason = _rounded(chosen, spec, used)
+        rounding |= {x.name for x in FORMATS.values() if rounded(x, spec, scale) is not None}
+        reason = rounded(chosen, spec, scale)
         if reason is not None:
             problems.setdefault(reason, []).append(spec.name)
     if problems:
-        _refuse(
+        refuse(
             chosen,
             problems,
-            lambda other: other.name not in rounding and not _problems(other, specs, []),
+            lambda other: other.name not in rounding and not problems_of(other, specs, []),
         )
 
 
-def _is_used(layer: IntegerLayer) -> Tensor:
-    """:return: (out_features, groups): whether any weight that the scale is for is not zero"""
-    size = layer.spec.features_per_scale
-    zero_point = layer.zero_point.repeat_interleave(size, 1)
-    used = (layer.codes != zero_point).reshape(layer.spec.out_features, -1, size).any(-1)
-    return used
-
-
-def _refuse(
+def refuse(
     chosen: ExportFormat,
     problems: Mapping[str, list[str]],
     holds: Callable[[ExportFormat], bool],
@@ -154,13 +167,13 @@ def _refuse(
     )
 
 
-def _problems(
+def problems_of(
     chosen: ExportFormat, specs: Sequence[IntegerSpec], skipped: Sequence[str]
 ) -> dict[str, list[str]]:
     """:return: reason -> layers"""
     found: dict[str, list[str]] = {}
     for spec in specs:
-        for reason in _layer_problems(chosen, spec):
+        for reason in layer_problems(chosen, spec):
             found.setdefault(reason, []).append(spec.name)
     if not chosen.mixed:
         by_scheme: dict[int, list[str]] = {}
@@ -176,19 +189,26 @@ def _problems(
     return found
 
 
-def _layer_problems(chosen: ExportFormat, spec: IntegerSpec) -> Iterator[str]:
-    if spec.kind == "expert":
-        yield "experts of a mixture are exported to no format yet"
-    elif spec.kind != "linear" and not chosen.outside_blocks:
+def layer_problems(chosen: ExportFormat, spec: IntegerSpec) -> Iterator[str]:
+    """Yield why the format cannot hold the layer, whatever its numbers are."""
+    if chosen.name == f"{GGUF}{AUTO}":
+        others = [x for x in FORMATS.values() if x.name.startswith(GGUF) and x != chosen]
+        if all(any(layer_problems(other, spec)) for other in others):
+            yield f"{spec.label}: no type holds it"
+        return
+    if spec.kind == "expert" and not chosen.experts:
+        yield "experts of a mixture are exported to GGUF alone"
+    elif spec.kind in ("embedding", "head") and not chosen.outside_blocks:
         yield f"quantized {spec.kind}, where the format has none"
     elif chosen.blocks_only and in_block(spec.name) is None:
         yield "quantized outside the blocks, where its loaders quantize nothing"
     if spec.num_bits not in chosen.bits:
-        yield f"{spec.label}: it holds {_numbers(chosen.bits)} bits"
+        held = f"{_numbers(chosen.bits)} bits" if chosen.bits else "no integers"
+        yield f"{spec.label}: it holds {held}"
     elif not spec.symmetric and spec.num_bits not in chosen.zero_point_bits:
-        held = chosen.zero_point_bits
-        of_bits = f"zero points with {_numbers(held)} bits" if held else "no zero points"
-        yield f"{spec.label}: it holds {of_bits}"
+        bits = chosen.zero_point_bits
+        zero_points = f"zero points with {_numbers(bits)} bits" if bits else "no zero points"
+        yield f"{spec.label}: it holds {zero_points}"
     if chosen.group_sizes is not None and spec.group_size not in chosen.group_sizes:
         yield f"{spec.label}: it holds groups of {_numbers(chosen.group_sizes)}"
     if spec.group_size % chosen.group_multiple and spec.group_size != -1:
@@ -203,7 +223,7 @@ def _layer_problems(chosen: ExportFormat, spec: IntegerSpec) -> Iterator[str]:
         yield f"{spec.in_features} input features are no multiple of the group size"
 
 
-def _rounded(chosen: ExportFormat, spec: IntegerSpec, scale: Tensor) -> str | None:
+def rounded(chosen: ExportFormat, spec: IntegerSpec, scale: Tensor) -> str | None:
     """:return: why scales, or what is computed from them, would be rounded; None if not"""
     exact = scale.double()
     if chosen.float16_scales and not torch.equal(scale.to(torch.float16).double(), exact):

@@ -21,12 +21,18 @@ from autoround_modifier.exports.auto_round_format import (
 )
 from autoround_modifier.exports.awq import awq_config, awq_tensors
 from autoround_modifier.exports.export_formats import (
+    GGUF,
     ExportFormat,
     check_format,
     check_scales,
     find_format,
 )
-from autoround_modifier.exports.gguf import converter_script, export_gguf
+from autoround_modifier.exports.float_layers import WeightCheckpoint
+from autoround_modifier.exports.gguf import write_gguf
+from autoround_modifier.exports.gguf_checkpoint import checkpoint_source
+from autoround_modifier.exports.gguf_choice import choose_types
+from autoround_modifier.exports.gguf_rounding import Rounding, rounding_notes
+from autoround_modifier.exports.gguf_template import converter_script
 from autoround_modifier.exports.gptq import gptq_config, gptq_notes, gptq_tensors, gptq_v1
 from autoround_modifier.exports.integer_layers import IntegerCheckpoint, IntegerLayer, IntegerSpec
 from autoround_modifier.exports.mlx import mlx_config, mlx_notes, mlx_tensors
@@ -43,7 +49,6 @@ __all__ = ["Exported", "export"]
 
 GPTQ_CONFIG = "quantize_config.json"
 METADATA = {"mlx": "mlx"}
-GGUF = "gguf:"
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ def export(
     overwrite: bool = False,
     llama_cpp: str | os.PathLike[str] | None = None,
     vocabulary: str | os.PathLike[str] | None = None,
+    embeddings: str | None = None,
 ) -> Exported:
     """
     Write a checkpoint with integer weights in the format of another family of engines. Integers,
@@ -93,11 +99,13 @@ def export(
     written. One file of the checkpoint is in memory at a time.
 
     :param source: folder of a compressed-tensors checkpoint whose weights alone are quantized, to
-        integers: one of `quantize`, or of anybody else. Or a model in memory, as `quantize` and
-        `oneshot` return it: it is saved beside ``output`` for a moment, and left as
-        `save_pretrained` leaves it
-    :param format: ``gptq``, ``awq``, ``auto_round``, ``mlx``, or one of ``gguf:q2_0``,
-        ``gguf:q4_0``, ``gguf:q5_0`` and ``gguf:q8_0``
+        integers; for GGUF also to MXFP4 or NVFP4. One of `quantize`, or of anybody else. Or a model
+        in memory, as `quantize` and `oneshot` return it: it is saved beside ``output`` for a
+        moment, and left as `save_pretrained` leaves it
+    :param format: ``gptq``, ``awq``, ``auto_round``, ``mlx``, or a type of GGUF: ``gguf:q2_0``,
+        ``gguf:tq2_0``, ``gguf:q4_0``, ``gguf:q4_1``, ``gguf:q5_0``, ``gguf:q5_1``, ``gguf:q8_0``,
+        ``gguf:mxfp4`` or ``gguf:nvfp4``. Layers that it does not hold get the smallest type that
+        does, and so do all layers with ``gguf:auto``
     :param output: folder to write to. Weights and ``config.json`` appear in it once all are
         written, ``config.json`` last. For GGUF the file, which ends in ``.gguf``
     :param tokenizer: of a model in memory: tokenizer or processor, or name or folder of one; None
@@ -109,6 +117,8 @@ def export(
         vocabulary; None for that of the environment variable LLAMA_CPP_ROOT
     :param vocabulary: for GGUF, another GGUF file of the same model, whose vocabulary is used; None
         for what the converter makes of the checkpoint's
+    :param embeddings: for GGUF, ``f16``, ``bf16``, ``q8_0`` or ``q6_k``: type to which embeddings
+        and head are rounded where they are not quantized; None to keep them
     :return: what was written
     :raises CheckpointError: if ``source`` is no such checkpoint, or cannot be read
     :raises ExportError: if there is no such format, or it cannot hold the checkpoint; for GGUF also
@@ -128,13 +138,13 @@ def export(
                 "in memory"
             )
         _check_output(output, {Path(source)}, overwrite, is_file)
-        return _export_folder(Path(source), chosen, output, llama_cpp, vocabulary)
+        return _export_folder(Path(source), chosen, output, llama_cpp, vocabulary, embeddings)
     _check_output(output, model_folders(source), overwrite, is_file)
     if is_file:
         converter_script(llama_cpp)  # refuses before anything is saved
-    check_model(source, chosen)
+    check_model(source, chosen.name)
     with saved_beside(source, output, tokenizer) as saved:
-        exported = _export_folder(saved.folder, chosen, output, llama_cpp, vocabulary)
+        exported = _export_folder(saved.folder, chosen, output, llama_cpp, vocabulary, embeddings)
     return replace(exported, notes=(*saved.notes, *exported.notes))
 
 
@@ -144,22 +154,26 @@ def _export_folder(
     output: Path,
     llama_cpp: str | os.PathLike[str] | None,
     vocabulary: str | os.PathLike[str] | None,
+    embeddings: str | None,
 ) -> Exported:
     """:param source: folder of a compressed-tensors checkpoint; for the others see `export`"""
     kind = chosen.name.removeprefix(GGUF) if chosen.name.startswith(GGUF) else None
+    if kind is not None:
+        words = None if vocabulary is None else Path(vocabulary)
+        return _gguf(source, kind, output, llama_cpp, words, embeddings)
+    if embeddings is not None:
+        raise ExportError(f"`embeddings` is for GGUF; {chosen.name} keeps them as they are")
     checkpoint = IntegerCheckpoint(source)
     specs, skipped = list(checkpoint.specs.values()), checkpoint.unquantized_layers
     check_format(chosen, specs, skipped)
-    scales = ((spec, checkpoint.scale(spec.name)) for spec in specs)
-    check_scales(chosen, scales, checkpoint.layer)
-    if kind is not None:
-        words = None if vocabulary is None else Path(vocabulary)
-        size = export_gguf(checkpoint, kind, output, converter_script(llama_cpp), words)
-        return Exported(output, chosen.name, len(specs), size, ())
+    check_scales(chosen, ((spec, checkpoint.scale(spec.name)) for spec in specs))
     plan = _PLANS[chosen.name](specs, skipped)
     with written_at_once(output) as unfinished:
         size = write_weights(
-            checkpoint, plan.tensors, unfinished.path, METADATA.get(chosen.name, "pt")
+            checkpoint,
+            lambda name: plan.tensors(checkpoint.layer(name)),
+            unfinished.path,
+            METADATA.get(chosen.name, "pt"),
         )
         copy_others(source, unfinished.path)
         if chosen.name == "gptq":
@@ -173,6 +187,25 @@ def _export_folder(
     if chosen.name != "gptq":
         (output / GPTQ_CONFIG).unlink(missing_ok=True)  # of an earlier export
     return Exported(output, chosen.name, len(specs), size, plan.notes)
+
+
+def _gguf(
+    source: Path,
+    kind: str,
+    output: Path,
+    llama_cpp: str | os.PathLike[str] | None,
+    vocabulary: Path | None,
+    embeddings: str | None,
+) -> Exported:
+    """:param kind: name of a type, or ``auto``"""
+    rounding = None if embeddings is None else Rounding(embeddings)
+    checkpoint = WeightCheckpoint(source)
+    choice = choose_types(checkpoint, kind)
+    script = converter_script(llama_cpp)
+    made = checkpoint_source(checkpoint, choice.kinds)
+    size = write_gguf(made, output, script, vocabulary, rounding)
+    notes = (*choice.notes, *rounding_notes(checkpoint, rounding, size))
+    return Exported(output, f"{GGUF}{kind}", len(choice.kinds), size, notes)
 
 
 def _gptq(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> _Plan:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,14 +14,19 @@ from autoround_modifier.checkpoints.contents import refuse_other_formats
 from autoround_modifier.checkpoints.saved_files import opened, read_layout, tensor_files
 from autoround_modifier.checkpoints.saved_weights import SavedWeights
 from autoround_modifier.exports.integer_specs import (
+    FOR_GGUF,
     IntegerSpec,
     check_integers,
+    family_of,
     integer_spec,
+    kind_of,
     unquantized_layers,
 )
 from autoround_modifier.host.schemes import QuantizationScheme
 
-__all__ = ["IntegerCheckpoint", "IntegerLayer", "IntegerSpec"]
+__all__ = ["FOR_GGUF", "IntegerCheckpoint", "IntegerLayer", "IntegerSpec", "kind_of"]
+
+SMALLEST_FLOAT16 = 2.0**-24  # above zero
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,11 @@ class IntegerCheckpoint:
     :param folder: of a checkpoint in a format of compressed-tensors
     :raises CheckpointError: if it is none, or a file cannot be read
     :raises ExportError: if anything in it is quantized that is not the weight of a layer, to
-        integers
+        integers; see `floats`
+    :cvar floats: families of `Scheme` that are left to a subclass
     """
+
+    floats: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, folder: Path):
         refuse_other_formats(folder)
@@ -60,18 +68,32 @@ class IntegerCheckpoint:
         self.tensors = layout.tensors
         self._files = tensor_files(folder)
         schemes = {name: self._weights.scheme(name, layout.tensors) for name in self._weights}
-        check_integers(str(folder), layout, schemes)
-        self.specs = {name: self._spec(name, scheme) for name, scheme in schemes.items()}
+        check_integers(str(folder), layout, schemes, self.floats)
+        self.float_families = {
+            name: family_of(scheme)
+            for name, scheme in schemes.items()
+            if family_of(scheme) in self.floats
+        }
+        self.specs = {
+            name: self._spec(name, scheme)
+            for name, scheme in schemes.items()
+            if name not in self.float_families
+        }
+
+    @property
+    def quantized(self) -> Collection[str]:
+        """Names of quantized layers."""
+        return self._weights.keys()
 
     @property
     def unquantized_layers(self) -> list[str]:
         """Names of layers with a matrix for weight that are not quantized, embeddings left out."""
-        return unquantized_layers(self.tensors, self.specs)
+        return unquantized_layers(self.tensors, self.quantized)
 
     def files(self) -> Iterator[tuple[str, list[str], list[str]]]:
         """Yield of each file its name, the quantized layers in it, and its other tensors."""
         taken = {
-            f"{name}.{part}": name for name in self.specs for part in self._weights.parts(name)
+            f"{name}.{part}": name for name in self._weights for part in self._weights.parts(name)
         }
         by_file: dict[str, tuple[list[str], list[str]]] = {}
         for tensor, path in self._files.items():
@@ -97,8 +119,18 @@ class IntegerCheckpoint:
         )
 
     def scale(self, name: str) -> Tensor:
-        """:return: (out_features, groups), as saved"""
-        return self.tensor(f"{name}.weight_scale")
+        """
+        :return: (out_features, groups), as saved; 0 where all weights of a group are zero, which
+            they are with any scale, if float16 has no number as small
+        """
+        scale = self.tensor(f"{name}.weight_scale")
+        small = scale.abs() < SMALLEST_FLOAT16
+        if not small.any():
+            return scale
+        layer, size = self.layer(name), self.specs[name].features_per_scale
+        zero = layer.codes == layer.zero_point.repeat_interleave(size, 1)
+        unused = zero.reshape(*scale.shape, size).all(-1)
+        return torch.where(small & unused, torch.zeros_like(scale), scale)
 
     def tensor(self, name: str) -> Tensor:
         """

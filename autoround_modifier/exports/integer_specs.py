@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,19 @@ from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.errors import ExportError, listed
 from autoround_modifier.host.schemes import QuantizationArgs, QuantizationScheme, QuantizationType
 
-__all__ = ["EXPERTS", "IntegerSpec", "check_integers", "integer_spec", "unquantized_layers"]
+__all__ = [
+    "EXPERTS",
+    "FOR_GGUF",
+    "IntegerSpec",
+    "check_integers",
+    "family_of",
+    "integer_spec",
+    "kind_of",
+    "unquantized_layers",
+]
 
+# Families of `Scheme` that GGUF holds as well: weights alone are quantized, to 4 bits
+FOR_GGUF = ("mxfp4a16", "nvfp4a16")
 # Name of a module that holds experts, and what is in it: layers, or tensors of all of them
 EXPERTS = "experts"
 _INSIDE_EXPERTS = re.compile(rf"((?:.*\.)?{EXPERTS})\.")
@@ -67,11 +78,15 @@ def integer_spec(name: str, shape: Iterable[int], weights: QuantizationArgs) -> 
         num_bits=weights.num_bits,
         symmetric=bool(weights.symmetric),
         group_size=int(weights.group_size or -1) if by_group else -1,
-        kind=_kind(name),
+        kind=kind_of(name),
     )
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """
+    :param name: of a layer
+    :return: ``linear``, ``expert``, ``embedding`` or ``head``
+    """
     if EXPERT.search(name):
         return "expert"
     if EMBEDDINGS.fullmatch(name):
@@ -100,17 +115,22 @@ def unquantized_layers(tensors: Mapping[str, TensorLayout], quantized: Container
 
 
 def check_integers(
-    what: str, layout: CheckpointLayout, schemes: Mapping[str, QuantizationScheme]
+    what: str,
+    layout: CheckpointLayout,
+    schemes: Mapping[str, QuantizationScheme],
+    floats: Collection[str] = (),
 ) -> None:
     """
     :param what: is checked, for the message
     :param layout: of a checkpoint
     :param schemes: of its quantized layers, by their names in the files
-    :raises ExportError: if anything is quantized that is not the weight of a layer, to integers
+    :param floats: families of `Scheme` that the format holds as well
+    :raises ExportError: if anything is quantized that is not the weight of a layer, to integers or
+        one of ``floats``
     """
     found: dict[str, list[str]] = {}
     for name, scheme in schemes.items():
-        reason = _not_integers(name, scheme, layout.tensors)
+        reason = _not_integers(name, scheme, layout.tensors, floats)
         if reason is not None:
             found.setdefault(reason, []).append(name)
     quantization: dict[str, Any] = layout.quantization
@@ -124,22 +144,35 @@ def check_integers(
     if found:
         reasons = [f"{reason}: {listed(names)}" for reason, names in found.items()]
         raise ExportError(
-            f"{what} can only stay in compressed-tensors: integers of weights alone are exported."
-            "\n  " + "\n  ".join(reasons)
+            f"{what} is more than integers of weights, which alone can be exported to this format; "
+            "it can stay in compressed-tensors.\n  " + "\n  ".join(reasons)
         )
 
 
 def _not_integers(
-    name: str, scheme: QuantizationScheme, tensors: Mapping[str, TensorLayout]
+    name: str,
+    scheme: QuantizationScheme,
+    tensors: Mapping[str, TensorLayout],
+    floats: Collection[str],
 ) -> str | None:
     assert scheme.weights is not None
+    family = family_of(scheme)
+    if family in floats:
+        return None
     if scheme.weights.type != QuantizationType.INT:
-        return f"{_label(scheme)} is no integer format"
+        elsewhere = "; GGUF holds it (`gguf:auto`)" if family in FOR_GGUF else ""
+        return f"{_label(scheme)} is no integer format{elsewhere}"
     if scheme.input_activations is not None or scheme.output_activations is not None:
         return f"{_label(scheme)} quantizes activations"
     if f"{name}.weight_g_idx" in tensors:
         return "columns are in the order of their activations (`actorder`)"
     return None
+
+
+def family_of(scheme: QuantizationScheme) -> str:
+    """:return: one of `FAMILIES`; ``other`` for what has no name"""
+    found = Scheme.of_group(scheme.model_dump(mode="json"))
+    return "other" if found is None else found.family
 
 
 def _label(scheme: QuantizationScheme) -> str:

@@ -13,14 +13,8 @@ from typing import Any, TypeAlias, cast
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from autoround_modifier.errors import ExportError
-from autoround_modifier.exports.export_formats import ExportFormat, check_format
-from autoround_modifier.exports.integer_specs import (
-    check_integers,
-    integer_spec,
-    unquantized_layers,
-)
+from autoround_modifier.exports.predicted import check_predicted, predict_specs
 from autoround_modifier.host.layers import weight_folders
-from autoround_modifier.host.prediction import predict_layers
 from autoround_modifier.host.quantized_weights import quantized_layers
 from autoround_modifier.host.saving import UNFINISHED_PREFIX
 from autoround_modifier.host.schemes import QuantizationStatus
@@ -42,10 +36,11 @@ class SavedModel:
     notes: tuple[str, ...]
 
 
-def check_model(model: PreTrainedModel, chosen: ExportFormat) -> None:
+def check_model(model: PreTrainedModel, format: str) -> None:
     """
     Nothing is written, and the model is not changed.
 
+    :param format: to which it is to be exported
     :raises RuntimeError: if several processes were started together
     :raises ExportError: if the model is not quantized, or the format cannot hold it
     """
@@ -58,13 +53,7 @@ def check_model(model: PreTrainedModel, chosen: ExportFormat) -> None:
         raise ExportError("the model has no quantized layer")
     if any(_is_compressed(layer) for layer in layers):
         return  # it was saved before; the checkpoint tells
-    layout, predicted = predict_layers(model, ())
-    check_integers("the model", layout, {name: x.scheme for name, x in predicted.items()})
-    specs = [
-        integer_spec(name, layer.shape, cast(Any, layer.scheme.weights))
-        for name, layer in predicted.items()
-    ]
-    check_format(chosen, specs, unquantized_layers(layout.tensors, predicted))
+    check_predicted(format, predict_specs(model, (), "the model"))
 
 
 def _is_compressed(layer: Any) -> bool:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autoround_modifier.checkpoints.saved_files import CONFIG, INDEX, write_json
-from autoround_modifier.exports.integer_layers import IntegerCheckpoint, IntegerLayer
+from autoround_modifier.exports.integer_layers import IntegerCheckpoint
 
 __all__ = ["copy_others", "write_weights"]
 
@@ -29,14 +29,14 @@ CHAT_TEMPLATES = "additional_chat_templates"
 
 def write_weights(
     checkpoint: IntegerCheckpoint,
-    convert: Callable[[IntegerLayer], dict[str, Tensor]],
+    convert: Callable[[str], dict[str, Tensor]],
     folder: Path,
     framework: str = "pt",
 ) -> int:
     """
     Write a file for each file of the checkpoint, and an index where that has one.
 
-    :param convert: makes the tensors of a layer, by the last parts of their names
+    :param convert: name of a layer -> its tensors, by the last parts of their names
     :param folder: to write to
     :param framework: that the metadata of the files name
     :return: bytes of all tensors
@@ -48,7 +48,7 @@ def write_weights(
         logger.info(f"file {number} of {len(files)}: {file}")
         tensors = {name: checkpoint.tensor(name) for name in others}
         for name in layers:
-            made = convert(checkpoint.layer(name))
+            made = convert(name)
             tensors |= {f"{name}.{part}": tensor for part, tensor in made.items()}
         if not tensors:
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 from loguru import logger
 from torch import nn
@@ -11,17 +10,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from autoround_modifier.checkpoints.check import check_before_saving
 from autoround_modifier.errors import ExportError, RecipeError
-from autoround_modifier.exports.export_formats import check_format, find_format
-from autoround_modifier.exports.integer_specs import (
-    IntegerSpec,
-    check_integers,
-    integer_spec,
-    unquantized_layers,
+from autoround_modifier.exports.predicted import (
+    PredictedLayers,
+    check_predicted,
+    predict_specs,
 )
 from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.empty_model import empty_model
 from autoround_modifier.host.lifecycle import Modifier, quantization_configs
-from autoround_modifier.host.prediction import predict_layers
 from autoround_modifier.host.saved_names import name_experts_as_released
 from autoround_modifier.host.schemes import QuantizationConfig
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
@@ -122,19 +118,19 @@ def _check_exports(
     ignore = [name for x in choosers for name in x.ignore]
     ignore += [name for x in tuners for name in x.ignore]
     options = [config for x in choosers for config in _option_configs(model, x, ignore)]
-    specs: dict[IntegerSpec, None] = {}
-    skipped: list[str] = []
-    for option in options or [None]:
-        configs = fixed if option is None else [*fixed, option]
-        layout, layers = predict_layers(model, configs)
-        check_integers("this recipe", layout, {name: x.scheme for name, x in layers.items()})
-        for name, layer in layers.items():
-            specs[integer_spec(name, layer.shape, cast(Any, layer.scheme.weights))] = None
-        skipped = unquantized_layers(layout.tensors, layers)
-    if not specs:
+    found = [
+        predict_specs(model, fixed if option is None else [*fixed, option], "this recipe")
+        for option in options or [None]
+    ]
+    layers = PredictedLayers(
+        tuple(dict.fromkeys(spec for one in found for spec in one.specs)),
+        {name: numbers for one in found for name, numbers in one.floats.items()},
+        found[-1].skipped,
+    )
+    if not layers.specs and not layers.floats:
         raise ExportError("this recipe quantizes no weights, so nothing can be exported")
     for name in formats:
-        check_format(find_format(name), list(specs), skipped)
+        check_predicted(name, layers)
 
 
 def _option_configs(
