@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
+from autoround_modifier.checkpoints.saved_layers import tensor_bytes
 from autoround_modifier.errors import ExportError, listed
 from autoround_modifier.exports.export_formats import (
     AUTO,
@@ -30,20 +31,33 @@ from autoround_modifier.exports.integer_specs import (
 from autoround_modifier.host.prediction import predict_layers
 from autoround_modifier.host.schemes import QuantizationConfig
 
-__all__ = ["PredictedLayers", "check_predicted", "predict_specs"]
+__all__ = ["PredictedFloats", "PredictedLayers", "check_predicted", "predict_specs"]
+
+
+@dataclass(frozen=True)
+class PredictedFloats:
+    """
+    :ivar numbers: ``mxfp4`` or ``nvfp4``
+    :ivar shape: (out_features, in_features)
+    """
+
+    numbers: str
+    shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class PredictedLayers:
     """
     :ivar specs: of the layers that are quantized to integers
-    :ivar floats: names of other quantized layers -> ``mxfp4`` or ``nvfp4``
+    :ivar floats: the other quantized layers, by name
     :ivar skipped: layers that are not quantized
+    :ivar others: bytes of all tensors that are no part of a quantized layer's weight
     """
 
     specs: tuple[IntegerSpec, ...]
-    floats: dict[str, str]
+    floats: dict[str, PredictedFloats]
     skipped: tuple[str, ...]
+    others: int
 
 
 def predict_specs(
@@ -60,14 +74,22 @@ def predict_specs(
     check_integers(what, layout, schemes, FOR_GGUF)
     families = {name: family_of(scheme) for name, scheme in schemes.items()}
     floats = {
-        name: family.removesuffix("a16") for name, family in families.items() if family in FOR_GGUF
+        name: PredictedFloats(family.removesuffix("a16"), layers[name].shape)
+        for name, family in families.items()
+        if family in FOR_GGUF
     }
     specs = tuple(
         integer_spec(name, layer.shape, cast(Any, layer.scheme.weights))
         for name, layer in layers.items()
         if name not in floats
     )
-    return PredictedLayers(specs, floats, tuple(unquantized_layers(layout.tensors, layers)))
+    others = sum(
+        tensor_bytes(tensor)
+        for name, tensor in layout.tensors.items()
+        if name.rpartition(".")[0] not in layers or name.endswith(".bias")
+    )
+    skipped = tuple(unquantized_layers(layout.tensors, layers))
+    return PredictedLayers(specs, floats, skipped, others)
 
 
 def check_predicted(name: str, layers: PredictedLayers) -> None:
@@ -81,7 +103,7 @@ def check_predicted(name: str, layers: PredictedLayers) -> None:
         _check_gguf(chosen.name.removeprefix(GGUF), layers)
         return
     if layers.floats:
-        numbers = ", ".join(sorted({x.upper() for x in layers.floats.values()}))
+        numbers = ", ".join(sorted({x.numbers.upper() for x in layers.floats.values()}))
         raise ExportError(
             f"`{chosen.name}` holds integers alone, and {numbers} is in GGUF (`gguf:auto`): "
             f"{listed(list(layers.floats))}"
@@ -94,7 +116,7 @@ def _check_gguf(kind: str, layers: PredictedLayers) -> None:
     types = [x for x in FORMATS.values() if x.name.startswith(GGUF) and x.name != f"{GGUF}{AUTO}"]
     chosen = FORMATS[f"{GGUF}{kind}"]
     without = [spec for spec in layers.specs if all(any(layer_problems(x, spec)) for x in types)]
-    held = kind == AUTO or kind in layers.floats.values()
+    held = kind == AUTO or kind in {floats.numbers for floats in layers.floats.values()}
     held = held or any(not any(layer_problems(chosen, spec)) for spec in layers.specs)
     if without or not held:
         _refuse(kind, without or layers.specs, layers)
@@ -107,8 +129,9 @@ def _refuse(kind: str, specs: Sequence[IntegerSpec], layers: PredictedLayers) ->
     for spec in specs:
         for reason in layer_problems(shown, spec):
             problems.setdefault(reason, []).append(spec.name)
-    for name, numbers in layers.floats.items():
-        problems.setdefault(f"{numbers.upper()}: {GGUF}{numbers} alone holds it", []).append(name)
+    for name, floats in layers.floats.items():
+        reason = f"{floats.numbers.upper()}: {GGUF}{floats.numbers} alone holds it"
+        problems.setdefault(reason, []).append(name)
     refuse(
         FORMATS[f"{GGUF}{kind}"],
         problems,

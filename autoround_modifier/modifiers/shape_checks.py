@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from loguru import logger
 from torch import nn
@@ -32,7 +33,7 @@ from autoround_modifier.modifiers.validation import (
 )
 from autoround_modifier.schemes import check_budget, resolve_options
 
-__all__ = ["check_formats", "check_shapes"]
+__all__ = ["check_formats", "check_shapes", "predicted_layers"]
 
 
 def check_shapes(
@@ -101,16 +102,13 @@ def check_formats(
     _check_exports(model, modifiers, formats)
 
 
-def _check_exports(
-    model: PreTrainedModel, modifiers: Sequence[Modifier], formats: Sequence[str]
-) -> None:
+def predicted_layers(model: PreTrainedModel, modifiers: Sequence[Modifier]) -> PredictedLayers:
     """
-    Where schemes are still to be chosen, each layer must fit in with each option.
-
-    :raises ExportError: see `check_shapes`
+    :param model: made of its configuration
+    :param modifiers: of a recipe
+    :return: what will be saved. Where schemes are still to be chosen, each layer with each option
+    :raises ExportError: if nothing is quantized, or something that no format holds
     """
-    if not formats:
-        return
     name_experts_as_released(model)
     fixed = quantization_configs(modifiers)
     choosers = [x for x in modifiers if isinstance(x, AutoSchemeModifier)]
@@ -122,15 +120,21 @@ def _check_exports(
         predict_specs(model, fixed if option is None else [*fixed, option], "this recipe")
         for option in options or [None]
     ]
-    layers = PredictedLayers(
-        tuple(dict.fromkeys(spec for one in found for spec in one.specs)),
-        {name: numbers for one in found for name, numbers in one.floats.items()},
-        found[-1].skipped,
-    )
-    if not layers.specs and not layers.floats:
+    specs = tuple(dict.fromkeys(spec for one in found for spec in one.specs))
+    floats = {name: layer for one in found for name, layer in one.floats.items()}
+    if not specs and not floats:
         raise ExportError("this recipe quantizes no weights, so nothing can be exported")
-    for name in formats:
-        check_predicted(name, layers)
+    return replace(found[-1], specs=specs, floats=floats)
+
+
+def _check_exports(
+    model: PreTrainedModel, modifiers: Sequence[Modifier], formats: Sequence[str]
+) -> None:
+    """:raises ExportError: see `check_shapes`"""
+    if formats:
+        layers = predicted_layers(model, modifiers)
+        for name in formats:
+            check_predicted(name, layers)
 
 
 def _option_configs(
