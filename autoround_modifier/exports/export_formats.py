@@ -158,8 +158,9 @@ def _layer_problems(chosen: ExportFormat, spec: IntegerSpec) -> Iterator[str]:
     if spec.num_bits not in chosen.bits:
         yield f"{spec.label}: it holds {_numbers(chosen.bits)} bits"
     elif not spec.symmetric and spec.num_bits not in chosen.zero_point_bits:
-        held = _numbers(chosen.zero_point_bits)
-        yield f"{spec.label}: it holds zero points with {held} bits"
+        held = chosen.zero_point_bits
+        of_bits = f"zero points with {_numbers(held)} bits" if held else "no zero points"
+        yield f"{spec.label}: it holds {of_bits}"
     if chosen.group_sizes is not None and spec.group_size not in chosen.group_sizes:
         yield f"{spec.label}: it holds groups of {_numbers(chosen.group_sizes)}"
     if spec.group_size % chosen.group_multiple and spec.group_size != -1:

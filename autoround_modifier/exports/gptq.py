@@ -88,7 +88,7 @@ def gptq_config(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> dict[st
             }
     if dynamic:
         config["dynamic"] = dynamic
-    inside = names_in_each_block([spec.name for spec in specs])
+    inside = names_in_each_block([spec.name for spec in specs], skipped)
     if _in_blocks(specs, skipped) and inside is not None:
         config["modules_in_block_to_quantize"] = [inside]
     return config
@@ -97,12 +97,13 @@ def gptq_config(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> dict[st
 def gptq_notes(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> list[str]:
     """:return: which loaders do not take the exported checkpoint, and why"""
     notes = []
+    names = [spec.name for spec in specs]
     if len({(spec.num_bits, spec.group_size) for spec in specs}) > 1:
         notes.append(
             "layers have different bits or group sizes (`dynamic`): GPTQModel and vLLM read them, "
             "Transformers does not; `auto_round` holds them for Transformers"
         )
-    elif _in_blocks(specs, skipped) and names_in_each_block([x.name for x in specs]) is None:
+    elif _in_blocks(specs, skipped) and names_in_each_block(names, skipped) is None:
         notes.append(
             "other layers are quantized in one block than in another (`dynamic`): GPTQModel and "
             "vLLM read that, Transformers does not; `auto_round` holds it for Transformers"
