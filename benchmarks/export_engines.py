@@ -1,5 +1,5 @@
 """
-One exported checkpoint in one engine: Kullback-Leibler divergence from reference logits, and memory.
+One exported checkpoint in one engine: divergence from reference logits, and memory.
 
     python export_engines.py ENGINE PATH REFERENCES
 
@@ -70,9 +70,7 @@ def vllm(path: Path, tokens: NDArray[np.int64]) -> Logits:
     )
     from vllm import LLM, SamplingParams
 
-    model = LLM(
-        str(path), dtype="bfloat16", enforce_eager=True, max_num_seqs=1, max_model_len=256
-    )
+    model = LLM(str(path), dtype="bfloat16", enforce_eager=True, max_num_seqs=1, max_model_len=256)
     seen: list[NDArray[Any]] = []
 
     def watch(module: Any) -> None:

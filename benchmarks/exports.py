@@ -3,10 +3,10 @@ What engines compute from exported checkpoints of SmolLM2-135M, and how large th
 
     make bench-exports TEXT=path/to/text.jsonl
 
-``TEXT`` is a JSON-lines file with a field ``text``; lines with ``"split": "eval"`` are used, if there
-are any. The checkpoints are those of ``tests/exports/make_checkpoints.py --smollm2``. Each engine runs
-in its own environment and process. Results are written to a JSON file after each row, and as a
-Markdown table beside it; rows that the file already holds do not run again.
+``TEXT`` is a JSON-lines file with a field ``text``; lines with ``"split": "eval"`` are used, if
+there are any. The checkpoints are those of ``tests/exports/make_checkpoints.py --smollm2``. Each
+engine runs in its own environment and process. Results are written to a JSON file after each row,
+and as a Markdown table beside it; rows that the file already holds do not run again.
 """
 
 from __future__ import annotations

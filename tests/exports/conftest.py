@@ -1,9 +1,9 @@
 """The `--checkpoints` option, one test for each exported checkpoint, and a record of results.
 
-A test module names its engine in ``ENGINE`` and the packages whose versions matter in ``PACKAGES``.
-A test with the argument `case` says by ``@pytest.mark.cases(FORMATS, only=...)`` which it gets. What
-`record` is given is written to ``results/ENGINE.json`` beside the checkpoints, from which
-``table.py`` makes a table.
+A test module names its engine in ``ENGINE`` and the packages whose versions matter in
+``PACKAGES``. A test with the argument `case` says by ``@pytest.mark.cases(FORMATS, only=...)``
+which it gets. What `record` is given is written to ``results/ENGINE.json`` beside the checkpoints,
+from which ``table.py`` makes a table.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     for engine, entries in session.config.stash[RESULTS].items():
         path = checkpoints_of(session.config) / "results" / f"{engine}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        modules = {item.module for item in session.items if item.module.ENGINE == engine}
+        modules = {item.module for item in session.items if engine == item.module.ENGINE}
         packages = {name for module in modules for name in module.PACKAGES}
         versions = {name: version(name) for name in sorted(packages)}
         path.write_text(json.dumps({"versions": versions, "results": entries}, indent=1))

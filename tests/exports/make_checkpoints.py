@@ -5,9 +5,9 @@ Tunes a tiny Llama for each row, saves it, and exports it to every format that h
 
 Runs in the package's own environment. ``dense`` beside each checkpoint is the reference: the
 dequantized model in float32, for the same engine in the same version. With ``--smollm2``, the real
-model in 4 and in 2 bits as well, which needs llama.cpp's source for GGUF; few iterations, since what
-is compared is what engines make of the same integers. A checkpoint of it that is there is exported as
-it is.
+model in 4 and in 2 bits as well, which needs llama.cpp's source for GGUF; few iterations, since
+what is compared is what engines make of the same integers. A checkpoint of it that is there is
+exported as it is.
 """
 
 from __future__ import annotations
@@ -32,19 +32,17 @@ from autoround_modifier import (
 )
 from autoround_modifier.exports.export_formats import FORMATS
 
-TESTS = Path(__file__).parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent / "examples")]
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import VOCABULARY, quantize, tiny_llama, tiny_tokenizer, weight_scheme
 from rows import ALL_LINEARS, ROWS, Row
 from smollm2 import packaged_gguf
 
 # Writes GGUF without vocabulary; SmolLM2 goes through llama.cpp's own converter.
-TINY_CONVERTER = TESTS / "fake_llama_cpp"
+TINY_CONVERTER = Path(__file__).parent.parent / "fake_llama_cpp"
 TOKENS = (4, 48)
 SMOLLM2_FORMATS = ("gptq", "awq", "auto_round", "mlx", "gguf:q2_0", "gguf:q4_0")
-SMOLLM2 = [
-    Row(f"smollm2_w{bits}", ((bits, True, 64, ALL_LINEARS),)) for bits in (4, 2)
-]
+SMOLLM2 = [Row(f"smollm2_w{bits}", ((bits, True, 64, ALL_LINEARS),)) for bits in (4, 2)]
 TEXT = "The capital of France is Paris. In 1969, people walked on the moon; naïve, café — 你好"
 CALIBRATION = {"num_samples": 32, "max_seq_length": 128}
 

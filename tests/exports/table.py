@@ -69,7 +69,9 @@ def cell(entries: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     output = Path(sys.argv[1])
-    found = {path.stem: json.loads(path.read_text()) for path in (output / "results").glob("*.json")}
+    found = {
+        path.stem: json.loads(path.read_text()) for path in (output / "results").glob("*.json")
+    }
     columns = [column for column in COLUMNS if column[0] in found]
     names: dict[str, list[str]] = {}
     for row in ROWS:

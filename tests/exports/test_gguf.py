@@ -25,7 +25,9 @@ def load(case):
 @pytest.mark.cases(("gguf:",), only=lambda row, format: format not in UNKNOWN)
 def test_logits(case, record):
     """The file holds the weights of the dequantized model, so that logits are the same."""
-    gap = float((logits(load(case), token_ids(case.folder)) - dense_logits(case.folder)).abs().max())
+    gap = float(
+        (logits(load(case), token_ids(case.folder)) - dense_logits(case.folder)).abs().max()
+    )
     record(case, "run", gap=gap)
     assert gap == 0
 

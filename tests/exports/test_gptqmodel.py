@@ -25,8 +25,8 @@ FORMATS = ("gptq", "awq")
 SCHEMES = {row.name: row.schemes for row in ROWS}
 
 # Largest difference of logits, whose standard deviation is 3.2, in float32. GPTQModel's kernels
-# multiply codes by scales in float16, in which a product has 11 bits, and a scale has 8: products of
-# 4 bits and less are exact. Measured: 0; 0.011 with zero points (5 bits); 0.076 with 8 bits.
+# multiply codes by scales in float16, in which a product has 11 bits, and a scale has 8: products
+# with 4 bits and less are exact. Measured: 0; 0.011 with zero points (5 bits); 0.076 with 8 bits.
 EXACT, ZERO_POINTS, EIGHT_BITS = 1e-4, 0.04, 0.25
 
 

@@ -1,6 +1,6 @@
 """
-GGUF files in llama.cpp: weights as ggml's own code dequantizes them, log-probabilities of the model,
-and text of SmolLM2.
+GGUF files in llama.cpp: weights as ggml's own code dequantizes them, log-probabilities of the
+model, and text of SmolLM2.
 
 llama.cpp rounds activations to 8 bits, so its log-probabilities differ from those of the same
 weights elsewhere; weights are compared exactly.
