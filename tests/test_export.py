@@ -252,8 +252,13 @@ def test_layers_that_are_not_quantized(format, tmp_path):
         assert section["extra_config"] == dict.fromkeys(skipped, entry)
 
 
-def test_blocks_that_differ_are_left_to_dynamic(tmp_path):
-    source = tuned((4, True, 32, ("re:.*layers.1.mlp.*_proj", "re:.*self_attn.*_proj")), layers=2)
+@pytest.mark.parametrize(
+    "targets",
+    [("re:.*layers.1.mlp.*_proj", "re:.*self_attn.*_proj"), ("re:.*layers.1.*_proj",)],
+    ids=["a layer", "a block"],
+)
+def test_blocks_that_differ_are_left_to_dynamic(targets, tmp_path):
+    source = tuned((4, True, 32, targets), layers=2)
     exported = export(source.folder, "gptq", tmp_path)
     assert "modules_in_block_to_quantize" not in section_of(tmp_path)
     assert "GPTQModel and vLLM read that, Transformers does not" in exported.notes[0]

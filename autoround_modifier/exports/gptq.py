@@ -20,6 +20,7 @@ from autoround_modifier.exports.integer_layers import IntegerLayer, IntegerSpec
 from autoround_modifier.exports.layer_names import (
     block_lists,
     expressions,
+    is_experts,
     most_common_scheme,
     names_in_each_block,
     with_fused,
@@ -93,7 +94,7 @@ def gptq_config(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> dict[st
             }
     if dynamic:
         config["dynamic"] = dynamic
-    inside = names_in_each_block([spec.name for spec in specs])
+    inside = names_in_each_block([spec.name for spec in specs], skipped)
     if _in_blocks(specs, skipped) and inside is not None:
         config["modules_in_block_to_quantize"] = [inside]
     return config
@@ -102,12 +103,13 @@ def gptq_config(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> dict[st
 def gptq_notes(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> list[str]:
     """:return: which loaders do not take the exported checkpoint, and why"""
     notes = []
+    names = [spec.name for spec in specs]
     if len({(spec.num_bits, spec.group_size) for spec in specs}) > 1:
         notes.append(
             "layers have different bits or group sizes (`dynamic`): GPTQModel and vLLM read them, "
             "Transformers does not; `auto_round` holds them for Transformers"
         )
-    elif _in_blocks(specs, skipped) and names_in_each_block([x.name for x in specs]) is None:
+    elif _in_blocks(specs, skipped) and names_in_each_block(names, skipped) is None:
         notes.append(
             "other layers are quantized in one block than in another (`dynamic`): GPTQModel and "
             "vLLM read that, Transformers does not; `auto_round` holds it for Transformers"
@@ -115,6 +117,8 @@ def gptq_notes(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> list[str
     taken = _taken_by_transformers(specs, skipped)
     if taken:
         notes.append(f"Transformers would take {listed(taken)} for quantized, and not load them")
+    if any(map(is_experts, skipped)):
+        notes.append("SGLang takes experts that are not quantized, as here, for quantized")
     if any(spec.num_bits not in (4, 8) or not spec.symmetric for spec in specs):
         notes.append(
             "vLLM and SGLang take GPTQ with 4 or 8 bits, symmetric, by default; other layers of "
@@ -125,7 +129,7 @@ def gptq_notes(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> list[str
 
 def _taken_by_transformers(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> list[str]:
     """:return: layers that are not quantized, whose names end with that of one inside a block"""
-    inside = names_in_each_block([spec.name for spec in specs]) or ()
+    inside = names_in_each_block([spec.name for spec in specs], skipped) or ()
     return [name for name in _in_blocks(specs, skipped) if name.endswith(tuple(inside))]
 
 

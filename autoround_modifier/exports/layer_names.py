@@ -35,16 +35,25 @@ def block_lists(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(parts[0] for parts in found if parts is not None))
 
 
-def names_in_each_block(names: Sequence[str]) -> list[str] | None:
-    """:return: names inside a block; None if they are not the same in all blocks"""
+def names_in_each_block(names: Sequence[str], others: Sequence[str] = ()) -> list[str] | None:
+    """
+    :param names: of layers
+    :param others: of layers in the same or other blocks; a block with none but these counts
+    :return: names inside a block; None if they are not the same in all blocks
+    """
     blocks: dict[tuple[str, int], list[str]] = {}
     for name in names:
         parts = in_block(name)
         if parts is None:
             return None
         blocks.setdefault(parts[:2], []).append(parts[2])
-    first, *others = blocks.values()
-    return first if all(set(block) == set(first) for block in others) else None
+    lists = {prefix for prefix, _ in blocks}
+    for name in others:
+        parts = in_block(name)
+        if parts is not None and parts[0] in lists:
+            blocks.setdefault(parts[:2], [])
+    first, *rest = blocks.values()
+    return first if all(set(block) == set(first) for block in rest) else None
 
 
 def most_common_scheme(specs: Sequence[IntegerSpec]) -> tuple[int, int]:
