@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from autoround_modifier.errors import RecipeError
+from autoround_modifier.gguf_schemes import gguf_scheme
 from autoround_modifier.host.schemes import is_preset_scheme
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
@@ -83,7 +84,7 @@ def _first_group(content: dict[str, Any]) -> dict[str, Any]:
 def _with_group_size(fields: dict[str, Any]) -> dict[str, Any]:
     """:return: the same, with a scheme that compressed-tensors does not name spelled out"""
     scheme = fields.get("scheme")
-    if not isinstance(scheme, str) or is_preset_scheme(scheme):
+    if not isinstance(scheme, str) or is_preset_scheme(scheme) or gguf_scheme(scheme):
         return fields
     others = {name: value for name, value in fields.items() if name not in ("scheme", "targets")}
     group = named_scheme(scheme).model_dump(mode="json", exclude_unset=True, exclude_none=True)

@@ -16,6 +16,7 @@ from autoround_modifier.errors import ExportError, FailedError, OutputExistsErro
 from autoround_modifier.exports.export_formats import FORMATS, GGUF, find_format
 from autoround_modifier.exports.exporting import Exported, export
 from autoround_modifier.exports.gguf_template import converter_script
+from autoround_modifier.gguf_schemes import gguf_scheme
 from autoround_modifier.report.outdated import remove_outdated
 from autoround_modifier.report.schema import REPORT_FILE
 from autoround_modifier.runs.output_folder import check_output_folder
@@ -48,7 +49,7 @@ def read_formats(formats: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _format_name(name: str) -> str:
-    known = OTHER_NAMES.get(name.lower().replace("-", "_"))
+    known = OTHER_NAMES.get(name.lower().replace("-", "_")) or gguf_scheme(name)
     if known is not None:
         return known
     try:

@@ -9,6 +9,7 @@ from typing import Any
 from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.engines.support import EngineSupport, find_support
 from autoround_modifier.engines.tables import ENGINE_TABLES
+from autoround_modifier.gguf_schemes import GGUF_SCHEMES, gguf_scheme
 from autoround_modifier.recipe_files import RecipeSummary, list_recipes, summarize_recipe
 from autoround_modifier.scheme_names import (
     ALIASES,
@@ -46,7 +47,7 @@ class SchemeEntry:
 
 def scheme_names() -> list[str]:
     """:return: the names of all schemes, without aliases"""
-    return [name for name in SCHEMES if name not in ALIASES]
+    return [*(name for name in SCHEMES if name not in ALIASES), *GGUF_SCHEMES]
 
 
 def describe_schemes(names: Iterable[str]) -> list[SchemeEntry]:
@@ -85,7 +86,7 @@ def supports_of(
 
 
 def _entry(name: str, summaries: Iterable[RecipeSummary]) -> SchemeEntry:
-    group, written = group_named(name), name.upper()
+    group, written = group_named(name), gguf_scheme(name) or name.upper()
     written = ALIASES.get(written, written)
     scheme = written_scheme(group)
     return SchemeEntry(

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from autoround_modifier.errors import SchemeError
+from autoround_modifier.gguf_schemes import GGUF, GGUF_SCHEMES, GGUF_TYPES, gguf_scheme
 
 __all__ = [
     "ALIASES",
@@ -81,10 +82,16 @@ ALIASES = {"INT8": "W8A8"}
 
 def group_named(name: str) -> dict[str, Any]:
     """
-    :param name: ``<preset>[_ASYM][G<group size>]``, in any case
-    :return: the config group that it stands for, without targets
+    :param name: ``<preset>[_ASYM][G<group size>]``, or one of GGUF such as ``gguf:q4_k_m``, in any
+        case
+    :return: the config group that it stands for, without targets. Of a scheme of GGUF, which
+        compressed-tensors does not hold, its name is the ``format``, and the weights are those of
+        the type that most layers have
     :raises SchemeError: if there is no such scheme
     """
+    of_gguf = gguf_scheme(name)
+    if of_gguf is not None:
+        return {"weights": GGUF_TYPES[GGUF_SCHEMES[of_gguf]].carrier(), "format": of_gguf}
     if name.upper() in SCHEMES:
         return copy.deepcopy(SCHEMES[name.upper()])
     match = SCHEME_NAME.fullmatch(name)
@@ -92,7 +99,8 @@ def group_named(name: str) -> dict[str, Any]:
     if match is None or preset not in SCHEMES:
         raise SchemeError(
             f"unknown scheme `{name}`; use one of {', '.join(SCHEMES)}, integer weights also with "
-            "zero points and another group size, as in W2A16G64 or W4A16_ASYM_G32"
+            "zero points and another group size, as in W2A16G64 or W4A16_ASYM_G32; or one of GGUF: "
+            f"{', '.join(GGUF_SCHEMES)}"
         )
     group = copy.deepcopy(SCHEMES[preset])
     weights = group["weights"]
@@ -113,8 +121,11 @@ def saved_bits_per_weight(group: dict[str, Any], rows: int = 4096, columns: int 
     :param group: config group, with ``weights``
     :param rows: output features
     :param columns: input features, divisible by the group size and by 32
-    :return: bits for each weight: packed values, scales, zero points, and scales of activations
+    :return: bits for each weight: packed values, scales, zero points, and scales of activations;
+        for GGUF those of the type that most layers have, in a GGUF file
     """
+    if str(group.get("format")).startswith(GGUF):
+        return GGUF_TYPES[GGUF_SCHEMES[group["format"]]].bits_per_weight
     weights, inputs = group["weights"], group.get("input_activations")
     bits, strategy = weights["num_bits"], weights.get("strategy", "channel")
     if strategy == "block":

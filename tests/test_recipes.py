@@ -15,6 +15,7 @@ from llmcompressor.recipe import Recipe
 
 from autoround_modifier import AutoRoundModifier, find_recipe, list_recipes, load_recipe
 from autoround_modifier.calibration.mixture import data_recipes
+from autoround_modifier.checkpoints.gguf_blocks import SavedBlocks, find_blocks_file
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.recipes import check_recipe
 
@@ -50,6 +51,9 @@ EXPECTED = {
     "deepseek_r1_int2_mixed",
     "autoscheme_w2_w4_w8_autoround",
     "autoscheme_nvfp4_fp8_autoround",
+    "gguf_q2_k_s_autoround",
+    "gguf_q3_k_m_autoround",
+    "gguf_q4_k_m_autoround",
 }
 PRESETS = {"fp8_block_autoround": "rtn"}  # others: default
 TUNED = ("AutoRoundModifier", "ScaleDistillationModifier")
@@ -130,8 +134,10 @@ def test_runs(name, tmp_path):
     # groups of 128 do not fit layers of 64 features
     model = tiny_llama(hidden_size=256 if "128" in str(groups_of(recipe)) else 64)
     model = quantize(model, str(recipe), output_dir=tmp_path / "out")
-    linear = [name for name in quantized_layers(model) if name.endswith("_proj")]
-    assert len(linear) == 14
+    blocks = find_blocks_file(tmp_path / "out")
+    quantized = quantized_layers(model) if blocks is None else SavedBlocks(tmp_path / "out").types
+    assert len([layer for layer in quantized if layer.endswith("_proj")]) == 14
+    assert (blocks is not None) == name.startswith("gguf_")
     assert (tmp_path / "out" / "recipe.yaml").exists()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_llama, tiny_tokenizer, weight_scheme
+from test_export_gguf import in_process
 from tiny_mixtures import tiny_mixture
 
 from autoround_modifier import (
@@ -25,6 +26,7 @@ from autoround_modifier.exports import written_files
 from autoround_modifier.report.schema import read_report
 from autoround_modifier.run_outputs import RunOutputs, read_formats
 
+__all__ = ["in_process"]
 RTN = ("--preset", "rtn", "--quiet")
 FAKE_LLAMA_CPP = str(Path(__file__).parent / "fake_llama_cpp")
 
@@ -123,7 +125,7 @@ def test_one_other_format_takes_the_folder(model, tmp_path, capsys):
     assert main(["quantize", model, *arguments, "--overwrite"]) == DONE
 
 
-def test_in_python(tmp_path):
+def test_in_python(tmp_path, in_process):
     scheme = {"group_0": weight_scheme(2, True, 64)}
     arguments = {"tokenizer": tiny_tokenizer(), "llama_cpp": FAKE_LLAMA_CPP}
     quantize(
@@ -137,6 +139,26 @@ def test_in_python(tmp_path):
     assert names(tmp_path / "out") == ["gptq", "out-q2_0.gguf", "quantization_report.json"]
     with pytest.raises(ExportError, match="without `output_dir`"):
         oneshot(tiny_llama(num_layers=1), "w4a16_autoround", formats="gptq")
+
+
+def test_what_is_tuned_in_a_scheme_of_gguf(model, tmp_path, in_process, capsys, monkeypatch):
+    monkeypatch.setenv("LLAMA_CPP_ROOT", FAKE_LLAMA_CPP)
+    wide = tiny_llama(num_layers=1, hidden_size=256).config._name_or_path
+    arguments = ["--scheme", "gguf:q4_k_m", *RTN, "--format", "gguf:q4_k_m"]
+    output = tmp_path / "out"
+    assert main(["quantize", wide, *arguments, "-o", str(output)]) == DONE
+    assert names(output) == ["out-q4_k_m.gguf", "quantization_report.json"]
+    modifier = AutoRoundModifier(scheme="gguf:q4_k_m", ignore=["lm_head"], preset="rtn")
+    in_memory = oneshot(tiny_llama(num_layers=1, hidden_size=256), modifier)
+    export(in_memory, "gguf:q4_k_m", tmp_path / "memory.gguf")
+    written = (output / "out-q4_k_m.gguf").read_bytes()
+    assert (tmp_path / "memory.gguf").read_bytes() == written
+    capsys.readouterr()
+    refused = ["quantize", wide, "-o", str(tmp_path / "other")]
+    assert main([*refused, "--scheme", "gguf:q4_k_m", "--format", "gptq"]) == REFUSED
+    assert "leave the format to gguf:q4_k_m" in capsys.readouterr().err
+    assert main([*refused, "--scheme", "W4A16", "--format", "gguf:q4_k_m"]) == REFUSED
+    assert "write `scheme: gguf:q4_k_m`" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- refusals

@@ -1,28 +1,20 @@
-"""Formats by specification: those of compressed-tensors, other scale types, and one of its own."""
+"""Formats by specification: those of compressed-tensors, and other scale types."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import Tensor
 
-from autoround_modifier import device
-from autoround_modifier.device import Compute
 from autoround_modifier.formats import (
     FloatGrid,
-    Grid,
     Grouping,
     IntegerGrid,
     MicroscalingGrid,
     NVFP4Grid,
-    QuantizedWeight,
     TunedWeight,
     WeightSpec,
 )
 from autoround_modifier.formats.floating import E2M1, E4M3
-from autoround_modifier.formats.grid import cast_ste, round_ste, scale_floor
 from autoround_modifier.host.schemes import QuantizationArgs, preset_name_to_scheme, weight_spec
 from autoround_modifier.search import search_range
 
@@ -178,131 +170,3 @@ def test_tiny_groups_have_a_scale_that_float16_holds():
     quantized = TunedWeight(weight, spec).quantized()
     assert (quantized.scale.float().abs() >= 2.0**-20).all()
     assert (quantized.dequantize() == 0).all()
-
-
-# --------------------------------------------------------------------- a format of its own
-
-
-@dataclass(frozen=True)
-class SuperBlockGrid(Grid):
-    """
-    Like GGUF's Q4_K: ``d * scale * q - dmin * min`` with ``q`` from 0 to 15. Scales and minima of
-    eight groups side by side have 6 bits, and share ``d`` and ``dmin``.
-    """
-
-    tune_clipping = True
-    groups = 8
-
-    def _fields(self, w_min, w_max, alpha, beta) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """:return: d and dmin, (..., super-blocks, 1); scales and minima, (..., super-blocks, 8)"""
-        low = -w_min if alpha is None else -w_min * alpha
-        high = w_max if beta is None else w_max * beta
-        found = []
-        for wanted, least in (((low + high) / 15, 1), (low, 0)):
-            wanted = wanted.unflatten(-1, (-1, self.groups))
-            unit = wanted.amax(-1, keepdim=True) / 63
-            unit = cast_ste(unit.clamp(min=scale_floor(self.scale_dtype)), self.scale_dtype)
-            found += [unit, round_ste(wanted / unit).clamp(least, 63)]
-        d, scales, dmin, mins = found
-        return d, dmin, scales, mins
-
-    def _values(self, weight, scale, low, rounding) -> Tensor:
-        x = (weight.float() + low) / scale
-        return round_ste(x if rounding is None else x + rounding).clamp(0, 15)
-
-    def fake_quantize(
-        self, weight, w_min, w_max, global_scale=None, rounding=None, alpha=None, beta=None
-    ):
-        d, dmin, scales, mins = self._fields(w_min, w_max, alpha, beta)
-        scale, low = ((x * y).flatten(-2).unsqueeze(-1) for x, y in ((d, scales), (dmin, mins)))
-        return self._values(weight, scale, low, rounding) * scale - low, scale
-
-    def quantize_parts(
-        self, weight, w_min, w_max, global_scale=None, rounding=None, alpha=None, beta=None
-    ):
-        d, dmin, scales, mins = self._fields(w_min, w_max, alpha, beta)
-        scale, low = ((x * y).flatten(-2).unsqueeze(-1) for x, y in ((d, scales), (dmin, mins)))
-        return {
-            "values": self._values(weight, scale, low, rounding).to(torch.uint8),
-            "d": d.squeeze(-1).to(self.scale_dtype),
-            "dmin": dmin.squeeze(-1).to(self.scale_dtype),
-            "scales": scales.to(torch.uint8),
-            "mins": mins.to(torch.uint8),
-        }
-
-    def dequantize(self, parts, grouping):
-        scale, low = (
-            (parts[unit].float().unsqueeze(-1) * parts[factors]).view(-1, 1)
-            for unit, factors in (("d", "scales"), ("dmin", "mins"))
-        )
-        values = grouping.split(parts["values"]).float()
-        return grouping.join((values * scale - low).to(self.dtype))
-
-
-@dataclass(frozen=True)
-class SuperBlockSpec:
-    num_bits: int = 4
-    is_integer: bool = True
-
-    def grid(self, dtype: torch.dtype) -> Grid:
-        return SuperBlockGrid(dtype, F16)
-
-    def grouping(self, shape: tuple[int, ...]) -> Grouping:
-        rows, columns = shape
-        return Grouping((rows, columns), (1, 32), (rows, columns // 32))
-
-
-def parts_of(state: TunedWeight) -> QuantizedWeight:
-    quantized = state.quantized()
-    assert torch.equal(quantized.dequantize(), state.dequantize())
-    return quantized
-
-
-@pytest.mark.parametrize("slices", ["whole", "sliced", "compiled"])
-def test_super_blocks(slices, monkeypatch):
-    """12 rows of two super-blocks of eight groups of 32; slices of at most 2.5 rows."""
-    weight, inputs = torch.randn(12, 512).to(BF16), torch.randn(64, 512)
-    importance = inputs.square().sum(0)
-    if slices == "sliced":
-        monkeypatch.setattr(device, "CPU_SLICE_ELEMENTS", 1280)
-    compute = Compute(compiled=slices == "compiled")
-    spec = SuperBlockSpec()
-    assert search_range(weight, spec, importance) is None
-    state = TunedWeight(weight, spec, None, importance=importance, compute=compute)
-
-    parts = parts_of(state).parts
-    shapes = {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
-    assert shapes == {
-        "values": (torch.uint8, (12, 512)),
-        "d": (F16, (24,)),
-        "dmin": (F16, (24,)),
-        "scales": (torch.uint8, (24, 8)),
-        "mins": (torch.uint8, (24, 8)),
-    }
-    assert parts["values"].max() == 15
-    assert parts["scales"].amax(-1).tolist() == parts["mins"].amax(-1).tolist() == [63] * 24
-
-    def error() -> float:
-        return float((inputs @ (state.dequantize() - weight).float().T).square().mean())
-
-    state.make_trainable()
-    assert len(state.clipping) == 2
-    initial = error()
-    for step in range(40):
-        difference = inputs @ (state.dequantize() - weight).float().T
-        gradient = (difference.T @ inputs).to(BF16)
-        decay = 1 - step / 40
-        state.descend(gradient, torch.tensor(decay / 40), torch.tensor(decay / 400))
-    assert error() < 0.5 * initial
-    assert (state.clipping[0] != 1).any()
-    parts_of(state)
-    assert compute.compiled == (slices == "compiled")
-
-
-def test_slices_hold_whole_super_blocks(monkeypatch):
-    weight = torch.randn(12, 512)
-    spec = SuperBlockSpec()
-    whole = parts_of(TunedWeight(weight, spec)).parts
-    monkeypatch.setattr(device, "CPU_SLICE_ELEMENTS", 1280)
-    for name, part in parts_of(TunedWeight(weight, spec)).parts.items():
-        assert torch.equal(part, whole[name])

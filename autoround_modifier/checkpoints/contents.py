@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from autoround_modifier.checkpoints.gguf_blocks import SavedBlocks, find_blocks_file
 from autoround_modifier.checkpoints.mtp import mtp_names, promised_mtp_layers
 from autoround_modifier.checkpoints.saved_config import (
     COMPRESSED_TENSORS,
@@ -57,7 +58,8 @@ class CheckpointContents:
     """
     :param folder: of the checkpoint
     :param architecture: class of the model, as its config names it
-    :param format: ``compressed-tensors: <format>``, or ``not quantized``
+    :param format: ``compressed-tensors: <format>``, ``not quantized``, or which types of GGUF its
+        layers were tuned in
     :param schemes: of the layers, and whether they are those of experts of a mixture
     :param single_group: whether it has one config group, that targets ``Linear``
     :param kinds: of layers, in the order of the files
@@ -75,6 +77,7 @@ class CheckpointContents:
     :param mtp_tensors: those of them in the files
     :param recipe: text of ``recipe.yaml``; None if there is none
     :param notes: what is odd
+    :param gguf_types: type of GGUF -> number of layers whose blocks are beside the weights
     """
 
     folder: str
@@ -96,6 +99,7 @@ class CheckpointContents:
     mtp_tensors: int
     recipe: str | None
     notes: tuple[str, ...] = ()
+    gguf_types: dict[str, int] = field(default_factory=dict)
 
     @property
     def is_quantized(self) -> bool:
@@ -124,12 +128,16 @@ def checkpoint_contents(folder: Path, layout: CheckpointLayout | None = None) ->
     mtp = mtp_names(layout.tensors, _num_layers(layout.config), promised > 0)
     recipe = folder / RECIPE
     names = layout.config.get("architectures") or [None]
+    blocks = None if find_blocks_file(folder) is None else SavedBlocks(folder)
+    if blocks is not None:
+        notes.append(
+            "the weights beside the blocks are the same ones, dequantized: engines load them in 16 "
+            f"bits, and `export {folder} {blocks.scheme} FILE.gguf` writes a file for llama.cpp"
+        )
     return CheckpointContents(
         folder=str(folder),
         architecture=names[0],
-        format=(
-            f"{COMPRESSED_TENSORS}: {_formats(quantization)}" if quantization else "not quantized"
-        ),
+        format=_format(quantization, blocks),
         schemes=tuple(sorted(experts, key=lambda item: (item[0].label, item[1]))),
         single_group=len(groups) == 1 and "Linear" in next(iter(groups.values())),
         kinds=tuple(_kinds(layers)),
@@ -152,6 +160,7 @@ def checkpoint_contents(folder: Path, layout: CheckpointLayout | None = None) ->
         mtp_tensors=len(mtp),
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
         notes=tuple(dict.fromkeys(notes)),
+        gguf_types={} if blocks is None else dict(Counter(blocks.types.values())),
     )
 
 
@@ -193,6 +202,14 @@ def _odd(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterator
         sparsity = quantization["format"]
     if sparsity not in (None, "dense"):
         yield f"weights are stored sparsely as well ({sparsity}), so that some are not counted"
+
+
+def _format(quantization: Mapping[str, Any], blocks: SavedBlocks | None) -> str:
+    if blocks is not None:
+        counts = Counter(blocks.types.values())
+        types = ", ".join(f"{kind.upper()} ({count})" for kind, count in counts.most_common())
+        return f"{blocks.scheme}: blocks of GGUF of {len(blocks.types)} layers, {types}"
+    return f"{COMPRESSED_TENSORS}: {_formats(quantization)}" if quantization else "not quantized"
 
 
 def _formats(quantization: Mapping[str, Any]) -> str:

@@ -22,7 +22,8 @@ def export(
         typer.Argument(
             metavar="FORMAT",
             help="gptq, awq, auto_round, mlx, gguf:auto, or a type of GGUF: gguf:q2_0, tq2_0, "
-            "q4_0, q4_1, q5_0, q5_1, q8_0, mxfp4 or nvfp4",
+            "q4_0, q4_1, q5_0, q5_1, q8_0, mxfp4 or nvfp4; or the scheme of GGUF that the "
+            "checkpoint was tuned in, such as gguf:q4_k_m",
         ),
     ],
     output: Annotated[

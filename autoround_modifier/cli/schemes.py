@@ -17,7 +17,7 @@ __all__ = ["schemes"]
 MORE_NAMES = (
     "Integer weights also with zero points, with another group size, or both: W2A16G64, "
     "W4A16_ASYM, W3A16_ASYM_G32. `--scheme`, and `options` of a recipe, take all of them; `scheme` "
-    "of a recipe takes the names of the table."
+    "of a recipe takes the names of the table. Those of GGUF are for `scheme` and `--scheme` alone."
 )
 
 
@@ -101,6 +101,8 @@ def _print_one(entry: SchemeEntry) -> None:
     typer.echo()
     print_kernels(entry.engines)
     typer.echo("\nThe same, spelled out in a recipe:")
-    groups = {"config_groups": {"group_0": {"targets": ["Linear"], **entry.group}}}
-    for line in yaml.safe_dump(groups, sort_keys=False).splitlines():
+    fields: dict[str, Any] = {"config_groups": {"group_0": {"targets": ["Linear"], **entry.group}}}
+    if entry.scheme.family == "gguf":  # which compressed-tensors cannot spell out
+        fields = {"scheme": entry.name}
+    for line in yaml.safe_dump(fields, sort_keys=False).splitlines():
         typer.echo(f"  {line}")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autoround_modifier.gguf_schemes import GGUF
+
 __all__ = ["FAMILIES", "Scheme"]
 
 MXFP4_GROUP = 32
@@ -25,6 +27,7 @@ FAMILIES = (
     "mxfp8a16",
     "nvfp4",
     "nvfp4a16",
+    "gguf",  # types of GGUF, for llama.cpp; the checkpoint beside the blocks is not quantized
     "other",
 )
 
@@ -42,7 +45,8 @@ class Scheme:
     :param block: rows and columns that share a scale, for strategy ``block``
     :param input_bits: of quantized activations; None for 16-bit ones
     :param dynamic: whether scales of activations are found while the model runs
-    :param format: of compressed-tensors, such as ``pack-quantized``; None if it is not known
+    :param format: of compressed-tensors, such as ``pack-quantized``, or a scheme of GGUF, such as
+        ``gguf:q4_k_m``; None if it is not known
     :param numbers: what weights are: ``INT``, ``FP``, ``MXFP`` or ``NVFP``
     :param input_numbers: the same of quantized activations
     """
@@ -73,7 +77,8 @@ class Scheme:
         strategy = _plain(weights.get("strategy")) or (
             "block" if block else "group" if size and size > 0 else "channel"
         )
-        family = _family(weights, inputs, strategy)
+        own = str(group.get("format")).startswith(GGUF)
+        family = "gguf" if own else _family(weights, inputs, strategy)
         numbers = _numbers(weights, family)
         return cls(
             family=family,
@@ -91,7 +96,9 @@ class Scheme:
 
     @property
     def weight_tag(self) -> str:
-        """Such as ``INT4``, ``FP8`` or ``NVFP4``."""
+        """Such as ``INT4``, ``FP8``, ``NVFP4`` or ``GGUF``."""
+        if self.family == "gguf":
+            return "GGUF"
         return f"{self.numbers}{self.num_bits}"
 
     @property
@@ -102,6 +109,8 @@ class Scheme:
     @property
     def weights(self) -> str:
         """Such as ``INT4, symmetric, groups of 64``."""
+        if self.family == "gguf":
+            return f"{self.label.removeprefix('GGUF ')} of llama.cpp, with quantized scales"
         signs = ["symmetric" if self.symmetric else "asymmetric"] if self.numbers == "INT" else []
         return ", ".join([self.weight_tag, *signs, self._scales])
 
@@ -119,8 +128,10 @@ class Scheme:
     def label(self) -> str:
         """
         Short name, such as ``W2A16 G64``, ``W4A16 asym G128``, ``W8A8 channel dynamic``,
-        ``FP8 block 128x128 dynamic`` or ``NVFP4A16``.
+        ``FP8 block 128x128 dynamic``, ``NVFP4A16`` or ``GGUF Q4_K_M``.
         """
+        if self.family == "gguf":
+            return f"GGUF {str(self.format).removeprefix(GGUF).upper()}"
         if not self.num_bits:
             return "unknown scheme"
         inputs = 16 if self.input_bits is None else self.input_bits

@@ -35,6 +35,8 @@ RUN = "run"  # an unchanged checkpoint was loaded, generated text, and gave equa
 ASKED = "asked"  # code of the engine was called without the hardware, and no model was run
 RELOAD = "reload"  # Transformers gave the logits of the model in memory
 READ = "read"  # in the engine's source
+# Why no engine of compressed-tensors has a kernel for types of GGUF
+DENSE = "is for llama.cpp, after `export`; the weights beside the blocks are in 16 bits"
 CHANNEL = -1  # the group size of scales by channel or tensor
 
 
@@ -252,6 +254,8 @@ def find_kernel(
     :param single_group: whether the checkpoint has one config group, that targets ``Linear``
     :param version: of the engine; None for that of the table
     """
+    if scheme.family == "gguf":
+        return KernelChoice(scheme.label, experts, None, READ, "", DENSE)
     for row in table.rows:
         if not row.fits(scheme, hardware, experts) or (row.single_group and not single_group):
             continue

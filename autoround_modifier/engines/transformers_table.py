@@ -11,7 +11,7 @@ from autoround_modifier.engines.support import CPU, READ, RELOAD, RUN, EngineTab
 
 __all__ = ["TRANSFORMERS"]
 
-KNOWN = tuple(family for family in FAMILIES if family not in ("other", "mxfp4a8"))
+KNOWN = tuple(family for family in FAMILIES if family not in ("other", "mxfp4a8", "gguf"))
 PACKED = ("int-int8", "int-int4", "int-fp8")
 REFUSED = "5.23 and 5.24 refuse zero points"
 KERNEL = "PyTorch, on decompressed weights"

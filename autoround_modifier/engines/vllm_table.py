@@ -31,7 +31,7 @@ ADA = (cuda(89),)
 BEFORE_ADA = (cuda(75, 88),)
 COMMON_GROUPS = (CHANNEL, 64, 128)
 PACKED, BYTES = ("pack-quantized",), ("int-quantized",)
-QUANTIZED = tuple(family for family in FAMILIES if family not in ("int", "other"))
+QUANTIZED = tuple(family for family in FAMILIES if family not in ("int", "gguf", "other"))
 OLD = "needs compute capability 7.5 or higher"
 NO_CPU = "has no kernel for CPUs"
 NO_ROCM = "has no kernel for AMD GPUs"
@@ -136,7 +136,7 @@ MICROSCALING = (
 
 OLD_GPUS = (
     Row(
-        tuple(x for x in FAMILIES if x not in ("int-fp8", "mxfp4", "mxfp4a16", "mxfp4a8")),
+        tuple(x for x in FAMILIES if x not in ("int-fp8", "mxfp4", "mxfp4a16", "mxfp4a8", "gguf")),
         (cuda(0, 74),),
         None,
         READ,

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from autoround_modifier.checkpoints.gguf_blocks import find_blocks_file
 from autoround_modifier.checkpoints.saved_files import CONFIG, write_json
 from autoround_modifier.errors import ExportError, OutputExistsError
 from autoround_modifier.exports.auto_round_format import (
@@ -22,7 +23,6 @@ from autoround_modifier.exports.auto_round_format import (
 from autoround_modifier.exports.awq import awq_config, awq_tensors
 from autoround_modifier.exports.export_formats import (
     GGUF,
-    ExportFormat,
     check_format,
     check_scales,
     find_format,
@@ -33,6 +33,7 @@ from autoround_modifier.exports.gguf_checkpoint import checkpoint_source
 from autoround_modifier.exports.gguf_choice import choose_types
 from autoround_modifier.exports.gguf_rounding import Rounding, rounding_notes
 from autoround_modifier.exports.gguf_template import converter_script
+from autoround_modifier.exports.gguf_tuned import TunedCheckpoint
 from autoround_modifier.exports.gptq import gptq_config, gptq_notes, gptq_tensors, gptq_v1
 from autoround_modifier.exports.integer_layers import IntegerCheckpoint, IntegerLayer, IntegerSpec
 from autoround_modifier.exports.mlx import mlx_config, mlx_notes, mlx_tensors
@@ -43,6 +44,7 @@ from autoround_modifier.exports.model_source import (
     saved_beside,
 )
 from autoround_modifier.exports.written_files import copy_others, write_weights
+from autoround_modifier.gguf_schemes import gguf_scheme
 from autoround_modifier.host.saving import UNFINISHED_PREFIX, written_at_once
 
 __all__ = ["Exported", "export"]
@@ -105,7 +107,8 @@ def export(
     :param format: ``gptq``, ``awq``, ``auto_round``, ``mlx``, or a type of GGUF: ``gguf:q2_0``,
         ``gguf:tq2_0``, ``gguf:q4_0``, ``gguf:q4_1``, ``gguf:q5_0``, ``gguf:q5_1``, ``gguf:q8_0``,
         ``gguf:mxfp4`` or ``gguf:nvfp4``. Layers that it does not hold get the smallest type that
-        does, and so do all layers with ``gguf:auto``
+        does, and so do all layers with ``gguf:auto``. A checkpoint that was tuned in a scheme of
+        GGUF such as ``gguf:q4_k_m`` is written as that
     :param output: folder to write to. Weights and ``config.json`` appear in it once all are
         written, ``config.json`` last. For GGUF the file, which ends in ``.gguf``
     :param tokenizer: of a model in memory: tokenizer or processor, or name or folder of one; None
@@ -129,8 +132,8 @@ def export(
     :raises OSError: if it cannot be written to
     :raises RuntimeError: if several processes were started together, and a model is in memory
     """
-    output, chosen = Path(output), find_format(format)
-    is_file = chosen.name.startswith(GGUF)
+    output, name = Path(output), gguf_scheme(format) or find_format(format).name
+    is_file = name.startswith(GGUF)
     if not isinstance(source, nn.Module):
         if tokenizer is not None:
             raise ExportError(
@@ -138,28 +141,34 @@ def export(
                 "in memory"
             )
         _check_output(output, {Path(source)}, overwrite, is_file)
-        return _export_folder(Path(source), chosen, output, llama_cpp, vocabulary, embeddings)
+        return _export_folder(Path(source), name, output, llama_cpp, vocabulary, embeddings)
     _check_output(output, model_folders(source), overwrite, is_file)
     if is_file:
         converter_script(llama_cpp)  # refuses before anything is saved
-    check_model(source, chosen.name)
+    check_model(source, name)
     with saved_beside(source, output, tokenizer) as saved:
-        exported = _export_folder(saved.folder, chosen, output, llama_cpp, vocabulary, embeddings)
+        exported = _export_folder(saved.folder, name, output, llama_cpp, vocabulary, embeddings)
     return replace(exported, notes=(*saved.notes, *exported.notes))
 
 
 def _export_folder(
     source: Path,
-    chosen: ExportFormat,
+    name: str,
     output: Path,
     llama_cpp: str | os.PathLike[str] | None,
     vocabulary: str | os.PathLike[str] | None,
     embeddings: str | None,
 ) -> Exported:
-    """:param source: folder of a compressed-tensors checkpoint; for the others see `export`"""
+    """
+    :param source: folder of a compressed-tensors checkpoint, or of one with blocks of GGUF
+    :param name: of the format; for the others see `export`
+    """
+    words = None if vocabulary is None else Path(vocabulary)
+    if gguf_scheme(name) is not None or find_blocks_file(source) is not None:
+        return _tuned(source, name, output, llama_cpp, words, embeddings)
+    chosen = find_format(name)
     kind = chosen.name.removeprefix(GGUF) if chosen.name.startswith(GGUF) else None
     if kind is not None:
-        words = None if vocabulary is None else Path(vocabulary)
         return _gguf(source, kind, output, llama_cpp, words, embeddings)
     if embeddings is not None:
         raise ExportError(f"`embeddings` is for GGUF; {chosen.name} keeps them as they are")
@@ -189,6 +198,24 @@ def _export_folder(
     return Exported(output, chosen.name, len(specs), size, plan.notes)
 
 
+def _tuned(
+    source: Path,
+    format: str,
+    output: Path,
+    llama_cpp: str | os.PathLike[str] | None,
+    vocabulary: Path | None,
+    embeddings: str | None,
+) -> Exported:
+    """Write the blocks of a checkpoint that was tuned in types of GGUF."""
+    rounding = None if embeddings is None else Rounding(embeddings)
+    checkpoint = TunedCheckpoint(source, format)
+    script = converter_script(llama_cpp)
+    size = write_gguf(checkpoint.source(), output, script, vocabulary, rounding)
+    types = checkpoint.saved.types
+    notes = rounding_notes(checkpoint.layout.tensors, types, rounding, size)
+    return Exported(output, checkpoint.scheme, len(types), size, tuple(notes))
+
+
 def _gguf(
     source: Path,
     kind: str,
@@ -204,7 +231,8 @@ def _gguf(
     script = converter_script(llama_cpp)
     made = checkpoint_source(checkpoint, choice.kinds)
     size = write_gguf(made, output, script, vocabulary, rounding)
-    notes = (*choice.notes, *rounding_notes(checkpoint, rounding, size))
+    rounded = rounding_notes(checkpoint.tensors, checkpoint.quantized, rounding, size)
+    notes = (*choice.notes, *rounded)
     return Exported(output, f"{GGUF}{kind}", len(choice.kinds), size, notes)
 
 

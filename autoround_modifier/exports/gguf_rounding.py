@@ -6,16 +6,17 @@ model. Types of 8 and 6 bits, whose rounding costs less than the 8-bit activatio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from autoround_modifier.engines.layout import TensorLayout
 from autoround_modifier.errors import ExportError
 from autoround_modifier.exports.gguf_types import BLOCK_TYPES, BlockType, Bytes
-from autoround_modifier.exports.integer_layers import IntegerCheckpoint, kind_of
+from autoround_modifier.exports.integer_layers import kind_of
 from autoround_modifier.readable import bytes_text
 
 __all__ = ["EMBEDDINGS", "Rounding", "round_q6_k", "rounding_notes"]
@@ -129,20 +130,25 @@ def _divided(numbers: Floats, by: Floats) -> Floats:
 
 
 def rounding_notes(
-    checkpoint: IntegerCheckpoint, rounding: Rounding | None, size: int
+    tensors: Mapping[str, TensorLayout],
+    quantized: Container[str],
+    rounding: Rounding | None,
+    size: int,
 ) -> Iterator[str]:
     """
     Yield what a user should know of embeddings and head.
 
+    :param tensors: of the checkpoint
+    :param quantized: names of layers
     :param size: bytes of the file
     """
     matrices = [
         tensor
-        for name, tensor in checkpoint.tensors.items()
+        for name, tensor in tensors.items()
         if name.endswith(".weight")
         and len(tensor.shape) == 2
         and kind_of(name.removesuffix(".weight")) in ("embedding", "head")
-        and name.removesuffix(".weight") not in checkpoint.quantized
+        and name.removesuffix(".weight") not in quantized
     ]
     if rounding is None:
         kept = sum(math.prod(x.shape) * x.dtype.itemsize for x in matrices)

@@ -46,6 +46,10 @@ BLOCK_TYPES: dict[str, BlockType] = {
         BlockType("q4_1", 3, 3, 32, 20),
         BlockType("q5_0", 6, 8, 32, 22),
         BlockType("q5_1", 7, 9, 32, 24),
+        BlockType("q2_k", 10, 10, 256, 84),
+        BlockType("q3_k", 11, 11, 256, 110),
+        BlockType("q4_k", 12, 14, 256, 144),
+        BlockType("q5_k", 13, 16, 256, 176),
         BlockType("q6_k", 14, 18, 256, 210),
         BlockType("q8_0", 8, 7, 32, 34),
     )

@@ -14,6 +14,7 @@ from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from autoround_modifier.errors import ExportError
 from autoround_modifier.exports.predicted import check_predicted, predict_specs
+from autoround_modifier.host.applied_schemes import quantized_names
 from autoround_modifier.host.layers import weight_folders
 from autoround_modifier.host.quantized_weights import quantized_layers
 from autoround_modifier.host.saving import UNFINISHED_PREFIX
@@ -49,10 +50,10 @@ def check_model(model: PreTrainedModel, format: str) -> None:
             "a model in memory is exported by one process; save it, and export the folder"
         )
     layers = [layer for _, layer, _ in quantized_layers(model)]
-    if not layers:
+    if not layers and not quantized_names(model):
         raise ExportError("the model has no quantized layer")
-    if any(_is_compressed(layer) for layer in layers):
-        return  # it was saved before; the checkpoint tells
+    if not layers or any(_is_compressed(layer) for layer in layers):
+        return  # tuned in types of GGUF, or saved before: the checkpoint tells
     check_predicted(format, predict_specs(model, (), "the model"))
 
 

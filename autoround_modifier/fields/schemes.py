@@ -23,7 +23,8 @@ class SchemeFields(BaseModel):
     scheme: str | dict[str, Any] | None = Field(
         default=None,
         description="instead of `config_groups`: a preset of compressed-tensors such as `NVFP4`, "
-        "or several, each with its targets",
+        "or several, each with its targets; or a scheme of GGUF, such as `gguf:q4_k_m`, for "
+        "llama.cpp",
     )
     config_groups: dict[str, Any] | None = Field(
         default=None,

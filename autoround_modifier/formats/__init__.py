@@ -6,6 +6,7 @@ from autoround_modifier.formats.grouping import Grouping
 from autoround_modifier.formats.integer import IntegerGrid
 from autoround_modifier.formats.quantized_weight import QuantizedWeight
 from autoround_modifier.formats.spec import FormatSpec, WeightSpec
+from autoround_modifier.formats.super_block import SuperBlockGrid, SuperBlockSpec
 from autoround_modifier.formats.tuned_weight import TunedWeight
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "NVFP4Grid",
     "QuantizedWeight",
     "ScaledGrid",
+    "SuperBlockGrid",
+    "SuperBlockSpec",
     "TunedWeight",
     "WeightSpec",
 ]

@@ -20,11 +20,13 @@ Strategy = Literal["tensor", "channel", "group", "block"]
 
 class FormatSpec(Protocol):
     """
-    A weight format. `WeightSpec` describes those of compressed-tensors; other formats, such as one
-    whose scales are quantized themselves, define their own `Grid`.
+    A weight format. `WeightSpec` describes those of compressed-tensors, `SuperBlockSpec` those
+    whose scales are quantized themselves; each defines its own `Grid`.
 
     :ivar num_bits: bits of one value, without scales
     :ivar is_integer: whether its values are evenly spaced
+    :ivar strategy: what shares a scale, as in `WeightSpec`
+    :ivar global_scale: whether all scales are relative to one of the tensor
     """
 
     @property
@@ -32,6 +34,12 @@ class FormatSpec(Protocol):
 
     @property
     def is_integer(self) -> bool: ...
+
+    @property
+    def strategy(self) -> Strategy: ...
+
+    @property
+    def global_scale(self) -> bool: ...
 
     def grid(self, dtype: torch.dtype) -> Grid:
         """:param dtype: of the weight, and of the dequantized weight"""

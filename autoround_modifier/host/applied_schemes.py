@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
+from weakref import WeakSet
 
 from compressed_tensors.quantization import QuantizationMetadata, QuantizationStatus
 from torch import nn
@@ -12,6 +13,7 @@ from autoround_modifier.host.matching import match_named_modules
 
 __all__ = [
     "disable_unfinished",
+    "forget_carriers",
     "forget_scheme",
     "forget_schemes",
     "modules_of",
@@ -19,14 +21,19 @@ __all__ = [
 ]
 
 
+# Models that are quantized although no layer has a scheme
+_DENSE: WeakSet[nn.Module] = WeakSet()
+
+
 def quantized_names(model: nn.Module) -> list[str]:
     """
     :return: names of the modules that were quantized, or began to be, before this run: all
         modifiers of a recipe are initialised before the first of them calibrates
     """
-    return [
+    found = [
         name for name, x in model.named_modules() if _status(x) > QuantizationStatus.INITIALIZED
     ]
+    return found or (["all that was tuned in types of GGUF"] if model in _DENSE else [])
 
 
 def modules_of(model: nn.Module, modifiers: Iterable[Modifier]) -> set[nn.Module]:
@@ -54,6 +61,16 @@ def forget_scheme(module: nn.Module) -> None:
         QuantizationMetadata.clear_all_qparams(module)
         module.__dict__.pop("quantization_scheme", None)
     module.__dict__.pop("quantization_status", None)
+
+
+def forget_carriers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """
+    Remove schemes that compressed-tensors is not to save, of layers that are quantized in another
+    way and now compute with their dequantized weights.
+    """
+    for layer in layers:
+        forget_scheme(layer)
+    _DENSE.add(model)
 
 
 def disable_unfinished(model: nn.Module) -> None:

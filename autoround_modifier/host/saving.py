@@ -51,6 +51,7 @@ from autoround_modifier.locks import in_use, is_in_use
 from autoround_modifier.progress.events import phase
 
 __all__ = [
+    "GGUF_BLOCKS",
     "RECIPE",
     "UNFINISHED_PREFIX",
     "check_generation_config",
@@ -63,6 +64,8 @@ __all__ = [
 
 UNFINISHED_PREFIX = ".unfinished-"
 RECIPE = "recipe.yaml"
+# Folder beside the weights, with the blocks of layers that were tuned in types of GGUF
+GGUF_BLOCKS = "gguf_blocks"
 CONFIG = "config.json"
 # Weights and their index, as Transformers and LLM-Compressor name them
 WEIGHTS = re.compile(
@@ -290,8 +293,8 @@ def _move_into_place(source: Path, folder: Path) -> None:
     """Let the files of ``source`` replace those of the checkpoint in ``folder``."""
     mode = stat.S_IMODE((source / CONFIG).stat().st_mode)  # safetensors lets the owner alone read
     (folder / CONFIG).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if WEIGHTS.fullmatch(path.name):
+    for path in (*folder.iterdir(), *(folder / GGUF_BLOCKS).glob("*.safetensors")):
+        if WEIGHTS.fullmatch(path.name) or path.parent.name == GGUF_BLOCKS:
             path.unlink()
     names = sorted(path.relative_to(source) for path in source.rglob("*") if not path.is_dir())
     for name in sorted(names, key=lambda name: name == Path(CONFIG)):

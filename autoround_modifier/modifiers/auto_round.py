@@ -18,7 +18,12 @@ from autoround_modifier.blocks.store import CalibrationStore
 from autoround_modifier.checkpoints.check import check_before_saving
 from autoround_modifier.device import Compute, compilation_pays
 from autoround_modifier.errors import RecipeError
-from autoround_modifier.host.applied_schemes import forget_scheme, forget_schemes, modules_of
+from autoround_modifier.host.applied_schemes import (
+    forget_carriers,
+    forget_scheme,
+    forget_schemes,
+    modules_of,
+)
 from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_attention
 from autoround_modifier.host.blocks import declare_blocks, find_blocks, input_embeddings
 from autoround_modifier.host.experts import routed_experts_only
@@ -43,6 +48,12 @@ from autoround_modifier.modifiers.block_quantizer import BlockQuantizer, groups_
 from autoround_modifier.modifiers.failures import nothing_tuned, what_is_left
 from autoround_modifier.modifiers.finishing import prepare_saving
 from autoround_modifier.modifiers.generation import GenerationCheck
+from autoround_modifier.modifiers.gguf_blocks import TunedBlocks
+from autoround_modifier.modifiers.gguf_layers import (
+    check_alone,
+    choose_gguf_types,
+    say_what_falls_back,
+)
 from autoround_modifier.modifiers.preparation import PreparedModel, prepare_model
 from autoround_modifier.modifiers.recorder import (
     CalibrationRecorder,
@@ -57,6 +68,7 @@ from autoround_modifier.modifiers.settings import (
 )
 from autoround_modifier.modifiers.targets import warn_of_targets
 from autoround_modifier.modifiers.validation import (
+    Schemes,
     check_calibration_data,
     check_experts,
     check_finite,
@@ -205,15 +217,19 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         self._only_modifier = len(modifiers) <= 1
         check_processes(model)
         check_experts(model)
+        self.set_gguf_types({})
         self.add_ignored(ignored_layers(model, self.resolved_config))
         plan = prepare_saving(model)
         warn_of_targets(model, self.resolved_config, plan.mtp.schemes)
         schemes = resolve_schemes(model, self.resolved_config)
+        self._blocks = find_blocks(model, kwargs.get("sequential_targets"))
+        if self.gguf_scheme is not None:
+            check_alone(self, modifiers)
+            schemes = self._choose_gguf_types(model, schemes, plan.blocks)
         check_not_taken(schemes)
         check_fit(schemes)
         check_finite({name: layer for name, (layer, _) in schemes.items()})
         check_kv_cache(model, self.kv_cache_scheme)
-        self._blocks = find_blocks(model, kwargs.get("sequential_targets"))
         if self.iters:
             check_layers_in_blocks(self._blocks, schemes, self.iters)
         if self.requires_calibration_data:
@@ -238,6 +254,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             Compute(compiled),
             self.kv_cache_scheme is not None,
             self.min_expert_tokens,
+            plan.blocks,
         )
         if kwargs.get("sequential_targets") is None:
             declare_blocks(model, self._blocks)
@@ -331,6 +348,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         if self.requires_calibration_data:
             publish(PhaseEnded(CAPTURE))
         QuantizationMixin.end_calibration(self, state.model)
+        if self.gguf_scheme is not None:
+            forget_carriers(state.model, self._prepared.quantizer.names)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         if not self.ended_:
@@ -341,11 +360,23 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
 
     # ------------------------------------------------------------------ steps of the lifecycle
 
+    def _choose_gguf_types(
+        self, model: nn.Module, targeted: Schemes, blocks: TunedBlocks
+    ) -> Schemes:
+        """:return: the carrier scheme of each layer"""
+        scheme = self.gguf_scheme
+        assert scheme is not None
+        types = choose_gguf_types(model, scheme, targeted, self._blocks)
+        say_what_falls_back(model, scheme, types)
+        blocks.scheme, blocks.types = scheme, types
+        self.set_gguf_types(types)
+        return resolve_schemes(model, self.resolved_config)
+
     def _check_what_will_be_saved(self, model: nn.Module) -> None:
         """By all modifiers of the recipe; the last one of this class knows the schemes of all."""
         modifiers = recipe_modifiers()
         tuners = [x for x in modifiers if isinstance(x, AutoRoundModifier)]
-        if not tuners or tuners[-1] is self:
+        if self.gguf_scheme is None and (not tuners or tuners[-1] is self):
             check_before_saving(model, quantization_configs(modifiers), self.engine)
 
     def _find_shared_scales(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:

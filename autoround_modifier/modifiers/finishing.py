@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from autoround_modifier.host.saving import (
     finish_when_saved,
     recipe_text,
 )
+from autoround_modifier.modifiers.gguf_blocks import TunedBlocks
 from autoround_modifier.modifiers.mtp import MtpLayers, find_mtp_layers, save_mtp_layers
 from autoround_modifier.modifiers.settings import SchemeSettings
 from autoround_modifier.report.recorder import OriginalModel, RunRecorder, active_recorder
@@ -47,6 +48,7 @@ class SavePlan:
     :ivar engine: which must load it
     :ivar original: what the model was
     :ivar recorder: of the run; None where nobody records it
+    :ivar blocks: takes the layers that are tuned in types of GGUF
     """
 
     origin: str
@@ -57,6 +59,7 @@ class SavePlan:
     engine: str
     original: OriginalModel
     recorder: RunRecorder | None
+    blocks: TunedBlocks = field(default_factory=TunedBlocks)
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,11 @@ def write_mtp_layers(saved: SavedModel) -> None:
     save_mtp_layers(saved.model, saved.folder, saved.plan.mtp)
 
 
+def write_gguf_blocks(saved: SavedModel) -> None:
+    """Blocks of layers that were tuned in types of GGUF, which compressed-tensors cannot hold."""
+    saved.plan.blocks.save(saved.model, saved.folder)
+
+
 def write_recipe(saved: SavedModel) -> None:
     """``recipe.yaml`` holds every modifier, several of one class as well."""
     text = recipe_text(saved.plan.modifiers, saved.plan.stage, saved.plan.origin)
@@ -130,6 +138,7 @@ def write_report(saved: SavedModel) -> None:
             (saved.folder / RECIPE).read_text(encoding="utf-8"),
             next(iter(budgets), None),
             saved.folder,
+            plan.blocks.types,
         )
     except Exception as error:  # the run is over, and its files are worth more than a report
         logger.error(f"{REPORT_FILE} was not written: {error!r}")
@@ -143,6 +152,7 @@ FINISHING_STEPS: tuple[Callable[[SavedModel], None], ...] = (
     write_own_config,
     write_names,
     write_mtp_layers,
+    write_gguf_blocks,
     write_recipe,
     write_report,
 )

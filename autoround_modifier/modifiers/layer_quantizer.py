@@ -9,10 +9,16 @@ from loguru import logger
 from torch import Tensor, nn
 
 from autoround_modifier.errors import CheckpointError
-from autoround_modifier.formats import QuantizedWeight, TunedWeight, WeightSpec
-from autoround_modifier.host.layers import Layer, get_execution_device, stored_weight
+from autoround_modifier.formats import FormatSpec, QuantizedWeight, TunedWeight
+from autoround_modifier.host.layers import (
+    Layer,
+    get_execution_device,
+    stored_weight,
+    write_parameter,
+)
 from autoround_modifier.host.schemes import QuantizationArgs
 from autoround_modifier.host.write_back import write_back
+from autoround_modifier.modifiers.gguf_blocks import TunedBlocks
 from autoround_modifier.parallel import wait_for_all
 from autoround_modifier.progress.events import LayerQuantized, is_anyone_listening, publish
 from autoround_modifier.search.initial_weights import InitialWeights
@@ -24,11 +30,18 @@ class LayerQuantizer:
     """
     :param initial: where each layer starts
     :param args: how the weight of each layer is quantized
+    :param blocks: takes the layers that are tuned in a type of GGUF
     :ivar unquantized: layers that are not quantized yet
     """
 
-    def __init__(self, initial: InitialWeights, args: dict[Layer, QuantizationArgs]) -> None:
+    def __init__(
+        self,
+        initial: InitialWeights,
+        args: dict[Layer, QuantizationArgs],
+        blocks: TunedBlocks | None = None,
+    ) -> None:
         self.initial = initial
+        self.blocks = blocks
         self.args = args
         self.names = initial.names
         self.unquantized = set(initial.names)
@@ -60,7 +73,12 @@ class LayerQuantizer:
             error = (original - weight.dequantize()).float().square().sum()
             error /= original.float().square().sum()
             publish(LayerQuantized(self.names[layer], float(error)))
-        moved = write_back(layer, weight, self.args[layer])
+        moved = 0
+        if self.blocks is not None and self.names[layer] in self.blocks.types:
+            write_parameter(layer, "weight", weight.dequantize())
+            self.blocks.add(self.names[layer], weight)
+        else:
+            moved = write_back(layer, weight, self.args[layer])
         if moved:
             logger.info(
                 f"{self.names[layer]}: {moved} of {weight.values.numel()} integers moved by one "
@@ -84,7 +102,7 @@ class LayerQuantizer:
         return [self.names[layer] for layer in layers]
 
 
-def _layout(weight: Tensor, spec: WeightSpec) -> dict[str, Tensor]:
+def _layout(weight: Tensor, spec: FormatSpec) -> dict[str, Tensor]:
     """:return: the parts of a weight of this shape and format, without data"""
     empty = torch.empty_like(weight, device="meta")
     global_scale = torch.empty(1, device="meta") if spec.global_scale else None

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import field_validator, model_validator
+from pydantic import PrivateAttr, field_validator, model_validator
 
 from autoround_modifier.activations import DEFAULT_OBSERVER, needs_calibration
 from autoround_modifier.fields import SchemeFields, TuningFields
 from autoround_modifier.fields.expressions import checked_expressions
+from autoround_modifier.gguf_schemes import GGUF_SCHEMES, GGUF_TYPES, gguf_scheme
 from autoround_modifier.host.lifecycle import QuantizationMixin
-from autoround_modifier.host.schemes import QuantizationScheme, is_preset_scheme, scheme_names
+from autoround_modifier.host.schemes import (
+    QuantizationConfig,
+    QuantizationScheme,
+    is_preset_scheme,
+    scheme_names,
+)
 from autoround_modifier.tuning import TuningConfig
 
 __all__ = ["SchemeSettings", "TuningSettings", "reason_for_calibration"]
@@ -29,15 +35,24 @@ class TuningSettings(TuningFields):
 class SchemeSettings(QuantizationMixin, SchemeFields):
     """What layers are quantized to: the fields of LLM-Compressor's `QuantizationMixin`, checked."""
 
+    _gguf_types: dict[str, str] = PrivateAttr(default_factory=dict)
+
     @field_validator("scheme", mode="before")
     @classmethod
-    def _known_scheme(cls, value: Any) -> Any:
+    def validate_scheme(cls, value: Any) -> Any:
+        """In place of LLM-Compressor's, which knows no types of GGUF."""
+        if gguf_scheme(value) is not None:
+            return gguf_scheme(value)
         for name in [value] if isinstance(value, str) else value or ():
+            if gguf_scheme(name) is not None:
+                raise ValueError(f"`{name}` stands alone: write `scheme: {gguf_scheme(name)}`")
             if not is_preset_scheme(name):
                 raise ValueError(
-                    f"unknown scheme `{name}`; use one of {', '.join(scheme_names())}, or "
-                    "`config_groups`"
+                    f"unknown scheme `{name}`; use one of {', '.join(scheme_names())}, "
+                    f"{', '.join(GGUF_SCHEMES)}, or `config_groups`"
                 )
+        if isinstance(value, dict):
+            return {name: [x] if isinstance(x, str) else x for name, x in value.items()}
         return value
 
     @field_validator("config_groups")
@@ -64,6 +79,53 @@ class SchemeSettings(QuantizationMixin, SchemeFields):
                 "...}` or `input_observer`"
             )
         return self
+
+    @model_validator(mode="after")
+    def _refuse_what_gguf_cannot_have(self) -> SchemeSettings:
+        if self.gguf_scheme is None:
+            return self
+        if self.config_groups is not None:
+            raise ValueError(f"`scheme: {self.scheme}` and `config_groups` exclude each other")
+        if self.kv_cache_scheme is not None:
+            raise ValueError(
+                f"`scheme: {self.scheme}`: a GGUF file has no quantized key-value cache; remove "
+                "`kv_cache_scheme`"
+            )
+        return self
+
+    @property
+    def gguf_scheme(self) -> str | None:
+        """The scheme, if it is one of GGUF."""
+        return gguf_scheme(self.scheme)
+
+    def set_gguf_types(self, types: dict[str, str]) -> None:
+        """
+        Called once the model is known.
+
+        :param types: layer -> name of its type, of all layers to tune
+        """
+        self._gguf_types = dict(types)
+        self._resolved_config = None
+
+    def resolve_quantization_config(self) -> QuantizationConfig:
+        """
+        Layers that are tuned in a type of GGUF have a scheme of integers while they are: a carrier,
+        which is removed before the model is saved. Before the model is known, all have that of the
+        type that the scheme means in general.
+        """
+        scheme = self.gguf_scheme
+        if scheme is None:
+            return super().resolve_quantization_config()
+        targets: dict[str, list[str]] = {}
+        for name, kind in self._gguf_types.items():
+            targets.setdefault(kind, []).append(name)
+        if not targets:
+            targets = {GGUF_SCHEMES[scheme]: list(self.targets)}
+        groups = {
+            f"group_{index}": QuantizationScheme(targets=names, weights=GGUF_TYPES[kind].carrier())
+            for index, (kind, names) in enumerate(targets.items())
+        }
+        return QuantizationConfig(config_groups=groups, ignore=self.ignore)
 
     @property
     def has_schemes(self) -> bool:

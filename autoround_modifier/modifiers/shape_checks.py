@@ -11,11 +11,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from autoround_modifier.checkpoints.check import check_before_saving
 from autoround_modifier.errors import ExportError, RecipeError
+from autoround_modifier.exports.export_formats import AUTO, GGUF
 from autoround_modifier.exports.predicted import (
     PredictedLayers,
     check_predicted,
     predict_specs,
 )
+from autoround_modifier.gguf_schemes import gguf_scheme
 from autoround_modifier.host.blocks import find_blocks
 from autoround_modifier.host.empty_model import empty_model
 from autoround_modifier.host.lifecycle import Modifier, quantization_configs
@@ -23,6 +25,7 @@ from autoround_modifier.host.saved_names import name_experts_as_released
 from autoround_modifier.host.schemes import QuantizationConfig
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
+from autoround_modifier.modifiers.gguf_layers import check_alone, choose_gguf_types
 from autoround_modifier.modifiers.routers import ignored_layers
 from autoround_modifier.modifiers.validation import (
     check_fit,
@@ -33,7 +36,7 @@ from autoround_modifier.modifiers.validation import (
 )
 from autoround_modifier.schemes import check_budget, resolve_options
 
-__all__ = ["check_formats", "check_shapes", "predicted_layers"]
+__all__ = ["check_formats", "check_shapes", "formats_left_to_check", "predicted_layers"]
 
 
 def check_shapes(
@@ -67,12 +70,18 @@ def check_shapes(
         if not tuner.has_schemes:
             continue
         tuner.add_ignored(ignored_layers(model, tuner.resolved_config))
+        tuner.set_gguf_types({})
         schemes = resolve_schemes(model, tuner.resolved_config)
+        if tuner.gguf_scheme is not None:
+            check_alone(tuner, modifiers)
+            blocks = find_blocks(model, None)
+            tuner.set_gguf_types(choose_gguf_types(model, tuner.gguf_scheme, schemes, blocks))
+            schemes = resolve_schemes(model, tuner.resolved_config)
         check_fit(schemes)
         check_kv_cache(model, tuner.kv_cache_scheme)
         if tuner.iters:
             check_layers_in_blocks(find_blocks(model, None), schemes, tuner.iters)
-    if tuners and all(tuner.has_schemes for tuner in tuners):
+    if tuners and all(x.has_schemes and x.gguf_scheme is None for x in tuners):
         check_before_saving(model, quantization_configs(modifiers), tuners[-1].engine)
     _check_exports(model, modifiers, formats)
 
@@ -131,10 +140,38 @@ def _check_exports(
     model: PreTrainedModel, modifiers: Sequence[Modifier], formats: Sequence[str]
 ) -> None:
     """:raises ExportError: see `check_shapes`"""
-    if formats:
+    left = formats_left_to_check(modifiers, formats)
+    if left:
         layers = predicted_layers(model, modifiers)
-        for name in formats:
+        for name in left:
             check_predicted(name, layers)
+
+
+def formats_left_to_check(modifiers: Sequence[Modifier], formats: Sequence[str]) -> list[str]:
+    """
+    What is tuned in a scheme of GGUF is written as that, and as nothing else.
+
+    :return: formats that hold or do not hold what other schemes make
+    :raises ExportError: if a recipe with such a scheme is to be written in another format, or one
+        without in such a scheme
+    """
+    tuners = [x for x in modifiers if isinstance(x, AutoRoundModifier)]
+    tuned = next((x.gguf_scheme for x in tuners if x.gguf_scheme is not None), None)
+    if tuned is None:
+        wanted = [name for name in formats if gguf_scheme(name) is not None]
+        if wanted:
+            raise ExportError(
+                f"`{wanted[0]}` is tuned in the format: write `scheme: {wanted[0]}` "
+                f"(`--scheme {wanted[0]}`). `gguf:auto` holds integers of other schemes as they are"
+            )
+        return list(formats)
+    others = [name for name in formats if name not in (tuned, f"{GGUF}{AUTO}")]
+    if others:
+        raise ExportError(
+            f"what is tuned in `{tuned}` cannot be written as {', '.join(others)}; leave the "
+            f"format to {tuned}"
+        )
+    return []
 
 
 def _option_configs(

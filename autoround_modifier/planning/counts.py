@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from autoround_modifier.errors import SchemeError
+from autoround_modifier.gguf_schemes import GGUF_TYPES
 from autoround_modifier.host.blocks import find_blocks, input_embeddings
 from autoround_modifier.host.empty_model import EmptyModel, empty_model
 from autoround_modifier.host.prediction import predict_tensors
@@ -16,7 +19,12 @@ from autoround_modifier.host.schemes import (
     QuantizationConfig,
     QuantizationScheme,
 )
-from autoround_modifier.modifiers.routers import unlike_linear, untargeted_routers
+from autoround_modifier.modifiers.gguf_layers import check_alone, choose_gguf_types
+from autoround_modifier.modifiers.routers import (
+    ignored_layers,
+    unlike_linear,
+    untargeted_routers,
+)
 from autoround_modifier.modifiers.validation import (
     Schemes,
     check_fit,
@@ -110,6 +118,9 @@ def count_model(
     names += [name for x in configs for name in x.ignore or ()]
     built = empty_model(config, dtype, trust_remote_code, any(map(_ONE_EXPERT.search, names)))
     model, notes = built.model, list[str]()
+    types = _gguf_types(model, recipe)
+    if types:
+        configs = _own_configs(recipe)
     schemes: Schemes = {}
     for own in configs:
         own.ignore = [*(own.ignore or ()), *untargeted_routers(model, own)]
@@ -119,7 +130,10 @@ def count_model(
         check_kv_cache(model, own.kv_cache_scheme)
         schemes |= resolved
     schemes = {name: found for name, found in schemes.items() if found[1].weights is not None}
-    tensors = predict_tensors(model, configs)
+    if types:  # dequantized weights, and blocks beside them
+        tensors = predict_tensors(model, []) | _blocks(schemes, types)
+    else:
+        tensors = predict_tensors(model, configs)
     chosen = _chosen(built, recipe, configs, schemes)
     blocks = count_blocks(built, schemes, loss, notes)
     in_blocks = {x for block in find_blocks(model, None) for x in block.modules()}
@@ -139,7 +153,7 @@ def count_model(
         embeddings=0 if embedding is None else embedding.nbytes,
         outside=max(outside, default=0),
         blocks=tuple(blocks),
-        parts=tuple(saved_parts(built, schemes, tensors)),
+        parts=tuple(saved_parts(built, schemes, tensors, types)),
         quantized=sum(x.weight.numel() * built.copies(n) for n, (x, _) in schemes.items()),
         quantized_groups=sum(
             count_groups(*found) * built.copies(n) for n, found in schemes.items()
@@ -161,6 +175,39 @@ def _own_configs(recipe: RecipeParts) -> list[QuantizationConfig]:
         else:
             configs.append(_option_config(recipe, _widest(recipe)))
     return configs
+
+
+def _gguf_types(model: nn.Module, recipe: RecipeParts) -> dict[str, str]:
+    """
+    Let modifiers with a scheme of GGUF know the types of the layers.
+
+    :return: layer -> name of its type; nothing without such a modifier
+    :raises RecipeError: if another modifier quantizes as well
+    :raises SchemeError: if a layer cannot have such a type
+    """
+    types: dict[str, str] = {}
+    for tuner in recipe.tuners:
+        if tuner.gguf_scheme is None:
+            continue
+        others = (*recipe.tuners, *filter(None, (recipe.chooser, recipe.distiller)))
+        check_alone(tuner, others)
+        tuner.set_gguf_types({})  # of another model
+        own = tuner.resolved_config.model_copy(deep=True)
+        own.ignore = [*(own.ignore or ()), *ignored_layers(model, own)]
+        schemes = resolve_schemes(model, own)
+        types = choose_gguf_types(model, tuner.gguf_scheme, schemes, find_blocks(model, None))
+        tuner.set_gguf_types(types)
+    return types
+
+
+def _blocks(schemes: Schemes, types: Mapping[str, str]) -> dict[str, Tensor]:
+    """:return: of each layer the blocks that are saved beside the model, on the meta device"""
+    found = {}
+    for name, (layer, _) in schemes.items():
+        kind, (rows, columns) = GGUF_TYPES[types[name]], layer.weight.shape
+        size = (rows, columns // kind.block * kind.block_bytes)
+        found[f"{name}.blocks"] = torch.empty(size, dtype=torch.uint8, device="meta")
+    return found
 
 
 def _option_config(recipe: RecipeParts, scheme: QuantizationScheme) -> QuantizationConfig:

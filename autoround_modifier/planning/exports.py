@@ -11,7 +11,7 @@ from autoround_modifier.exports.predicted import check_predicted
 from autoround_modifier.exports.sizes import exported_bytes
 from autoround_modifier.host.empty_model import empty_model
 from autoround_modifier.modifiers.routers import ignored_layers
-from autoround_modifier.modifiers.shape_checks import predicted_layers
+from autoround_modifier.modifiers.shape_checks import formats_left_to_check, predicted_layers
 from autoround_modifier.planning.quantities import Quantity
 from autoround_modifier.planning.settings import RecipeParts
 
@@ -40,10 +40,12 @@ def export_parts(
         if tuner.has_schemes:
             tuner.add_ignored(ignored_layers(model, tuner.resolved_config))
     modifiers = [*([] if recipe.chooser is None else [recipe.chooser]), *recipe.tuners]
-    layers = predicted_layers(model, modifiers)
-    for name in formats:
-        check_predicted(name, layers)
-        if recipe.chooser is None:
-            yield Quantity(f"exported to {name}", exported_bytes(name, layers))
+    left = formats_left_to_check(modifiers, formats)
+    if left:
+        layers = predicted_layers(model, modifiers)
+        for name in left:
+            check_predicted(name, layers)
+            if recipe.chooser is None:
+                yield Quantity(f"exported to {name}", exported_bytes(name, layers))
     if any(name.startswith(GGUF) for name in formats):
         yield Quantity("the model in 16 bits, twice, while GGUF is written", 2 * size)

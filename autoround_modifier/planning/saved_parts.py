@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.engines.scheme import Scheme
+from autoround_modifier.gguf_schemes import GGUF_TYPES
 from autoround_modifier.host.blocks import input_embeddings
 from autoround_modifier.host.empty_model import EmptyModel
 from autoround_modifier.host.schemes import QuantizationScheme
@@ -47,8 +48,14 @@ class _Sum:
 
 
 def saved_parts(
-    built: EmptyModel, schemes: Schemes, tensors: Mapping[str, Tensor]
+    built: EmptyModel,
+    schemes: Schemes,
+    tensors: Mapping[str, Tensor],
+    gguf_types: Mapping[str, str],
 ) -> Iterable[SavedPart]:
+    """
+    :param gguf_types: layer -> name of the type of GGUF that it is tuned in
+    """
     model = built.model
     names = {module: name for name, module in model.named_modules()}
     head = names.get(model.get_output_embeddings(), "")
@@ -68,6 +75,8 @@ def saved_parts(
         one.original += count * tensor.nbytes
         owner = schemes.get(owner_of(name)) if name.endswith(".weight") else None
         scheme = str(tensor.dtype).removeprefix("torch.") if owner is None else _label(owner[1])
+        if owner is not None and owner_of(name) in gguf_types:
+            scheme = GGUF_TYPES[gguf_types[owner_of(name)]].label
         one.schemes[scheme] += count * tensor.numel()
     for name, tensor in tensors.items():
         part(name).saved += built.copies(name) * tensor.nbytes

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
+from autoround_modifier.checkpoints.gguf_blocks import SavedBlocks, find_blocks_file
 from autoround_modifier.checkpoints.saved_config import quantization_of
 from autoround_modifier.checkpoints.saved_files import CONFIG, read_json
 from autoround_modifier.errors import CheckpointError
@@ -31,6 +32,7 @@ from autoround_modifier.report.words import hub_name, model_name
 __all__ = ["CARD_FILE", "Card", "CardOptions", "make_card", "write_card"]
 
 CARD_FILE = "README.md"
+GGUF_LABEL = "GGUF "  # of layers that were tuned in types of GGUF
 MARK = "<!-- made by autoround-modifier card -->"
 
 
@@ -110,6 +112,9 @@ def make_card(checkpoint: Path, options: CardOptions) -> Card:
         weight_tags=_listed(x.scheme.weight_tag for x in schemes),
         activation_tags=_listed(x.scheme.activation_tag or "none, 16 bits" for x in schemes),
         cache=_cache_tag(config),
+        gguf_scheme=None
+        if find_blocks_file(checkpoint) is None
+        else SavedBlocks(checkpoint).scheme,
         bits=mean_bits(report),
         method=method,
         command=command_text(report),
@@ -233,8 +238,12 @@ def _name_left_out(
     card: Card,
 ) -> None:
     """Name the sections that the template has no data for."""
+    in_gguf = any(layer.scheme.startswith(GGUF_LABEL) for layer in report.layers)
     if report.size is None:
-        card.left_out.append(("size", "the report has none; it was written before saving"))
+        reason = "the report has none; it was written before saving"
+        if in_gguf:
+            reason = "that of a GGUF file is known once `export` has written it"
+        card.left_out.append(("size", reason))
     if not schemes:
         reason = "`config.json` has no quantization_config of compressed-tensors"
         card.left_out += [("schemes", reason), ("deployment", reason)]

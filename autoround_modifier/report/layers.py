@@ -10,6 +10,7 @@ from torch import nn
 
 from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.engines.scheme import Scheme
+from autoround_modifier.gguf_schemes import GGUF_TYPES
 from autoround_modifier.host.layers import Layer
 from autoround_modifier.host.saved_size import saved_bits_of_shape
 from autoround_modifier.host.schemes import QuantizationScheme
@@ -24,21 +25,30 @@ def layer_records(
     tuned: Mapping[str, LayerReport],
     weight_errors: Mapping[str, float],
     dtype: torch.dtype,
+    gguf_types: Mapping[str, str],
 ) -> list[LayerRecord]:
     """
     :param model: quantized, compressed or not
     :param tuned: by name
     :param weight_errors: by name, of all layers that this package quantized
     :param dtype: of the weights before they were quantized
+    :param gguf_types: layer -> name of the type of GGUF that it was tuned in
     :return: of each layer with quantized weights, in the order of the model
     """
     records = []
     for name, layer, scheme in _layers(model):
-        written = None if scheme is None else Scheme.of_group(scheme.model_dump(mode="json"))
-        if scheme is None or written is None:
-            continue
         shape = _shape(layer)
         weights = shape[0] * shape[1]
+        if name in gguf_types:
+            kind = GGUF_TYPES[gguf_types[name]]
+            label, bits = kind.label, kind.bits_per_weight
+        else:
+            written = None if scheme is None else Scheme.of_group(scheme.model_dump(mode="json"))
+            if scheme is None or written is None:
+                continue
+            is_embedding = isinstance(layer, nn.Embedding)
+            label = written.label
+            bits = saved_bits_of_shape(shape, dtype, scheme, is_embedding) / weights
         report = tuned.get(name) or LayerReport(name)
         is_tuned = report.error is not None
         records.append(
@@ -46,11 +56,8 @@ def layer_records(
                 name=name,
                 kind=layer_kind(name),
                 block=_block_number(name),
-                scheme=written.label,
-                bits_per_weight=saved_bits_of_shape(
-                    shape, dtype, scheme, isinstance(layer, nn.Embedding)
-                )
-                / weights,
+                scheme=label,
+                bits_per_weight=bits,
                 weights=weights,
                 error_of="output" if is_tuned else "weight",
                 initial_error=report.initial_error,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -154,6 +154,7 @@ class RunRecorder:
         recipe: str,
         budget: float | None,
         folder: Path | None,
+        gguf_types: Mapping[str, str] | None = None,
     ) -> QuantizationReport:
         """
         :param model: quantized
@@ -161,9 +162,12 @@ class RunRecorder:
         :param recipe: YAML, as run
         :param budget: ``avg_bits`` of the recipe, where schemes were chosen
         :param folder: where it is saved; None if it is not
+        :param gguf_types: of layers that were tuned in types of GGUF, and have no scheme any more:
+            name -> type
         """
+        types = gguf_types or {}
         tuned = {layer.name: layer for block in self._blocks for layer in block.layers}
-        layers = layer_records(model, tuned, self._weight_errors, original.dtype)
+        layers = layer_records(model, tuned, self._weight_errors, original.dtype, types)
         return QuantizationReport(
             versions=package_versions(*PACKAGES),
             device=device_name(),
@@ -182,8 +186,9 @@ class RunRecorder:
             phases=self._clock.records(),
             blocks=[_block_record(block) for block in self._blocks],
             layers=layers,
-            unquantized=unquantized_layers(model),
-            size=None if folder is None else _size(layers, original, folder),
+            unquantized=[name for name in unquantized_layers(model) if name not in types],
+            # that of the GGUF file, which is not written yet, is not known
+            size=None if folder is None or types else _size(layers, original, folder),
             auto_scheme=None if self._choice is None else _choice_record(self._choice, budget),
             distillation=self._distillation,
         )

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from autoround_modifier.device import Compute
-from autoround_modifier.formats import FloatGrid, FormatSpec, IntegerGrid
+from autoround_modifier.formats import FloatGrid, FormatSpec, IntegerGrid, SuperBlockGrid
 from autoround_modifier.search.float_search import search_float_range
 from autoround_modifier.search.integer_search import search_integer_range
+from autoround_modifier.search.super_block_search import search_super_block_range
 
 __all__ = ["search_range"]
 
@@ -41,4 +42,6 @@ def search_range(
         return search_integer_range(
             weight, grouping.group_size, grid, importance, compute or Compute()
         )
+    if isinstance(grid, SuperBlockGrid):
+        return search_super_block_range(weight, grouping, grid, importance)
     return None

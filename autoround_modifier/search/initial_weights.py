@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from autoround_modifier.blocks.importance import Importance
 from autoround_modifier.device import Compute
 from autoround_modifier.errors import NonFiniteError
-from autoround_modifier.formats import TunedWeight, WeightSpec
+from autoround_modifier.formats import FormatSpec, TunedWeight
 from autoround_modifier.host.layers import Layer, get_execution_device, stored_weight
 from autoround_modifier.host.matching import fused_layers
 from autoround_modifier.parallel import gathered, is_distributed, summed
@@ -34,7 +34,7 @@ class InitialWeights:
     def __init__(
         self,
         names: dict[Layer, str],
-        specs: dict[Layer, WeightSpec],
+        specs: Mapping[Layer, FormatSpec],
         importance: Importance,
         compute: Compute | None = None,
         experts: Iterable[nn.Module] = (),

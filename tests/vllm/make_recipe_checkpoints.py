@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     output = parser.parse_args().output
     for name in list_recipes():
+        if name.startswith("gguf_"):  # for llama.cpp
+            continue
         modifiers = load_recipe(name, preset="rtn").modifiers
         kinds = (AutoSchemeModifier, AutoRoundModifier)
         recipe = [modifier for modifier in modifiers if isinstance(modifier, kinds)]

@@ -1,0 +1,128 @@
+"""Which layer is tuned in which type of GGUF, and what cannot be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from loguru import logger
+from torch import nn
+from transformers import PreTrainedConfig
+
+from autoround_modifier.engines.config_names import EXPERT
+from autoround_modifier.errors import RecipeError, SchemeError, listed
+from autoround_modifier.fields import AutoSchemeFields, DistillationFields
+from autoround_modifier.formats.super_block import SUPER_BLOCK
+from autoround_modifier.gguf_schemes import (
+    GGUF_TYPES,
+    ModelFacts,
+    fitting_type,
+    layer_types,
+)
+from autoround_modifier.host.layers import stored_weight
+from autoround_modifier.host.lifecycle import Modifier, QuantizationMixin
+from autoround_modifier.modifiers.validation import Schemes
+
+__all__ = ["check_alone", "choose_gguf_types", "say_what_falls_back"]
+
+LLAMA_70B_LAYERS = 80
+
+
+def check_alone(modifier: Modifier, modifiers: Iterable[Modifier]) -> None:
+    """
+    :param modifier: with a GGUF scheme
+    :param modifiers: of the recipe
+    :raises RecipeError: if another one quantizes as well, chooses schemes or trains scales
+    """
+    kinds = (QuantizationMixin, AutoSchemeFields, DistillationFields)
+    others = [type(x).__name__ for x in modifiers if x is not modifier and isinstance(x, kinds)]
+    if others:
+        raise RecipeError(
+            f"`scheme: {getattr(modifier, 'scheme', '')}` is saved as the blocks of a GGUF file, "
+            f"beside which nothing else can be quantized: remove {listed(others)} from the recipe"
+        )
+
+
+def choose_gguf_types(
+    model: nn.Module, scheme: str, targeted: Schemes, blocks: Mapping[nn.Module, str]
+) -> dict[str, str]:
+    """
+    :param model: of Transformers; only its shapes are used
+    :param scheme: a GGUF scheme
+    :param targeted: the layers to tune
+    :param blocks: decoder blocks and their names
+    :return: layer -> name of its type, in the order of ``targeted``
+    :raises SchemeError: naming every layer that cannot be tuned in such a type
+    """
+    inside = {
+        f"{block}.{name}" if name else block: module
+        for parent, block in blocks.items()
+        for name, module in parent.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    wanted = layer_types(scheme, list(inside), _facts(model))
+    types: dict[str, str] = {}
+    refused: dict[str, list[str]] = {}
+    for name, (layer, _) in targeted.items():
+        columns = stored_weight(layer).shape[-1]
+        reason, kind = None, None
+        if EXPERT.search(name):
+            reason = "experts of a mixture, which are not tuned in types of GGUF yet"
+        elif not isinstance(layer, nn.Linear) or name not in inside:
+            reason = "outside of the decoder blocks; `export` writes embeddings and head"
+        else:
+            kind = fitting_type(wanted[name], columns)
+            if kind is None:
+                reason = f"{columns} input features, no multiple of 32, which all types need"
+        if reason is not None:
+            refused.setdefault(reason, []).append(name)
+        elif kind is not None:
+            types[name] = kind
+    if refused:
+        reasons = "; ".join(f"{reason}: {listed(names)}" for reason, names in refused.items())
+        raise SchemeError(
+            f"`scheme: {scheme}` cannot have these layers; add them to `ignore`. {reasons}"
+        )
+    return types
+
+
+def say_what_falls_back(model: nn.Module, scheme: str, types: Mapping[str, str]) -> None:
+    """
+    Log the types, and which layers have another one than the scheme means because super-blocks of
+    256 do not fit their rows.
+
+    :param types: layer -> name of its type
+    """
+    counts = Counter(types.values())
+    used = ", ".join(f"{GGUF_TYPES[kind].label[5:]} ({count})" for kind, count in counts.items())
+    logger.info(f"{scheme}: the layers are tuned in {used}")
+    fallen: dict[str, dict[str, int]] = {}
+    for name, kind in types.items():
+        if GGUF_TYPES[kind].block != SUPER_BLOCK:
+            weight = stored_weight(cast(nn.Linear, model.get_submodule(name)))
+            fallen.setdefault(kind, {})[name] = weight.shape[-1]
+    if fallen:
+        parts = [
+            f"{len(layers)} layers of {' or '.join(map(str, sorted(set(layers.values()))))} input "
+            f"features in {GGUF_TYPES[kind].label[5:]} ({listed(list(layers))})"
+            for kind, layers in fallen.items()
+        ]
+        logger.warning(
+            f"super-blocks of {SUPER_BLOCK} do not divide the rows of some layers, which are tuned "
+            f"in the types to which llama.cpp falls back: {'; '.join(parts)}"
+        )
+
+
+def _facts(model: nn.Module) -> ModelFacts:
+    config: Any = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return ModelFacts()
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    if not isinstance(heads, int) or not isinstance(keys, int):
+        return ModelFacts()
+    layers = getattr(text, "num_hidden_layers", 0)
+    known = text.model_type in ("llama", "mistral", "qwen2")
+    return ModelFacts(heads / keys, known and layers == LLAMA_70B_LAYERS and heads != keys)
