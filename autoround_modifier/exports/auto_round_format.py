@@ -2,7 +2,9 @@
 The format of auto-round: tensors of a layer, and the config.
 
 They are those of GPTQ without ``g_idx``, or those of AWQ. Each entry of ``extra_config`` has
-``bits``: vLLM takes a layer whose entry has none for one of 16 bits.
+``bits``: vLLM takes a layer whose entry has none for one of 16 bits. ``sym`` is one for all layers:
+it says how zero points are stored, which is the same in all of them, and layers that engines fuse
+must agree in it.
 """
 
 from __future__ import annotations

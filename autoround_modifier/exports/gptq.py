@@ -1,8 +1,14 @@
 """
 The format of GPTQ: tensors of a layer, and the config.
 
-Transformers 5.24 with optimum ignores ``dynamic``; GPTQModel and vLLM 0.32 read it, and match its
-expressions from the beginning of a name.
+Which layers are quantized stands in the config twice. Transformers 5.24 with optimum 2.3 reads
+``modules_in_block_to_quantize``, and compares the ends of names; it ignores ``dynamic``. GPTQModel
+7.7 and SGLang 0.5.23 read ``dynamic`` alone, and match its expressions from the beginning of a
+name; SGLang asks it nothing about experts. vLLM 0.32 quantizes what both name; without the first,
+what the files hold as integers.
+
+``sym`` is one for all layers: readers of zero points compute symmetric weights as well, and those
+that take symmetric weights alone (vLLM, SGLang) refuse the others by it.
 """
 
 from __future__ import annotations

