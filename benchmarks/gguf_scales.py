@@ -2,7 +2,10 @@
 What it is worth to search the scales of K-quants with their own quantization: relative squared
 errors of weights, without calibration data.
 
-    python benchmarks/gguf_scales.py MODEL [--layers REGEX]
+    python benchmarks/gguf_scales.py [MODEL] [--layers REGEX]
+
+Without a model, of random weights with heavy tails. Weights that were in a GGUF file once lie on
+the grid of its type, so that they say nothing about that type.
 
 Columns: rounding to nearest on the observed ranges; integers of compressed-tensors with the same
 bits and groups, searched as usual, whose scales are quantized afterwards, with the integers kept
@@ -35,6 +38,12 @@ def weights(folder: Path, pattern: str) -> Iterator[Tensor]:
                     yield file.get_tensor(name).float()
 
 
+def heavy_tailed() -> Tensor:
+    """:return: (256, 2048), of Student's t-distribution with 5 degrees of freedom"""
+    torch.manual_seed(0)
+    return 0.02 * torch.distributions.StudentT(5.0).sample((256, 2048))
+
+
 def errors(weight: Tensor, spec: SuperBlockSpec) -> list[float]:
     """:return: squared errors in the order of the columns"""
     grid, grouping = spec.grid(torch.float32), spec.grouping(tuple(weight.shape))
@@ -64,14 +73,15 @@ def errors(weight: Tensor, spec: SuperBlockSpec) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("model", type=Path, help="folder with safetensors files")
+    parser.add_argument("model", type=Path, nargs="?", help="folder with safetensors files")
     parser.add_argument("--layers", default=r"_proj\.weight$", help="expression for names")
     arguments = parser.parse_args()
-    found = [x for x in weights(arguments.model, arguments.layers) if x.shape[1] % SUPER_BLOCK == 0]
+    every = [heavy_tailed()]
+    if arguments.model is not None:
+        every = list(weights(arguments.model, arguments.layers))
+    found = [weight for weight in every if weight.shape[1] % SUPER_BLOCK == 0]
     total = sum(float(weight.square().sum()) for weight in found)
-    print(
-        f"{len(found)} layers of {arguments.model.name}, {sum(x.numel() for x in found):,} weights"
-    )
+    print(f"{len(found)} layers, {sum(weight.numel() for weight in found):,} weights")
     print("| type | observed ranges | integers kept | rounded again | searched in the format |")
     print("| --- | --- | --- | --- | --- |")
     for name, spec in SUPER_BLOCK_SPECS.items():

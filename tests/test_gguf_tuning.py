@@ -30,6 +30,7 @@ from autoround_modifier.checkpoints.inspection import inspect_checkpoint
 from autoround_modifier.cli.main import main
 from autoround_modifier.errors import CheckpointError, RecipeError, SchemeError
 from autoround_modifier.gguf_schemes import GGUF_TYPES, ModelFacts, fitting_type, layer_types
+from autoround_modifier.modifiers.layer_quantizer import LayerQuantizer
 from autoround_modifier.report.card import CardOptions, make_card
 from autoround_modifier.report.schema import read_report
 from autoround_modifier.runs.checkpoint import RunCheckpoint
@@ -232,6 +233,31 @@ def test_resumes_with_the_same_blocks(tmp_path, monkeypatch):
     assert set(whole.types.values()) == {"q3_k", "q4_k", "q5_k"}
     for name in whole.types:
         assert torch.equal(whole.blocks(name), resumed.blocks(name)), name
+
+
+def test_a_stopped_run_leaves_no_carriers(monkeypatch):
+    """What was tuned until then computes as it would be saved, and is known as quantized."""
+    model = tiny_llama(hidden_size=256)
+    ids = torch.arange(3, 20).unsqueeze(0)
+
+    write_back = LayerQuantizer.write_back
+
+    def stop_in_the_second_block(self, layer, weight):
+        if "layers.1" in self.names[layer]:
+            raise KeyboardInterrupt
+        write_back(self, layer, weight)
+
+    monkeypatch.setattr(LayerQuantizer, "write_back", stop_in_the_second_block)
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tuner("gguf:q4_k"))
+    assert not quantized_layers(model)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+    assert model(ids).logits.isfinite().all()
+    monkeypatch.undo()
+    reset_session()
+    with pytest.raises(RecipeError, match=r"quantized already.*layers\.0"):
+        quantize(model, tuner("gguf:q4_k"))
 
 
 # ------------------------------------------------------------------------------- refusals

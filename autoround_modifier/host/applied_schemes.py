@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-# Models that are quantized although no layer has a scheme
+# Layers that are quantized although they have no scheme
 _DENSE: WeakSet[nn.Module] = WeakSet()
 
 
@@ -30,10 +30,11 @@ def quantized_names(model: nn.Module) -> list[str]:
     :return: names of the modules that were quantized, or began to be, before this run: all
         modifiers of a recipe are initialised before the first of them calibrates
     """
-    found = [
-        name for name, x in model.named_modules() if _status(x) > QuantizationStatus.INITIALIZED
+    return [
+        name
+        for name, x in model.named_modules()
+        if _status(x) > QuantizationStatus.INITIALIZED or x in _DENSE
     ]
-    return found or (["all that was tuned in types of GGUF"] if model in _DENSE else [])
 
 
 def modules_of(model: nn.Module, modifiers: Iterable[Modifier]) -> set[nn.Module]:
@@ -63,14 +64,14 @@ def forget_scheme(module: nn.Module) -> None:
     module.__dict__.pop("quantization_status", None)
 
 
-def forget_carriers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+def forget_carriers(layers: Iterable[nn.Module]) -> None:
     """
     Remove schemes that compressed-tensors is not to save, of layers that are quantized in another
     way and now compute with their dequantized weights.
     """
     for layer in layers:
         forget_scheme(layer)
-    _DENSE.add(model)
+        _DENSE.add(layer)
 
 
 def disable_unfinished(model: nn.Module) -> None:

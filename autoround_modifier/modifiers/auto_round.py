@@ -349,7 +349,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             publish(PhaseEnded(CAPTURE))
         QuantizationMixin.end_calibration(self, state.model)
         if self.gguf_scheme is not None:
-            forget_carriers(state.model, self._prepared.quantizer.names)
+            forget_carriers(self._prepared.quantizer.names)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         if not self.ended_:
@@ -433,6 +433,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         self._release()
         for layer in quantizer.unquantized:
             forget_scheme(layer)
+        if self.gguf_scheme is not None:  # with a carrier the others would not compute as saved
+            forget_carriers(x for x in quantizer.names if x not in quantizer.unquantized)
         for one in self._prepared.activations:
             if one.statistics is not None and not one.calibrated:
                 forget_scheme(one.module)

@@ -11,6 +11,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 
 from autoround_modifier.host.applied_schemes import (
     disable_unfinished,
+    forget_carriers,
     forget_scheme,
     forget_schemes,
     modules_of,
@@ -73,3 +74,12 @@ def test_unfinished_layers_compute_without_their_scales():
     assert not torch.isfinite(model(IDS).logits).all()
     disable_unfinished(model)
     assert torch.equal(model(IDS).logits, tiny_llama()(IDS).logits)
+
+
+def test_layers_that_were_carriers_are_known_as_quantized():
+    model = quantize(tiny_llama(), QuantizationModifier(config_groups={"a": weight_scheme()}))
+    layers = quantized_layers(model)
+    forget_carriers(layers.values())
+    assert not quantized_layers(model)
+    assert quantized_names(model) == list(layers)
+    assert quantized_names(tiny_llama()) == []
