@@ -124,6 +124,8 @@ class IntegerCheckpoint:
             they are with any scale, if float16 has no number as small
         """
         scale = self.tensor(f"{name}.weight_scale")
+        if name not in self.specs:
+            return scale
         small = scale.abs() < SMALLEST_FLOAT16
         if not small.any():
             return scale
