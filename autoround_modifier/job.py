@@ -34,7 +34,12 @@ from autoround_modifier.modifiers.shape_checks import check_shapes
 from autoround_modifier.progress.events import Event, Listener, PhaseStarted, listening
 from autoround_modifier.report.recorder import RunRecorder, recording
 from autoround_modifier.report.schema import QuantizationReport, read_report
-from autoround_modifier.run_outputs import COMPRESSED_TENSORS, RunOutputs, read_formats
+from autoround_modifier.run_outputs import (
+    COMPRESSED_TENSORS,
+    RunOutputs,
+    check_converter,
+    read_formats,
+)
 
 __all__ = ["QuantizationJob"]
 
@@ -101,6 +106,7 @@ class QuantizationJob:
             self._check_output(output)
             _check_kept_apart(modifiers, output)
         formats = [x for x in read_formats(self.formats) if x != COMPRESSED_TENSORS]
+        check_converter(formats, self.llama_cpp)
         check_shapes(self._config(), modifiers, self.trust_remote_code, formats)
 
     def _check_output(self, output: Path) -> None:

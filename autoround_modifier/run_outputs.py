@@ -21,7 +21,7 @@ from autoround_modifier.report.outdated import remove_outdated
 from autoround_modifier.report.schema import REPORT_FILE
 from autoround_modifier.runs.output_folder import check_output_folder
 
-__all__ = ["COMPRESSED_TENSORS", "RunOutputs", "read_formats"]
+__all__ = ["COMPRESSED_TENSORS", "RunOutputs", "check_converter", "read_formats"]
 
 COMPRESSED_TENSORS = "compressed-tensors"
 # As auto-round calls them
@@ -56,6 +56,16 @@ def _format_name(name: str) -> str:
         return find_format(name).name
     except ExportError as error:
         raise ExportError(f"{error}, or {COMPRESSED_TENSORS}") from None
+
+
+def check_converter(formats: Iterable[str], llama_cpp: str | os.PathLike[str] | None) -> None:
+    """
+    :param llama_cpp: see `export`
+    :raises ExportError: if a format needs llama.cpp's converter, which is not there
+    :raises MissingExtraError: if a format needs a package that is not installed
+    """
+    if any(name.startswith(GGUF) for name in formats):
+        converter_script(llama_cpp)
 
 
 @dataclass(frozen=True)
@@ -138,8 +148,7 @@ class RunOutputs:
                     f"exported, and holds files, perhaps of an earlier run: `{COMMAND} export` "
                     "them, or move them away"
                 ) from error
-        if any(name.startswith(GGUF) for name in self.exports):
-            converter_script(llama_cpp)
+        check_converter(self.exports, llama_cpp)
 
     def export_all(
         self, overwrite: bool, llama_cpp: str | os.PathLike[str] | None = None

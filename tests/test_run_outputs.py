@@ -185,13 +185,16 @@ def no_run(monkeypatch):
     ],
 )
 def test_refused_before_weights_are_loaded(scheme, format, said, model, no_run, tmp_path, capsys):
-    arguments = ["--scheme", scheme, *RTN, "--format", format, "-o", str(tmp_path / "out")]
+    arguments = ["--scheme", scheme, *RTN, "--format", format]
     if said != "LLAMA_CPP_ROOT":
         arguments += ["--llama-cpp", FAKE_LLAMA_CPP]
+    arguments += ["-o", str(tmp_path / "out")]
     assert main(["quantize", model, *arguments]) == REFUSED
     shown = capsys.readouterr().err
     assert said in shown
     assert "down_proj" in shown or "format `" in shown or "llama.cpp" in shown
+    assert main(["quantize", model, *arguments[:-2], "--dry-run"]) == REFUSED
+    assert said in capsys.readouterr().err
     assert names(tmp_path) == []
 
 
