@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 AUTO_ROUND_VENV ?= .venv-auto-round
+EXPORTS_VENV ?= .venv-exports
+LLAMA_CPP_VENV ?= .venv-llama-cpp
+MLX_VENV ?= .venv-mlx
 OUTPUT ?= output
 # Pinned, so that pip takes a CPU build (2.13.0+cpu) wherever one is at hand; an open range would
 # prefer a newer CUDA build.
@@ -14,7 +17,12 @@ RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # auto-round, which the benchmarks compare with, is run from its own environment.
 export AUTO_ROUND_PYTHON = $(abspath $(AUTO_ROUND_VENV))/bin/python
 
-.PHONY: install auto-round quickstart test lint typecheck test-slow test-browser test-vllm test-vllm-architectures bench-accuracy \
+# Engines that `make test-exports` runs; with ENGINES="gptqmodel mlx", these.
+ALL_ENGINES = gptqmodel auto-round gguf llama-cpp mlx vllm
+ENGINES ?= $(ALL_ENGINES)
+
+.PHONY: install auto-round quickstart test lint typecheck test-slow test-browser test-vllm test-vllm-architectures \
+	test-exports $(addprefix test-exports-,$(ALL_ENGINES)) bench-exports bench-accuracy \
 	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
 	gpu-wheels gpu-check table-architectures sweep-architectures docs build clean
 
@@ -79,6 +87,84 @@ test-vllm-architectures: install $(VLLM_VENV)/.installed
 	$(RUN) tests/vllm/make_architecture_checkpoints.py $(OUTPUT)/vllm/architectures \
 		$(if $(ONLY),--only $(ONLY))
 	$(IN_VLLM) tests/vllm/test_architectures.py
+
+# Loaders of exported checkpoints in Transformers. GPTQModel demands a newer PyTorch than it needs,
+# so its dependencies are named here.
+$(EXPORTS_VENV)/.installed:
+	$(PYTHON) -m venv $(EXPORTS_VENV)
+	$(EXPORTS_VENV)/bin/pip install --quiet --upgrade "pip>=24"
+	$(EXPORTS_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(EXPORTS_VENV)/bin/pip install --quiet "transformers==5.24.0" "optimum==2.3.0" \
+		"auto-round==0.16.1" "auto-round-lib==0.16.0" "gguf==0.19.0" "pytest>=9" \
+		threadpoolctl device-smi protobuf pillow requests pypcre tokenicer logbar ninja datasets \
+		dill torchao
+	$(EXPORTS_VENV)/bin/pip install --quiet --no-deps defuser "gptqmodel==7.7.0"
+	touch $@
+
+# Compiles llama.cpp: `apt-get install cmake ninja-build g++`; some minutes on two cores. Its source,
+# with the converter, is kept beside it.
+LLAMA_CPP_VERSION = 0.3.36
+
+$(LLAMA_CPP_VENV)/.installed:
+	$(PYTHON) -m venv $(LLAMA_CPP_VENV)
+	$(LLAMA_CPP_VENV)/bin/pip install --quiet --upgrade "pip>=24"
+	$(LLAMA_CPP_VENV)/bin/pip download --quiet --no-deps --no-binary=:all: \
+		--dest $(LLAMA_CPP_VENV)/sdist "llama-cpp-python==$(LLAMA_CPP_VERSION)"
+	tar -xzf $(LLAMA_CPP_VENV)/sdist/llama_cpp_python-$(LLAMA_CPP_VERSION).tar.gz -C $(LLAMA_CPP_VENV)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF" $(LLAMA_CPP_VENV)/bin/pip install --quiet \
+		$(LLAMA_CPP_VENV)/sdist/llama_cpp_python-$(LLAMA_CPP_VERSION).tar.gz
+	$(LLAMA_CPP_VENV)/bin/pip install --quiet "pytest>=9" safetensors
+	touch $@
+
+$(MLX_VENV)/.installed:
+	$(PYTHON) -m venv $(MLX_VENV)
+	$(MLX_VENV)/bin/pip install --quiet --upgrade "pip>=24"
+	$(MLX_VENV)/bin/pip install --quiet "mlx[cpu]==0.32.4" "mlx-lm==0.32.2" "pytest>=9" safetensors
+	touch $@
+
+EXPORTED = $(OUTPUT)/exports
+LLAMA_CPP_SOURCE = $(LLAMA_CPP_VENV)/llama_cpp_python-$(LLAMA_CPP_VERSION)/vendor/llama.cpp
+EXPORT_TESTS = -m pytest -c tests/exports/pytest.ini --confcutdir tests/exports \
+	--checkpoints="$(abspath $(EXPORTED))"
+
+# Tiny checkpoints in every format that holds them.
+$(EXPORTED)/exports.json: $(wildcard autoround_modifier/exports/*.py) \
+		tests/exports/rows.py tests/exports/make_checkpoints.py | install
+	rm -rf $(EXPORTED)
+	$(RUN) tests/exports/make_checkpoints.py $(EXPORTED)
+
+# SmolLM2 with 4 and 2 bits, tuned for a few iterations, converted by llama.cpp's own converter.
+$(EXPORTED)/.smollm2: $(EXPORTED)/exports.json $(LLAMA_CPP_VENV)/.installed
+	$(VENV)/bin/pip install --quiet "sentencepiece>=0.2" "protobuf>=4.21"
+	$(RUN) tests/exports/make_checkpoints.py $(EXPORTED) --rows \
+		--smollm2 "$$($(RUN) examples/smollm2.py | tail -1)" --llama-cpp $(LLAMA_CPP_SOURCE)
+	touch $@
+
+test-exports: $(addprefix test-exports-,$(ENGINES))
+	$(RUN) tests/exports/table.py $(EXPORTED)
+
+# Nothing is compiled by PyTorch. GPTQModel compiles a kernel of its own when it is first imported.
+test-exports-gptqmodel test-exports-auto-round test-exports-gguf: test-exports-%: \
+		$(EXPORTED)/exports.json $(EXPORTS_VENV)/.installed
+	TORCHDYNAMO_DISABLE=1 $(EXPORTS_VENV)/bin/python $(EXPORT_TESTS) \
+		tests/exports/test_$(subst -,_,$*).py
+
+test-exports-llama-cpp: $(EXPORTED)/.smollm2
+	$(LLAMA_CPP_VENV)/bin/python $(EXPORT_TESTS) tests/exports/test_llama_cpp.py
+
+test-exports-mlx: $(EXPORTED)/exports.json $(MLX_VENV)/.installed
+	$(MLX_VENV)/bin/python $(EXPORT_TESTS) tests/exports/test_mlx.py
+
+test-exports-vllm: $(EXPORTED)/exports.json $(VLLM_VENV)/.installed
+	PYTHONPATH=tests/vllm/site $(VLLM_VENV)/bin/python $(EXPORT_TESTS) tests/exports/test_vllm.py
+
+# KL divergence, size and memory of SmolLM2 in each format and engine. TEXT as below.
+bench-exports: $(EXPORTED)/.smollm2 $(EXPORTS_VENV)/.installed $(MLX_VENV)/.installed \
+		$(VLLM_VENV)/.installed
+	PYTHONPATH=tests/vllm/site $(RUN) benchmarks/exports.py "$$($(RUN) examples/smollm2.py | tail -1)" \
+		$(EXPORTED) --text "$(TEXT)" --output $(OUTPUT)/exports.json --python \
+		exports=$(EXPORTS_VENV)/bin/python llama-cpp=$(LLAMA_CPP_VENV)/bin/python \
+		mlx=$(MLX_VENV)/bin/python vllm=$(VLLM_VENV)/bin/python $(ARGS)
 
 # auto-round in its own environment: its newest release needs another Transformers than
 # LLM-Compressor allows.
@@ -162,4 +248,4 @@ build: install
 	$(VENV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(AUTO_ROUND_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(AUTO_ROUND_VENV) $(EXPORTS_VENV) $(LLAMA_CPP_VENV) $(MLX_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache

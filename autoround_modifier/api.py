@@ -47,6 +47,7 @@ def quantize(
     *,
     ignore: Sequence[str] = ("lm_head",),
     output_dir: str | os.PathLike[str] | None = None,
+    formats: str | Sequence[str] | None = None,
     oneshot_arguments: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> PreTrainedModel:
@@ -59,6 +60,7 @@ def quantize(
     :param dataset: calibration data, as in `oneshot`; None for presets that need none
     :param ignore: layers to leave alone
     :param output_dir: where to save; nothing is saved if None
+    :param formats: to write there, as in `oneshot`, such as ``["compressed-tensors", "gptq"]``
     :param oneshot_arguments: further arguments of `oneshot`, such as ``tokenizer``,
         ``num_calibration_samples`` and ``max_seq_length``
     :param fields: fields of `AutoRoundModifier`, such as ``preset`` or ``iters``
@@ -79,6 +81,7 @@ def quantize(
         recipe=modifier,
         dataset=dataset,
         output_dir=output_dir,
+        formats=formats,
         **(oneshot_arguments or {}),
     )
 

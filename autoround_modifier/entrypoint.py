@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from autoround_modifier.calibration import (
     read_samples,
 )
 from autoround_modifier.defaults import MAX_SEQ_LENGTH
-from autoround_modifier.errors import CalibrationError, RecipeError
+from autoround_modifier.errors import CalibrationError, ExportError, RecipeError
 from autoround_modifier.host.applied_schemes import disable_unfinished
 from autoround_modifier.host.failures import explain_failure
 from autoround_modifier.host.layers import weight_folders
@@ -57,6 +58,7 @@ from autoround_modifier.host.shared_state import (
     config_shares_state,
 )
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
+from autoround_modifier.modifiers.shape_checks import check_formats
 from autoround_modifier.modifiers.validation import check_not_quantized
 from autoround_modifier.parallel import (
     gathered,
@@ -68,7 +70,7 @@ from autoround_modifier.recipe_files import find_recipe, read_recipe, recipe_nam
 from autoround_modifier.recipes import check_recipe
 from autoround_modifier.report.outdated import remove_outdated
 from autoround_modifier.report.recorder import RunRecorder, recording
-from autoround_modifier.runs.output_folder import check_output_folder
+from autoround_modifier.run_outputs import RunOutputs, read_formats
 
 __all__ = ["check_dataset_name", "load_tokenizer", "oneshot", "source_folders"]
 
@@ -82,6 +84,8 @@ def oneshot(
     token: str | bool | None = None,
     local_files_only: bool = False,
     check_generation: bool = True,
+    formats: str | Sequence[str] | None = None,
+    llama_cpp: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """
@@ -108,6 +112,11 @@ def oneshot(
     :param local_files_only: load tokenizer and processor from this machine only
     :param check_generation: let the model continue the beginning of a calibration sample before
         and after the run, and warn if only the quantized one repeats a single token
+    :param formats: to write to ``output_dir``: ``compressed-tensors`` and those of `export`, as a
+        list, or as text with commas. One format takes the folder; of several, each has a folder of
+        its own in it. What a format cannot hold is refused before the run. None for
+        ``compressed-tensors``
+    :param llama_cpp: for GGUF, see `export`
     :param kwargs: further arguments of `llmcompressor.oneshot`, such as ``model_revision`` and
         ``trust_remote_code_model``, which apply to tokenizer and processor as well; and, for text,
         ``packing``, ``add_bos_token`` and ``assistant_only_loss`` of `text_dataset`
@@ -120,6 +129,10 @@ def oneshot(
         its modifiers ran before, or if the model is quantized already
     :raises CalibrationError: if the dataset is empty, or holds nothing that can calibrate
     :raises CompressedSourceError: if the model is compressed already
+    :raises ExportError: if there is no such format, if it cannot hold what the recipe makes, or if
+        ``output_dir`` is None
+    :raises FailedError: if an export failed after the run: the checkpoint is kept, and the message
+        says how to go on
     """
     recorder = RunRecorder(
         recipe_name=recipe_name(recipe),
@@ -128,10 +141,13 @@ def oneshot(
     revision = kwargs.get("model_revision")
     stored = _stored_format(model, revision)
     check_not_compressed(model, stored)
-    if output_dir is not None:
-        check_output_folder(Path(output_dir), overwrite_output_dir, source_folders(model))
+    outputs = _outputs(output_dir, formats)
+    if outputs is not None:
+        outputs.check(overwrite_output_dir, source_folders(model), llama_cpp)
     recipe = _checked(recipe)
     recipe = as_recipe(recipe, kwargs.get("stage"))
+    if outputs is not None and outputs.exports:
+        _check_formats(model, recipe, list(outputs.exports), kwargs)
     for modifier in recipe.modifiers:
         if modifier.initialized_:
             raise RecipeError(
@@ -173,7 +189,7 @@ def oneshot(
                 model=model,
                 recipe=recipe,
                 dataset=dataset,
-                output_dir=None if output_dir is None else str(output_dir),
+                output_dir=None if outputs is None else str(outputs.checkpoint),
                 **kwargs,
             )
     except BaseException as error:  # Ctrl-C among them, which may come while code of others runs
@@ -183,9 +199,42 @@ def oneshot(
         if explained is not None:
             raise RecipeError(explained) from error
         raise
-    if output_dir is not None and overwrite_output_dir and is_source_process():
-        remove_outdated(Path(output_dir))
+    if outputs is not None and is_source_process():
+        if overwrite_output_dir:
+            remove_outdated(outputs.checkpoint)
+        outputs.export_all(overwrite_output_dir, llama_cpp)
     return quantized
+
+
+def _outputs(
+    output_dir: str | os.PathLike[str] | None, formats: str | Sequence[str] | None
+) -> RunOutputs | None:
+    """
+    :return: None where nothing is saved
+    :raises ExportError: see `oneshot`
+    """
+    names = read_formats(formats)
+    if output_dir is not None:
+        return RunOutputs.of(Path(output_dir), names)
+    if formats is not None:
+        raise ExportError(f"{', '.join(names)} cannot be written without `output_dir`")
+    return None
+
+
+def _check_formats(
+    model: str | Path | PreTrainedModel, recipe: Recipe, formats: list[str], kwargs: dict[str, Any]
+) -> None:
+    """:raises ExportError: if a format cannot hold what the recipe makes of the model"""
+    trust_remote_code = kwargs.get("trust_remote_code_model", False)
+    if isinstance(model, (str, Path)):
+        config = AutoConfig.from_pretrained(
+            model,
+            revision=kwargs.get("model_revision", "main"),
+            trust_remote_code=trust_remote_code,
+        )
+    else:
+        config = model.config
+    check_formats(config, copy.deepcopy(recipe.modifiers), formats, trust_remote_code)
 
 
 def _stored_format(model: str | Path | PreTrainedModel, revision: str | None) -> str | None:

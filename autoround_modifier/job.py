@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,12 @@ from autoround_modifier.modifiers.shape_checks import check_shapes
 from autoround_modifier.progress.events import Event, Listener, PhaseStarted, listening
 from autoround_modifier.report.recorder import RunRecorder, recording
 from autoround_modifier.report.schema import QuantizationReport, read_report
-from autoround_modifier.runs.output_folder import check_output_folder
+from autoround_modifier.run_outputs import (
+    COMPRESSED_TENSORS,
+    RunOutputs,
+    check_converter,
+    read_formats,
+)
 
 __all__ = ["QuantizationJob"]
 
@@ -49,6 +54,8 @@ class QuantizationJob:
     :ivar dataset: path, or name on the hub; None lets the model write its own
     :ivar max_seq_length: tokens in each sample; None for `defaults.calibration_length`
     :ivar device_map: of Transformers
+    :ivar formats: to write, as in `oneshot`
+    :ivar llama_cpp: for GGUF, see `export`
     """
 
     model: str
@@ -61,6 +68,14 @@ class QuantizationJob:
     device_map: str | None = None
     overwrite: bool = False
     trust_remote_code: bool = False
+    formats: str | Sequence[str] | None = None
+    llama_cpp: Path | None = None
+
+    def outputs(self, output: Path) -> RunOutputs:
+        """
+        :raises ExportError: if there is no such format
+        """
+        return RunOutputs.of(output, read_formats(self.formats))
 
     def check(self, output: Path | None) -> None:
         """
@@ -71,6 +86,7 @@ class QuantizationJob:
         :raises CalibrationError: if there is no such dataset
         :raises RecipeError: if the recipe has no `AutoRoundModifier`, or keeps finished blocks in
             ``output``; and the other errors of `check_shapes`
+        :raises ExportError: if there is no such format, or it cannot hold what the recipe makes
         :raises OSError: if there is no such model, or ``output`` cannot be made
         """
         config = source_config(self.model, self.revision)
@@ -89,11 +105,14 @@ class QuantizationJob:
         if output is not None:
             self._check_output(output)
             _check_kept_apart(modifiers, output)
-        check_shapes(self._config(), modifiers, self.trust_remote_code)
+        formats = [x for x in read_formats(self.formats) if x != COMPRESSED_TENSORS]
+        check_converter(formats, self.llama_cpp)
+        check_shapes(self._config(), modifiers, self.trust_remote_code, formats)
 
     def _check_output(self, output: Path) -> None:
         try:
-            check_output_folder(output, self.overwrite, source_folders(self.model))
+            outputs = self.outputs(output)
+            outputs.check(self.overwrite, source_folders(self.model), self.llama_cpp)
         except OutputExistsError as error:
             raise OutputExistsError(f"{error} (here: --output, --overwrite)") from error
 
@@ -134,8 +153,10 @@ class QuantizationJob:
                 max_seq_length=length,
                 num_calibration_samples=_num_samples(recipe.modifiers),
                 trust_remote_code_model=self.trust_remote_code,
+                formats=self.formats,
+                llama_cpp=self.llama_cpp,
             )
-        return read_report(output)
+        return read_report(self.outputs(output).report)
 
     def _loaded(self) -> PreTrainedModel:
         device_map = {} if self.device_map is None else {"device_map": self.device_map}
@@ -226,6 +247,8 @@ def _said_what_is_kept(modifiers: list[Modifier], same_data: bool) -> Iterator[N
     try:
         with listening(note):
             yield
+    except FailedError:  # an export, which says what is kept
+        raise
     except BaseException as error:  # Ctrl-C among them
         if not begun:
             raise

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import itertools
 import json
 import re
 import shutil
-import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import export_readers
 import pytest
 import torch
-from conftest import quantize, tiny_llama, tiny_tokenizer, weight_scheme
-from export_readers import Integers
+from export_sources import Tuned, config_of, spec, tuned
 from helpers import saved_tensors
 from safetensors.torch import load_file, save_file
 
 from autoround_modifier import (
-    AutoRoundModifier,
     CheckpointError,
     ExportError,
     OutputExistsError,
@@ -32,44 +26,10 @@ from autoround_modifier.exports import written_files
 from autoround_modifier.exports.auto_round_format import auto_round_config
 from autoround_modifier.exports.export_formats import FORMATS, check_format
 from autoround_modifier.exports.gptq import gptq_config
-from autoround_modifier.exports.integer_layers import IntegerSpec
 
 BITS = (2, 3, 4, 8)
 FOLDERS = ("gptq", "awq", "auto_round", "mlx")
 DOWN, Q = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"
-
-
-class Tuned(NamedTuple):
-    """A saved checkpoint, and what the tuner left in the model, read before it was saved."""
-
-    folder: Path
-    layers: dict[str, tuple[int, Integers]]
-
-
-@functools.cache
-def tuned(*schemes: tuple, tied: bool = False, layers: int = 1) -> Tuned:
-    """:param schemes: bits, symmetric, group size or None, and targets if there are several"""
-    groups = {
-        f"group_{i}": weight_scheme(bits, symmetric, size, *targets)
-        for i, (bits, symmetric, size, *targets) in enumerate(schemes)
-    }
-    modifier = AutoRoundModifier(config_groups=groups, ignore=["lm_head"], iters=2)
-    model = quantize(tiny_llama(num_layers=layers, tied=tied), modifier)
-    found = {}
-    for name, weight in quantized_weights(model).items():
-        bits = weight.grid.num_bits
-        offset = 2 ** (bits - 1)
-        codes, zeros = (x.clone().long() + offset for x in (weight.values, weight.zero_point))
-        found[name] = (bits, Integers(codes, weight.scale.clone(), zeros))
-    folder = Path(tempfile.mkdtemp(prefix="exported_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return Tuned(folder, found)
-
-
-def config_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
 
 
 def section_of(folder: Path) -> dict:
@@ -241,7 +201,7 @@ def test_mixed_bits(format, tmp_path):
         assert all(match(expression, name) for name in [*names, fused])
         assert not any(
             match(expression, name)
-            for name in [Q, "model.layers.2.mlp.up_proj", "x.model.layers.1.mlp.up_proj"]
+            for name in [Q, "model.layers.2.mlp.up_proj", "model.layers.1.mlp.up_proj.x"]
         )
     assert "Transformers does not" in exported.notes[0]
 
@@ -292,8 +252,13 @@ def test_layers_that_are_not_quantized(format, tmp_path):
         assert section["extra_config"] == dict.fromkeys(skipped, entry)
 
 
-def test_blocks_that_differ_are_left_to_dynamic(tmp_path):
-    source = tuned((4, True, 32, ("re:.*layers.1.mlp.*_proj", "re:.*self_attn.*_proj")), layers=2)
+@pytest.mark.parametrize(
+    "targets",
+    [("re:.*layers.1.mlp.*_proj", "re:.*self_attn.*_proj"), ("re:.*layers.1.*_proj",)],
+    ids=["a layer", "a block"],
+)
+def test_blocks_that_differ_are_left_to_dynamic(targets, tmp_path):
+    source = tuned((4, True, 32, targets), layers=2)
     exported = export(source.folder, "gptq", tmp_path)
     assert "modules_in_block_to_quantize" not in section_of(tmp_path)
     assert "GPTQModel and vLLM read that, Transformers does not" in exported.notes[0]
@@ -386,6 +351,17 @@ def with_wide_scales(tensors, config):
     tensors[f"{DOWN}.weight_scale"][0, 0] = 70000.0
 
 
+def with_subnormal_scales(tensors, config):
+    """Of bfloat16, with digits that float16 loses."""
+    tensors[f"{DOWN}.weight_scale"][0, 0] = 4.5e-6
+
+
+def with_a_zero_group(tensors, config):
+    """As the tuner leaves a group whose weights are all zero."""
+    tensors[f"{DOWN}.weight_packed"][0, :4] = -0x77777778  # 32 codes of 8
+    tensors[f"{DOWN}.weight_scale"][0, 0] = torch.finfo(torch.bfloat16).tiny
+
+
 def with_transforms(tensors, config):
     config["quantization_config"]["transform_config"] = {"config_groups": {}}
 
@@ -397,7 +373,8 @@ def with_transforms(tensors, config):
         (with_cache, "key-value cache is quantized: .*k_scale"),
         (with_order, "actorder.*down_proj"),
         (with_experts, "experts of a mixture .*experts.3.down_proj"),
-        (with_wide_scales, "not exact in float16: .*down_proj"),
+        (with_wide_scales, "exported to mlx.*not exact in float16: .*down_proj"),
+        (with_subnormal_scales, "exported to mlx.*not exact in float16: .*down_proj"),
         (with_transforms, "rotated while the model runs"),
     ],
 )
@@ -406,6 +383,31 @@ def test_refused_checkpoints(change, said, tmp_path):
     with pytest.raises(ExportError, match=f"(?s){said}"):
         export(folder, "gptq", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "auto_round"])
+def test_a_group_of_zeros_has_any_scale(format, tmp_path):
+    folder = changed(tuned((4, True, 32)).folder, tmp_path / "source", with_a_zero_group)
+    export(folder, format, tmp_path / "out")
+    found = export_readers.read(tmp_path / "out", saved_tensors(tmp_path / "out"), DOWN, 4)
+    assert found.scale[0, 0] == 0
+    weight = quantized_weights(folder)[DOWN]
+    assert not weight.values[0, :32].any()
+    expected = weight.scale.double().repeat_interleave(32, 1) * weight.values.double()
+    assert torch.equal(found.dequantize(), expected)
+
+
+def test_one_layer_with_zero_points_among_others(tmp_path):
+    """All are then stored as ones with zero points, so that no loader reads two kinds."""
+    source = tuned((4, True, 32, MLP), (4, False, 32, ATTENTION))
+    for format in ("gptq", "awq", "auto_round", "mlx"):
+        export(source.folder, format, tmp_path / format)
+        assert_same(source, tmp_path / format)
+    gptq, auto_round = (section_of(tmp_path / x) for x in ("gptq", "auto_round"))
+    assert (gptq["sym"], gptq["checkpoint_format"]) == (False, "gptq_v2")
+    assert "dynamic" not in gptq
+    assert (auto_round["sym"], auto_round["packing_format"]) == (False, "auto_round:auto_awq")
+    assert "extra_config" not in auto_round
 
 
 def test_other_sources_are_refused(tmp_path):
@@ -419,11 +421,6 @@ def test_other_sources_are_refused(tmp_path):
         export(tmp_path / "awq", "gptq", tmp_path / "out")
 
 
-def spec(**fields) -> IntegerSpec:
-    known = {"name": "model.layers.0.x", "out_features": 64, "in_features": 64, "num_bits": 4}
-    return IntegerSpec(**{**known, "symmetric": True, "group_size": 32, "kind": "linear", **fields})
-
-
 @pytest.mark.parametrize(
     ("format", "fields", "said"),
     [
@@ -435,6 +432,7 @@ def spec(**fields) -> IntegerSpec:
         ("gptq", {"kind": "embedding"}, "(?s)exported to mlx.*quantized embedding"),
         ("gguf:q2_0", {}, "(?s)gguf:q4_0.*holds 2 bits"),
         ("gguf:q2_0", {"num_bits": 2}, "(?s)gguf:q4_0.*W2A16 G32: .*multiples of 64"),
+        ("gguf:q2_0", {"num_bits": 2, "symmetric": False}, "(?s)gguf:q4_0.*holds no zero points"),
         ("gguf:q4_0", {"symmetric": False}, "(?s)gguf:q5_0.*zero points with 2 or 3 bits"),
         ("gguf:q8_0", {"symmetric": False, "num_bits": 8}, "(?s)gptq.*W8A16 asym"),
         ("gptq", {"name": "projector.linear"}, "(?s)exported to awq, mlx.*outside the blocks"),
@@ -460,8 +458,8 @@ def test_names_of_other_models():
     config = gptq_config(layers, [*skipped, "lm_head"])
     assert config["modules_in_block_to_quantize"] == [["attn.c_attn"]]
     assert set(config["dynamic"]) == {
-        r"-:^transformer\.h\.(?:0|1)\.(?:mlp\.c_fc)$",
-        r"-:^vision\.blocks\.(?:0)\.(?:fc)$",
+        r"-:^(?:.*\.)?h\.(?:0|1)\.(?:mlp\.c_fc)$",
+        r"-:^(?:.*\.)?blocks\.(?:0)\.(?:fc)$",
     }
     config = auto_round_config(layers, [*skipped, "lm_head"])
     assert config["block_name_to_quantize"] == "transformer.h"

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 from test_export import tuned
+from test_export_gguf import in_process
 
 from autoround_modifier.cli.main import main
+
+__all__ = ["in_process"]
 
 
 def test_export(tmp_path, capsys):
@@ -33,7 +36,7 @@ def test_refusals_and_notes(tmp_path, capsys):
     assert "note: vLLM and SGLang" in capsys.readouterr().err
 
 
-def test_gguf(tmp_path, capsys):
+def test_gguf(tmp_path, capsys, in_process):
     source, output = str(tuned((2, True, 64)).folder), tmp_path / "model.gguf"
     converter = str(Path(__file__).parent / "fake_llama_cpp")
     command = ["export", source, "gguf:q2_0", str(output), "--llama-cpp", converter]

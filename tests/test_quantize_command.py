@@ -194,6 +194,7 @@ def test_a_run_leaves_a_checkpoint_with_a_report(folder, text, tmp_path, capsys)
     report = read_report(output)
     assert json.loads(shown.out) == {
         "output": str(output),
+        "formats": {"compressed-tensors": str(output)},
         "report": report.model_dump(mode="json"),
     }
     assert report.model.source == folder

@@ -47,6 +47,12 @@ def plan(
     model_on_disk: Annotated[
         bool, typer.Option("--model-on-disk", help="weights stay on the disk, block by block")
     ] = False,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format", metavar="FORMAT", help="also written, as in `quantize`, such as gptq,awq"
+        ),
+    ] = None,
     platform: Platform = None,
     gpu: Annotated[
         str | None,
@@ -98,6 +104,7 @@ def plan(
             model_on_disk=model_on_disk,
             machine=machine,
             trust_remote_code=trust_remote_code,
+            formats=formats,
             **{name: value for name, value in given.items() if value is not None},
         )
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from autoround_modifier.fields import (
 )
 from autoround_modifier.readable import bytes_text, count_text
 from autoround_modifier.report.schema import QuantizationReport
+
+if TYPE_CHECKING:
+    from autoround_modifier.run_outputs import RunOutputs
 
 __all__ = ["quantize"]
 
@@ -53,6 +56,19 @@ def quantize(
     model: Annotated[str, typer.Argument(help="name on the hub, or folder, of the model")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="folder to save the checkpoint in")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="compressed-tensors (the default), gptq, awq, auto_round, mlx, gguf:q2_0, "
+            "gguf:q4_0, ...; several with commas, each of which gets a folder in --output",
+        ),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(help="for GGUF: folder with llama.cpp's source; default: LLAMA_CPP_ROOT"),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="shipped recipe (`recipes list`), or YAML file")
@@ -126,6 +142,8 @@ def quantize(
     autoround-modifier quantize MODEL --scheme FP8_BLOCK --iters 0 --disable-opt-rtn --output DIR
 
     autoround-modifier quantize MODEL --bits 2.5 --options W2A16G64,W4A16G64 --output DIR
+
+    autoround-modifier quantize MODEL --scheme W4A16 --format gptq,awq,gguf:q4_0 --output DIR
     """
     if output is None and not dry_run:
         raise UsageError("--output is missing: the folder to save the checkpoint in")
@@ -160,6 +178,8 @@ def quantize(
             device_map=device_map,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            formats=formats,
+            llama_cpp=llama_cpp,
         )
         report = None
         if output is None or dry_run:
@@ -175,12 +195,14 @@ def quantize(
         else:
             typer.echo(job.recipe)
     elif as_json:
-        print_json({"output": str(output), "report": report.model_dump(mode="json")})
+        by_format = {name: str(path) for name, path in job.outputs(output).by_format.items()}
+        document = {"output": str(output), "formats": by_format}
+        print_json({**document, "report": report.model_dump(mode="json")})
     else:
-        typer.echo(_summary(report, output))
+        typer.echo(_summary(report, output, job.outputs(output)))
 
 
-def _summary(report: QuantizationReport, output: Path) -> str:
+def _summary(report: QuantizationReport, output: Path, outputs: RunOutputs) -> str:
     """:return: what was done, and what can be done next"""
     lines = [f"saved in {output}"]
     size = report.size
@@ -190,11 +212,14 @@ def _summary(report: QuantizationReport, output: Path) -> str:
             f"{count_text(size.quantized_weights)} weights are quantized, to "
             f"{size.quantized_bits:.2f} bits each"
         )
-    lines += [
-        f"  {COMMAND} inspect {output}",
-        f"  {COMMAND} evaluate {report.model.source} {output}",
-        f"  {COMMAND} report {output}",
-    ]
+    if outputs.exports:
+        lines += [f"  {name}: {path}" for name, path in outputs.by_format.items()]
+    if outputs.is_kept:
+        lines += [
+            f"  {COMMAND} inspect {outputs.checkpoint}",
+            f"  {COMMAND} evaluate {report.model.source} {outputs.checkpoint}",
+        ]
+    lines.append(f"  {COMMAND} report {outputs.report}")
     return "\n".join(lines)
 
 

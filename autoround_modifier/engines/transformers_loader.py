@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -244,6 +245,12 @@ def _own_conversions() -> Iterator[None]:
     The conversions of Transformers itself: LLM-Compressor replaces some in the running process,
     which another process that loads the checkpoint does not know.
     """
-    own = conversion_mapping._build_checkpoint_conversion_mapping()
+    own = dict(_unchanged_conversions())  # what is registered meanwhile goes with the copy
     with mock.patch.object(conversion_mapping, "_checkpoint_conversion_mapping_cache", own):
         yield
+
+
+@functools.cache
+def _unchanged_conversions() -> dict[str, Any]:
+    """:return: by types of models; their use copies them"""
+    return cast(dict[str, Any], conversion_mapping._build_checkpoint_conversion_mapping())

@@ -2,11 +2,14 @@
 The format of auto-round: tensors of a layer, and the config.
 
 They are those of GPTQ without ``g_idx``, or those of AWQ. Each entry of ``extra_config`` has
-``bits``: vLLM takes a layer whose entry has none for one of 16 bits.
+``bits``: vLLM takes a layer whose entry has none for one of 16 bits. ``sym`` is one for all layers:
+it says how zero points are stored, which is the same in all of them, and layers that engines fuse
+must agree in it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +19,12 @@ from autoround_modifier.checkpoints.saved_layers import HEADS
 from autoround_modifier.exports.awq import awq_tensors
 from autoround_modifier.exports.gptq import gptq_tensors
 from autoround_modifier.exports.integer_layers import IntegerLayer, IntegerSpec
-from autoround_modifier.exports.layer_names import block_lists, most_common_scheme
+from autoround_modifier.exports.layer_names import (
+    block_lists,
+    expressions,
+    is_experts,
+    most_common_scheme,
+)
 from autoround_modifier.version import __version__
 
 __all__ = ["auto_round_config", "auto_round_notes", "auto_round_tensors", "packing_format"]
@@ -65,11 +73,8 @@ def auto_round_config(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> d
         for spec in specs
         if (spec.num_bits, spec.group_size) != (bits, group_size)
     }
-    extra |= {
-        name: {"bits": 16, "data_type": "float"}
-        for name in skipped
-        if name.rpartition(".")[2] not in HEADS
-    }
+    left_out = _left_out(skipped, [spec.name for spec in specs])
+    extra |= {key: {"bits": 16, "data_type": "float"} for key in left_out}
     config = {
         "quant_method": "auto-round",
         "packing_format": packing_format(specs),
@@ -81,6 +86,23 @@ def auto_round_config(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> d
         "quantizer": f"autoround_modifier:{__version__}",
     }
     return {**config, "extra_config": extra} if extra else config
+
+
+def _left_out(skipped: Sequence[str], quantized: Sequence[str]) -> list[str]:
+    """
+    vLLM looks for the name of a module of experts, auto-round for those of the layers in it. Where
+    auto-round finds no linear layer of a name, it takes the name for an expression, which may match
+    a part of another.
+
+    :return: names and expressions of what is not quantized; heads are not by default
+    """
+    keys = []
+    for name in skipped:
+        if name.rpartition(".")[2] in HEADS:
+            continue
+        part_of_another = any(name in other for other in quantized)
+        keys.append(f"^{re.escape(name)}$" if part_of_another else name)
+    return [*keys, *expressions([x for x in skipped if is_experts(x)], quantized)]
 
 
 def auto_round_notes(specs: Sequence[IntegerSpec]) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoround_modifier.errors import ExportError, listed
 from autoround_modifier.exports.awq import misread_names
-from autoround_modifier.exports.integer_layers import IntegerSpec
+from autoround_modifier.exports.integer_specs import IntegerSpec
 from autoround_modifier.exports.layer_names import in_block
 
 __all__ = [
@@ -129,16 +129,24 @@ def check_format(
 
 def check_scales(chosen: ExportFormat, scales: Iterable[tuple[IntegerSpec, Tensor]]) -> None:
     """
-    :param scales: of each quantized layer, (out_features, groups), as saved
+    :param scales: of each quantized layer, (out_features, groups): `IntegerCheckpoint.scale`
     :raises ExportError: if the format would round one; names the layers
     """
+    specs: list[IntegerSpec] = []
     problems: dict[str, list[str]] = {}
+    rounding: set[str] = set()  # formats that round one
     for spec, scale in scales:
+        specs.append(spec)
+        rounding |= {x.name for x in FORMATS.values() if rounded(x, spec, scale) is not None}
         reason = rounded(chosen, spec, scale)
         if reason is not None:
             problems.setdefault(reason, []).append(spec.name)
     if problems:
-        refuse(chosen, problems, lambda other: False)
+        refuse(
+            chosen,
+            problems,
+            lambda other: other.name not in rounding and not problems_of(other, specs, []),
+        )
 
 
 def refuse(
@@ -198,10 +206,9 @@ def layer_problems(chosen: ExportFormat, spec: IntegerSpec) -> Iterator[str]:
         held = f"{_numbers(chosen.bits)} bits" if chosen.bits else "no integers"
         yield f"{spec.label}: it holds {held}"
     elif not spec.symmetric and spec.num_bits not in chosen.zero_point_bits:
-        held = (
-            f"with {_numbers(chosen.zero_point_bits)} bits" if chosen.zero_point_bits else "never"
-        )
-        yield f"{spec.label}: it holds zero points {held}"
+        bits = chosen.zero_point_bits
+        zero_points = f"zero points with {_numbers(bits)} bits" if bits else "no zero points"
+        yield f"{spec.label}: it holds {zero_points}"
     if chosen.group_sizes is not None and spec.group_size not in chosen.group_sizes:
         yield f"{spec.label}: it holds groups of {_numbers(chosen.group_sizes)}"
     if spec.group_size % chosen.group_multiple and spec.group_size != -1:

@@ -1,14 +1,15 @@
-"""Exports a saved checkpoint to another format, with the same integers, scales and zero points."""
+"""Exports a quantized model to another format, with the same integers, scales and zero points."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from autoround_modifier.checkpoints.gguf_blocks import find_blocks_file
 from autoround_modifier.checkpoints.saved_files import CONFIG, write_json
@@ -20,7 +21,12 @@ from autoround_modifier.exports.auto_round_format import (
     packing_format,
 )
 from autoround_modifier.exports.awq import awq_config, awq_tensors
-from autoround_modifier.exports.export_formats import GGUF, check_format, check_scales, find_format
+from autoround_modifier.exports.export_formats import (
+    GGUF,
+    check_format,
+    check_scales,
+    find_format,
+)
 from autoround_modifier.exports.float_layers import WeightCheckpoint
 from autoround_modifier.exports.gguf import write_gguf
 from autoround_modifier.exports.gguf_checkpoint import checkpoint_source
@@ -31,6 +37,12 @@ from autoround_modifier.exports.gguf_tuned import TunedCheckpoint
 from autoround_modifier.exports.gptq import gptq_config, gptq_notes, gptq_tensors, gptq_v1
 from autoround_modifier.exports.integer_layers import IntegerCheckpoint, IntegerLayer, IntegerSpec
 from autoround_modifier.exports.mlx import mlx_config, mlx_notes, mlx_tensors
+from autoround_modifier.exports.model_source import (
+    Tokenizer,
+    check_model,
+    model_folders,
+    saved_beside,
+)
 from autoround_modifier.exports.written_files import copy_others, write_weights
 from autoround_modifier.gguf_schemes import gguf_scheme
 from autoround_modifier.host.saving import UNFINISHED_PREFIX, written_at_once
@@ -73,10 +85,11 @@ class _Plan:
 
 
 def export(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | PreTrainedModel,
     format: str,
     output: str | os.PathLike[str],
     *,
+    tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
     llama_cpp: str | os.PathLike[str] | None = None,
     vocabulary: str | os.PathLike[str] | None = None,
@@ -88,7 +101,9 @@ def export(
     written. One file of the checkpoint is in memory at a time.
 
     :param source: folder of a compressed-tensors checkpoint whose weights alone are quantized, to
-        integers; for GGUF also to MXFP4 or NVFP4. One of `quantize`, or of anybody else
+        integers; for GGUF also to MXFP4 or NVFP4. One of `quantize`, or of anybody else. Or a model
+        in memory, as `quantize` and `oneshot` return it: it is saved beside ``output`` for a
+        moment, and left as `save_pretrained` leaves it
     :param format: ``gptq``, ``awq``, ``auto_round``, ``mlx``, or a type of GGUF: ``gguf:q2_0``,
         ``gguf:tq2_0``, ``gguf:q4_0``, ``gguf:q4_1``, ``gguf:q5_0``, ``gguf:q5_1``, ``gguf:q8_0``,
         ``gguf:mxfp4`` or ``gguf:nvfp4``. Layers that it does not hold get the smallest type that
@@ -96,6 +111,9 @@ def export(
         GGUF such as ``gguf:q4_k_m`` is written as that
     :param output: folder to write to. Weights and ``config.json`` appear in it once all are
         written, ``config.json`` last. For GGUF the file, which ends in ``.gguf``
+    :param tokenizer: of a model in memory: tokenizer or processor, or name or folder of one; None
+        for that of the folder, or of the download, from which the model was loaded. A folder has
+        its own
     :param overwrite: the folder may hold files; weights of an earlier checkpoint go. For GGUF the
         file may be there
     :param llama_cpp: for GGUF, folder with llama.cpp's source, whose converter writes metadata and
@@ -112,14 +130,44 @@ def export(
     :raises OutputExistsError: if ``output`` is there and ``overwrite`` is false, or if it is,
         contains or lies in ``source``
     :raises OSError: if it cannot be written to
+    :raises RuntimeError: if several processes were started together, and a model is in memory
     """
-    source, output = Path(source), Path(output)
+    output, name = Path(output), gguf_scheme(format) or find_format(format).name
+    is_file = name.startswith(GGUF)
+    if not isinstance(source, nn.Module):
+        if tokenizer is not None:
+            raise ExportError(
+                f"{source} is a folder, whose own tokenizer is used; `tokenizer` goes with a model "
+                "in memory"
+            )
+        _check_output(output, {Path(source)}, overwrite, is_file)
+        return _export_folder(Path(source), name, output, llama_cpp, vocabulary, embeddings)
+    _check_output(output, model_folders(source), overwrite, is_file)
+    if is_file:
+        converter_script(llama_cpp)  # refuses before anything is saved
+    check_model(source, name)
+    with saved_beside(source, output, tokenizer) as saved:
+        exported = _export_folder(saved.folder, name, output, llama_cpp, vocabulary, embeddings)
+    return replace(exported, notes=(*saved.notes, *exported.notes))
+
+
+def _export_folder(
+    source: Path,
+    name: str,
+    output: Path,
+    llama_cpp: str | os.PathLike[str] | None,
+    vocabulary: str | os.PathLike[str] | None,
+    embeddings: str | None,
+) -> Exported:
+    """
+    :param source: folder of a compressed-tensors checkpoint, or of one with blocks of GGUF
+    :param name: of the format; for the others see `export`
+    """
     words = None if vocabulary is None else Path(vocabulary)
-    if gguf_scheme(format) is not None or find_blocks_file(source) is not None:
-        return _tuned(source, format, output, overwrite, llama_cpp, words, embeddings)
-    chosen = find_format(format)
+    if gguf_scheme(name) is not None or find_blocks_file(source) is not None:
+        return _tuned(source, name, output, llama_cpp, words, embeddings)
+    chosen = find_format(name)
     kind = chosen.name.removeprefix(GGUF) if chosen.name.startswith(GGUF) else None
-    _check_output(output, source, overwrite, is_file=kind is not None)
     if kind is not None:
         return _gguf(source, kind, output, llama_cpp, words, embeddings)
     if embeddings is not None:
@@ -154,7 +202,6 @@ def _tuned(
     source: Path,
     format: str,
     output: Path,
-    overwrite: bool,
     llama_cpp: str | os.PathLike[str] | None,
     vocabulary: Path | None,
     embeddings: str | None,
@@ -162,7 +209,6 @@ def _tuned(
     """Write the blocks of a checkpoint that was tuned in types of GGUF."""
     rounding = None if embeddings is None else Rounding(embeddings)
     checkpoint = TunedCheckpoint(source, format)
-    _check_output(output, source, overwrite, is_file=True)
     script = converter_script(llama_cpp)
     size = write_gguf(checkpoint.source(), output, script, vocabulary, rounding)
     types = checkpoint.saved.types
@@ -227,20 +273,23 @@ _PLANS: dict[str, Callable[[Sequence[IntegerSpec], Sequence[str]], _Plan]] = {
 }
 
 
-def _check_output(output: Path, source: Path, overwrite: bool, is_file: bool) -> None:
+def _check_output(output: Path, sources: Iterable[Path], overwrite: bool, is_file: bool) -> None:
     """
+    :param sources: folders from which the model is read
     :param is_file: whether ``output`` is to be a file
     :raises ExportError: if it is to be a file and does not end in ``.gguf``
     :raises OutputExistsError: see `export`
     """
     if is_file and output.suffix != ".gguf":
         raise ExportError(f"{output}: GGUF is one file; name one that ends in .gguf")
-    here, there = output.resolve(), source.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise OutputExistsError(
-            f"{output} is the folder of the checkpoint {source}, contains it or lies in it; choose "
-            "another place"
-        )
+    here = output.resolve()
+    for source in sources:
+        there = source.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise OutputExistsError(
+                f"{output} is the folder of the checkpoint {source}, contains it or lies in it; "
+                "choose another place"
+            )
     if here.is_dir() if is_file else here.is_file():
         kinds = ("folder", "file") if is_file else ("file", "folder")
         raise OutputExistsError(f"{output} is a {kinds[0]}; choose a {kinds[1]}")

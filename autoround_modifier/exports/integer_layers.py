@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,48 +12,21 @@ from torch import Tensor
 
 from autoround_modifier.checkpoints.contents import refuse_other_formats
 from autoround_modifier.checkpoints.saved_files import opened, read_layout, tensor_files
-from autoround_modifier.checkpoints.saved_layers import EMBEDDINGS, HEADS
 from autoround_modifier.checkpoints.saved_weights import SavedWeights
-from autoround_modifier.engines.config_names import EXPERT
-from autoround_modifier.engines.scheme import Scheme
-from autoround_modifier.errors import ExportError, listed
-from autoround_modifier.host.schemes import QuantizationScheme, QuantizationType
+from autoround_modifier.exports.integer_specs import (
+    FOR_GGUF,
+    IntegerSpec,
+    check_integers,
+    family_of,
+    integer_spec,
+    kind_of,
+    unquantized_layers,
+)
+from autoround_modifier.host.schemes import QuantizationScheme
 
 __all__ = ["FOR_GGUF", "IntegerCheckpoint", "IntegerLayer", "IntegerSpec", "kind_of"]
 
-# Families of `Scheme` that GGUF holds as well: weights alone are quantized, to 4 bits
-FOR_GGUF = ("mxfp4a16", "nvfp4a16")
-
-
-@dataclass(frozen=True)
-class IntegerSpec:
-    """
-    :ivar name: of a quantized layer, as in the files
-    :ivar out_features: rows of its weight
-    :ivar in_features: columns of its weight
-    :ivar num_bits: of an integer
-    :ivar symmetric: whether it has no zero points
-    :ivar group_size: input features that share a scale; -1 where a whole row does
-    :ivar kind: ``linear``, ``expert``, ``embedding`` or ``head``
-    """
-
-    name: str
-    out_features: int
-    in_features: int
-    num_bits: int
-    symmetric: bool
-    group_size: int
-    kind: str
-
-    @property
-    def label(self) -> str:
-        """Such as ``W2A16 G64`` or ``W8A16 asym channel``."""
-        strategy = "channel" if self.group_size == -1 else "group"
-        return Scheme("int", self.num_bits, self.symmetric, self.group_size, strategy).label
-
-    @property
-    def features_per_scale(self) -> int:
-        return self.in_features if self.group_size == -1 else self.group_size
+SMALLEST_FLOAT16 = 2.0**-24  # above zero
 
 
 @dataclass(frozen=True)
@@ -95,11 +68,11 @@ class IntegerCheckpoint:
         self.tensors = layout.tensors
         self._files = tensor_files(folder)
         schemes = {name: self._weights.scheme(name, layout.tensors) for name in self._weights}
-        self._refuse_what_is_not_integers(schemes)
+        check_integers(str(folder), layout, schemes, self.floats)
         self.float_families = {
-            name: _family(scheme)
+            name: family_of(scheme)
             for name, scheme in schemes.items()
-            if _family(scheme) in self.floats
+            if family_of(scheme) in self.floats
         }
         self.specs = {
             name: self._spec(name, scheme)
@@ -115,14 +88,7 @@ class IntegerCheckpoint:
     @property
     def unquantized_layers(self) -> list[str]:
         """Names of layers with a matrix for weight that are not quantized, embeddings left out."""
-        return [
-            name.removesuffix(".weight")
-            for name, tensor in self.tensors.items()
-            if name.endswith(".weight")
-            and len(tensor.shape) == 2
-            and name.removesuffix(".weight") not in self.quantized
-            and not EMBEDDINGS.fullmatch(name.removesuffix(".weight"))
-        ]
+        return unquantized_layers(self.tensors, self.quantized)
 
     def files(self) -> Iterator[tuple[str, list[str], list[str]]]:
         """Yield of each file its name, the quantized layers in it, and its other tensors."""
@@ -153,8 +119,20 @@ class IntegerCheckpoint:
         )
 
     def scale(self, name: str) -> Tensor:
-        """:return: (out_features, groups), as saved"""
-        return self.tensor(f"{name}.weight_scale")
+        """
+        :return: (out_features, groups), as saved; 0 where all weights of a group are zero, which
+            they are with any scale, if float16 has no number as small
+        """
+        scale = self.tensor(f"{name}.weight_scale")
+        if name not in self.specs:
+            return scale
+        small = scale.abs() < SMALLEST_FLOAT16
+        if not small.any():
+            return scale
+        layer, size = self.layer(name), self.specs[name].features_per_scale
+        zero = layer.codes == layer.zero_point.repeat_interleave(size, 1)
+        unused = zero.reshape(*scale.shape, size).all(-1)
+        return torch.where(small & unused, torch.zeros_like(scale), scale)
 
     def tensor(self, name: str) -> Tensor:
         """
@@ -164,79 +142,9 @@ class IntegerCheckpoint:
             return file.get_tensor(name)
 
     def _spec(self, name: str, scheme: QuantizationScheme) -> IntegerSpec:
-        weights = scheme.weights
-        assert weights is not None
-        if f"{name}.weight_shape" in self.tensors:
-            rows, columns = self.tensor(f"{name}.weight_shape").tolist()
-        else:
-            rows, columns = self.tensors[f"{name}.weight"].shape
-        by_group = str(getattr(weights.strategy, "value", weights.strategy)) == "group"
-        return IntegerSpec(
-            name=name,
-            out_features=rows,
-            in_features=columns,
-            num_bits=weights.num_bits,
-            symmetric=bool(weights.symmetric),
-            group_size=int(weights.group_size or -1) if by_group else -1,
-            kind=kind_of(name),
+        assert scheme.weights is not None
+        weight = self.tensors.get(f"{name}.weight")
+        shape: Sequence[int] = (
+            self.tensor(f"{name}.weight_shape").tolist() if weight is None else weight.shape
         )
-
-    def _refuse_what_is_not_integers(self, schemes: dict[str, QuantizationScheme]) -> None:
-        """:raises ExportError: naming the layers and what is quantized in them"""
-        found: dict[str, list[str]] = {}
-        for name, scheme in schemes.items():
-            reason = self._not_integers(name, scheme)
-            if reason is not None:
-                found.setdefault(reason, []).append(name)
-        quantization = self.config["quantization_config"]
-        caches = [name for name in self.tensors if name.endswith((".k_scale", ".v_scale"))]
-        if quantization.get("kv_cache_scheme") or caches:
-            found["the key-value cache is quantized"] = caches or ["kv_cache_scheme"]
-        if quantization.get("transform_config"):
-            found["weights are rotated while the model runs"] = ["transform_config"]
-        if (quantization.get("sparsity_config") or {}).get("format") not in (None, "dense"):
-            found["weights are stored sparsely"] = ["sparsity_config"]
-        if found:
-            reasons = [f"{reason}: {listed(names)}" for reason, names in found.items()]
-            raise ExportError(
-                f"{self.folder} is more than integers of weights, which alone can be exported to "
-                "this format; it can stay in compressed-tensors.\n  " + "\n  ".join(reasons)
-            )
-
-    def _not_integers(self, name: str, scheme: QuantizationScheme) -> str | None:
-        weights = scheme.weights
-        assert weights is not None
-        if _family(scheme) in self.floats:
-            return None
-        if weights.type != QuantizationType.INT:
-            elsewhere = "; GGUF holds it (`gguf:auto`)" if _family(scheme) in FOR_GGUF else ""
-            return f"{_label(scheme)} is no integer format{elsewhere}"
-        if scheme.input_activations is not None or scheme.output_activations is not None:
-            return f"{_label(scheme)} quantizes activations"
-        if f"{name}.weight_g_idx" in self.tensors:
-            return "columns are in the order of their activations (`actorder`)"
-        return None
-
-
-def kind_of(name: str) -> str:
-    """
-    :param name: of a layer
-    :return: ``linear``, ``expert``, ``embedding`` or ``head``
-    """
-    if EXPERT.search(name):
-        return "expert"
-    if EMBEDDINGS.fullmatch(name):
-        return "embedding"
-    return "head" if name.rpartition(".")[2] in HEADS else "linear"
-
-
-def _family(scheme: QuantizationScheme) -> str:
-    """:return: one of `FAMILIES`"""
-    found = Scheme.of_group(scheme.model_dump(mode="json"))
-    return "other" if found is None else found.family
-
-
-def _label(scheme: QuantizationScheme) -> str:
-    """:return: such as ``W8A8 sym channel dynamic`` or ``NVFP4``"""
-    found = Scheme.of_group(scheme.model_dump(mode="json"))
-    return "weights" if found is None else found.label
+        return integer_spec(name, shape, scheme.weights)

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from compressed_tensors.base import QUANTIZATION_CONFIG_NAME, QUANTIZATION_METHO
 from compressed_tensors.compressors import ModelCompressor, compress_module
 from compressed_tensors.quantization import (
     QuantizationConfig,
+    QuantizationScheme,
     QuantizationStatus,
     apply_quantization_config,
 )
@@ -29,7 +31,27 @@ from autoround_modifier.host.saved_format import choose_saved_format
 from autoround_modifier.host.saved_names import saved_name
 from autoround_modifier.host.skeleton import skeleton
 
-__all__ = ["named_layers", "predict_layout", "predict_tensors", "quantization_section"]
+__all__ = [
+    "PredictedLayer",
+    "named_layers",
+    "predict_layers",
+    "predict_layout",
+    "predict_tensors",
+    "quantization_section",
+]
+
+
+@dataclass(frozen=True)
+class PredictedLayer:
+    """
+    A layer whose weight will be quantized.
+
+    :ivar shape: (out_features, in_features) of its weight
+    :ivar scheme: of its weight and activations
+    """
+
+    shape: tuple[int, int]
+    scheme: QuantizationScheme
 
 
 def predict_layout(
@@ -41,16 +63,29 @@ def predict_layout(
         have already stay where no target matches
     :return: names, shapes and dtypes of the tensors that saving will write, and ``config.json``
     """
-    copied, section = _compressed(model, configs)
+    return predict_layers(model, configs)[0]
+
+
+def predict_layers(
+    model: PreTrainedModel, configs: Iterable[QuantizationConfig]
+) -> tuple[CheckpointLayout, dict[str, PredictedLayer]]:
+    """
+    :param model: not compressed; it is not changed
+    :param configs: as in `predict_layout`
+    :return: `predict_layout`, and the layers whose weights are quantized, by their names in the
+        files
+    """
+    copied, section, layers = _compressed(model, configs)
     tensors = revert_weight_conversion(copied, _saved_state(copied))
     content = copied.config.to_dict()
     content["architectures"] = [type(model).__name__]
     if section is not None:
         content[QUANTIZATION_CONFIG_NAME] = section
-    return CheckpointLayout(
+    layout = CheckpointLayout(
         content,
         {name: TensorLayout(tuple(x.shape), x.dtype) for name, x in tensors.items()},
     )
+    return layout, layers
 
 
 def predict_tensors(
@@ -67,8 +102,11 @@ def predict_tensors(
 
 def _compressed(
     model: PreTrainedModel, configs: Iterable[QuantizationConfig]
-) -> tuple[PreTrainedModel, dict[str, Any] | None]:
-    """:return: a copy on the meta device, as saving leaves the model; its `quantization_section`"""
+) -> tuple[PreTrainedModel, dict[str, Any] | None, dict[str, PredictedLayer]]:
+    """
+    :return: a copy on the meta device, as saving leaves the model; its `quantization_section`; its
+        layers with quantized weights, by their names in the files
+    """
     copied = skeleton(model)
     assert isinstance(copied, PreTrainedModel)
     with _without_log("compressed_tensors.utils.match"):  # of targets, which the run says itself
@@ -82,11 +120,18 @@ def _compressed(
         choose_saved_format(module.quantization_scheme, type(module))
     # Of the schemes before compressing, which changes their status.
     section = quantization_section(copied)
+    renamed, layers = saved_name(copied), {}
+    for path, module in named:
+        scheme = cast(QuantizationScheme, module.quantization_scheme)
+        if isinstance(module, (nn.Linear, nn.Embedding)) and scheme.weights is not None:
+            rows, columns = module.weight.shape
+            name = renamed(f"{path}.weight").rpartition(".")[0]
+            layers[name] = PredictedLayer((rows, columns), scheme)
     for module in quantized:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             compress_module(module)
             _pack_zero_point(module)
-    return copied, section
+    return copied, section, layers
 
 
 def _saved_state(copied: PreTrainedModel) -> dict[str, Tensor]:

@@ -104,7 +104,11 @@ def finish_when_saved(
                 save(str(save_directory), *args, **kwargs)
                 return
             with written_at_once(Path(save_directory)) as unfinished:
-                with _savable_generation_config(model), _no_mtp_layers():
+                with (
+                    _savable_generation_config(model),
+                    _no_mtp_layers(),
+                    _one_decompression(model),
+                ):
                     save(str(unfinished.path), *args, **kwargs)
                 unfinished.complete = True
                 cast(Any, save_and_finish)._finish(model, unfinished.path)
@@ -169,6 +173,18 @@ def _savable_generation_config(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = config
+
+
+@contextlib.contextmanager
+def _one_decompression(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Each time that compressed-tensors compresses a model, it lets the next forward pass decompress
+    it. Of two such hooks the second finds nothing to decompress, and fails.
+    """
+    earlier = getattr(model, "ct_decompress_hook", None)
+    yield
+    if earlier is not None and getattr(model, "ct_decompress_hook", None) is not earlier:
+        earlier.remove()
 
 
 def _no_mtp_layers() -> contextlib.AbstractContextManager[None]:

@@ -38,6 +38,7 @@ from autoround_modifier.planning.block_counts import (
     owner_of,
     width_of,
 )
+from autoround_modifier.planning.quantities import Quantity
 from autoround_modifier.planning.saved_parts import SavedPart, saved_parts
 from autoround_modifier.planning.settings import RecipeParts
 from autoround_modifier.schemes import resolve_options
@@ -65,6 +66,7 @@ class ModelCounts:
     :ivar quantized_groups: of these, that share a scale
     :ivar chosen: weights that an `AutoSchemeModifier` chooses for; 0 if nothing is left to choose
     :ivar chosen_size: (smallest, largest) bytes of them in the checkpoint
+    :ivar exports: bytes of other formats, and of what they take while they are written
     :ivar notes: what is not counted, and why
     """
 
@@ -82,6 +84,7 @@ class ModelCounts:
     quantized_groups: int
     chosen: int = 0
     chosen_size: tuple[int, int] = (0, 0)
+    exports: tuple[Quantity, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

@@ -39,7 +39,7 @@ def disk_parts(
     :return: what is written
     """
     itemsize = counts.dtype.itemsize
-    parts = [checkpoint]
+    parts = [checkpoint, *counts.exports]
     if original is not None:
         parts.insert(0, original)
     if mtp_layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from autoround_modifier.planning.advice import Change, changes_that_fit
 from autoround_modifier.planning.counts import ModelCounts, count_model
 from autoround_modifier.planning.disk import checkpoint_size, disk_parts
 from autoround_modifier.planning.duration import run_seconds
+from autoround_modifier.planning.exports import export_parts
 from autoround_modifier.planning.hardware import DEVICES, Machine, find_machine
 from autoround_modifier.planning.memory import device_phases, host_parts
 from autoround_modifier.planning.quantities import Phase, Quantity, largest, total
@@ -28,6 +29,7 @@ from autoround_modifier.planning.settings import (
     scheme_recipe,
 )
 from autoround_modifier.readable import bytes_text
+from autoround_modifier.run_outputs import COMPRESSED_TENSORS, read_formats
 
 __all__ = ["Plan", "Shortage", "plan"]
 
@@ -130,6 +132,7 @@ def plan(
     model_on_disk: bool = False,
     machine: Machine | None = None,
     trust_remote_code: bool = False,
+    formats: str | Sequence[str] | None = None,
     **fields: Any,
 ) -> Plan:
     """
@@ -144,6 +147,7 @@ def plan(
     :param model_on_disk: the model is loaded with ``device_map="auto_offload"``
     :param machine: None for this one, with the working folder's disk
     :param trust_remote_code: let a model run its own code
+    :param formats: that are written, as in `oneshot`
     :param fields: of `AutoRoundModifier`, such as ``preset`` and ``batch_size``; they replace those
         of the recipe
     :return: the plan, whether it fits or not
@@ -152,7 +156,9 @@ def plan(
         targets nothing
     :raises SchemeError: if a scheme does not fit a layer
     :raises CompressedSourceError: if the model is compressed already
+    :raises ExportError: if there is no such format, or it cannot hold what the recipe makes
     """
+    others = [name for name in read_formats(formats) if name != COMPRESSED_TENSORS]
     source = _source(model, trust_remote_code)
     if scheme is None:
         parts = read_recipe(recipe, fields)
@@ -161,6 +167,8 @@ def plan(
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     run = parts.settings(max_seq_length, longest, model_on_disk)
     counts = count_model(source.config, parts, run.loss, source.dtype, trust_remote_code)
+    exports = export_parts(source.config, parts, others, counts.size, trust_remote_code)
+    counts = replace(counts, exports=tuple(exports))
     machine = machine or find_machine()
     made = _made(source, parts, counts, run, machine)
     if made.fits:

@@ -37,7 +37,7 @@ ORDER = (
     ("distillation", "runs"),
     ("exports", "hub", "report", "schemes"),
     ("evaluation", "modifiers"),
-    ("recipes",),
+    ("recipes", "run_outputs"),
     ("entrypoint", "recipe_composition"),
     ("api", "job", "planning"),
     ("release",),

@@ -10,7 +10,7 @@ from tiny_mixtures import tiny_mixture
 
 from autoround_modifier import AutoRoundModifier
 from autoround_modifier.checkpoints.saved_files import read_layout
-from autoround_modifier.host.prediction import predict_layout, quantization_section
+from autoround_modifier.host.prediction import predict_layers, predict_layout, quantization_section
 from autoround_modifier.host.saved_names import name_experts_as_released
 
 SCHEMES = ("W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_BLOCK", "NVFP4", "MXFP4", "MXFP8")
@@ -52,6 +52,24 @@ def test_mixtures(prefix, tmp_path):
         },
     )
     check_prediction(tiny_mixture(tmp_path / "original", prefix), recipe, tmp_path / "saved")
+
+
+def test_layers_have_their_shapes_schemes_and_saved_names(tmp_path):
+    model = tiny_mixture(tmp_path / "original", "Mixtral")
+    recipe = AutoRoundModifier(
+        preset="rtn",
+        ignore=["lm_head", r"re:.*\.gate$"],
+        config_groups={"group_0": {**weight_scheme(2), "targets": ["Linear"]}},
+    )
+    name_experts_as_released(model)
+    layout, layers = predict_layers(model, [recipe.resolved_config])
+    packed = {name.removesuffix(".weight_packed") for name in layout.tensors if "packed" in name}
+    assert set(layers) == packed
+    for name, module in model.named_modules():
+        if name in layers:
+            assert layers[name].shape == tuple(module.weight.shape)
+    assert any("experts.0.w1" in name for name in layers)
+    assert {layer.scheme.weights.num_bits for layer in layers.values()} == {2}
 
 
 def test_nothing_is_said_of_a_model_that_is_not_quantized():

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import tiny_llama, weight_scheme
+from conftest import quantize, tiny_llama, weight_scheme
 from llmcompressor.core import active_session, reset_session
 from llmcompressor.recipe import Recipe
 from torch import nn
@@ -91,6 +91,18 @@ def test_an_earlier_checkpoint_is_replaced_and_other_files_stay(model, tmp_path)
     assert weights == ["model.safetensors"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert not killed.exists()
+
+
+def test_a_model_that_was_saved_twice_still_runs(tmp_path):
+    """compressed-tensors adds a hook each time, of which one decompresses the model."""
+    model = tiny_llama(num_layers=1)
+    recipe = AutoRoundModifier(
+        preset="rtn", ignore=["lm_head"], config_groups={"a": weight_scheme()}
+    )
+    quantize(model, recipe)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "two")
+    assert torch.isfinite(model(torch.tensor([[1, 2]])).logits).all()
 
 
 def test_uploading_while_saving_is_refused(model, tmp_path):

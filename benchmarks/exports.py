@@ -1,0 +1,149 @@
+"""
+What engines compute from exported checkpoints of SmolLM2-135M, and how large the files are.
+
+    make bench-exports TEXT=path/to/text.jsonl
+
+``TEXT`` is a JSON-lines file with a field ``text``; lines with ``"split": "eval"`` are used, if
+there are any. The checkpoints are those of ``tests/exports/make_checkpoints.py --smollm2``. Each
+engine runs in its own environment and process. Results are written to a JSON file after each row,
+and as a Markdown table beside it; rows that the file already holds do not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from export_engines import log_softmax
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from autoround_modifier.runs.files import write_atomically
+
+CHILD = Path(__file__).parent / "export_engines.py"
+# checkpoint -> format, engine, environment. "checkpoint" is the one in compressed-tensors.
+ROWS = {
+    "smollm2_w4": [
+        ("checkpoint", "transformers", "package"),
+        ("gptq", "transformers", "exports"),
+        ("awq", "transformers", "exports"),
+        ("auto_round", "transformers", "exports"),
+        ("gguf_q4_0.gguf", "transformers", "exports"),
+        ("gguf_q4_0.gguf", "llama_cpp", "llama-cpp"),
+        ("mlx", "mlx", "mlx"),
+        ("checkpoint", "vllm", "vllm"),
+        ("gptq", "vllm", "vllm"),
+        ("awq", "vllm", "vllm"),
+        ("auto_round", "vllm", "vllm"),
+    ],
+    "smollm2_w2": [
+        ("checkpoint", "transformers", "package"),
+        ("gptq", "transformers", "exports"),
+        ("auto_round", "transformers", "exports"),
+        ("gguf_q4_0.gguf", "transformers", "exports"),
+        ("gguf_q2_0.gguf", "llama_cpp", "llama-cpp"),
+        ("gguf_q4_0.gguf", "llama_cpp", "llama-cpp"),
+        ("mlx", "mlx", "mlx"),
+    ],
+}
+HEADER = (
+    *("checkpoint", "format", "engine", "computed in", "KL from unquantized"),
+    *("KL from the tuned weights", "size, MB", "peak memory, MB"),
+)
+COMPUTED = {
+    "transformers": "float32",
+    "llama_cpp": "8-bit activations",
+    "mlx": "bfloat16",
+    "vllm": "bfloat16",
+}
+
+
+def eval_tokens(text: Path, tokenizer, sequences: int, length: int) -> np.ndarray:
+    """:return: (sequences, length), of as many different lines"""
+    lines = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
+    wanted = [line for line in lines if line.get("split") == "eval"] or lines
+    found = []
+    for line in wanted:
+        ids = tokenizer(line["text"])["input_ids"]
+        if len(ids) >= length:
+            found.append(ids[:length])
+        if len(found) == sequences:
+            return np.array(found)
+    raise SystemExit(f"{text} has {len(found)} texts of {length} tokens, not {sequences}")
+
+
+@torch.no_grad()
+def save_log_probabilities(model: Path, tokens: np.ndarray, path: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found = [log_softmax(loaded(torch.tensor(ids)[None]).logits[0, :-1].numpy()) for ids in tokens]
+    np.save(path, np.stack(found))
+
+
+def size_of(path: Path) -> int:
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
+def table(results: list[dict]) -> str:
+    lines = [HEADER, ("---",) * len(HEADER)]
+    for row in results:
+        lines.append(
+            (
+                row["checkpoint"].removeprefix("smollm2_").upper(),
+                row["format"],
+                row["engine"],
+                COMPUTED[row["engine"]],
+                f"{row['unquantized']:.4f}",
+                f"{row['dequantized']:.6f}",
+                f"{row['bytes'] / 1e6:.1f}",
+                f"{row['peak_memory'] / 1e6:.0f}",
+            )
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("model", type=Path, help="SmolLM2-135M, not quantized")
+    parser.add_argument("checkpoints", type=Path, help="folder of make_checkpoints.py")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("--python", nargs="*", default=[], metavar="ENVIRONMENT=PYTHON")
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    arguments = parser.parse_args()
+
+    pythons = {"package": sys.executable, **dict(x.split("=", 1) for x in arguments.python)}
+    results = json.loads(arguments.output.read_text()) if arguments.output.is_file() else []
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokens = eval_tokens(arguments.text, tokenizer, arguments.sequences, arguments.length)
+    for checkpoint, rows in ROWS.items():
+        folder = arguments.checkpoints / checkpoint
+        references = folder / "references"
+        references.mkdir(exist_ok=True)
+        np.save(references / "tokens.npy", tokens)
+        for name, model in (
+            ("unquantized", arguments.model),
+            ("dequantized", folder / "dense"),
+        ):
+            save_log_probabilities(model, tokens, references / f"{name}.npy")
+        done = {(row["checkpoint"], row["format"], row["engine"]) for row in results}
+        for format, engine, environment in rows:
+            if (checkpoint, format, engine) in done or environment not in pythons:
+                continue
+            command = [pythons[environment], str(CHILD), engine, str(folder / format), references]
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found = json.loads(run.stdout.strip().splitlines()[-1])
+            row = {"checkpoint": checkpoint, "format": format, "engine": engine, **found}
+            results.append({**row, "bytes": size_of(folder / format)})
+            write_atomically(arguments.output, json.dumps(results, indent=1))
+            write_atomically(arguments.output.with_suffix(".md"), table(results))
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

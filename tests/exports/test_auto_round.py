@@ -1,0 +1,42 @@
+"""
+The format of auto-round as Transformers reads it with auto-round, on a CPU.
+
+With auto-round-lib its kernel for CPUs (ARK) computes 2, 4 and 8 bits in float32; 3 bits run in
+auto-round's PyTorch kernel, which computes in 16 bits.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch_models import (
+    HALF_A_STEP,
+    dense_logits,
+    kernels,
+    logits,
+    token_ids,
+    weight_gap,
+)
+from transformers import AutoModelForCausalLM
+
+ENGINE = "auto_round"
+PACKAGES = ("transformers", "auto-round", "auto-round-lib", "torch")
+
+# Largest difference of logits, whose standard deviation is 3.2: the order of float32 sums.
+# Measured: 0.00014; of 3 bits 0.25.
+FLOAT32, THREE_BITS = 5e-4, 0.6
+# As a part of a weight: one product in float32
+EXACT = 2.0**-22
+
+
+@pytest.mark.cases(("auto_round",))
+def test_logits(case, record):
+    model = AutoModelForCausalLM.from_pretrained(case.path, dtype=torch.float32, device_map="cpu")
+    difference = logits(model, token_ids(case.folder)) - dense_logits(case.folder)
+    gap, used = float(difference.abs().max()), kernels(model)
+    weights = weight_gap(model, case.folder, torch.float32)
+    three = case.row.startswith("w3")
+    record(case, "run", gap=gap, weight_gap=weights, kernels=used)
+    assert used
+    assert weights <= (HALF_A_STEP[torch.bfloat16] if three else EXACT)
+    assert gap <= (THREE_BITS if three else FLOAT32)
