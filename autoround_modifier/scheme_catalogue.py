@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autoround_modifier.engines.layers import AlikeLayers
 from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.engines.support import EngineSupport, find_support
 from autoround_modifier.engines.tables import ENGINE_TABLES
@@ -76,11 +77,11 @@ def supports_of(
     :param single_group: whether the checkpoint has one that targets ``Linear``; None looks
     :return: what each engine makes of the checkpoint, of a model without experts
     """
-    schemes = list(dict.fromkeys((written_scheme(group), False) for group in groups))
+    layers = [AlikeLayers(scheme) for scheme in dict.fromkeys(map(written_scheme, groups))]
     if single_group is None:
         single_group = len(groups) == 1 and "Linear" in groups[0].get("targets", ())
     return tuple(
-        find_support(table, schemes, FOLDER, single_group=single_group) for table in ENGINE_TABLES
+        find_support(table, layers, FOLDER, single_group=single_group) for table in ENGINE_TABLES
     )
 
 

@@ -12,18 +12,13 @@ from conftest import ROOT
 from torch import nn
 
 from autoround_modifier.activations import unsupported_activations
-from autoround_modifier.engines.machine import this_machine
+from autoround_modifier.engines.environment import this_environment
+from autoround_modifier.engines.hardware import ELSEWHERE, Hardware, in_words
+from autoround_modifier.engines.layers import AlikeLayers
+from autoround_modifier.engines.rows import RELOAD, RUN, EngineTable
 from autoround_modifier.engines.scheme import FAMILIES, Scheme
 from autoround_modifier.engines.sglang_table import SGLANG
-from autoround_modifier.engines.support import (
-    ELSEWHERE,
-    RELOAD,
-    RUN,
-    Hardware,
-    find_kernel,
-    find_support,
-    in_words,
-)
+from autoround_modifier.engines.support import KernelChoice, find_kernel, find_support
 from autoround_modifier.engines.tables import ENGINE_TABLES
 from autoround_modifier.engines.transformers_table import TRANSFORMERS
 from autoround_modifier.engines.vllm_table import VLLM
@@ -49,6 +44,19 @@ CPU, HOPPER = Hardware("cpu"), Hardware("cuda", 90)
 GPUS = [hardware for hardware in ELSEWHERE if hardware.platform == "cuda"]
 SPELLED = ["W2A16G64", "W2A16_ASYM_G64", "W3A16_ASYM_G32", "W8A8_ASYM", "W4A8_ASYM", "w4a16g32"]
 PAGE = (ROOT / "docs" / "compatibility.md").read_text()
+
+
+def kernel_of(
+    table: EngineTable,
+    scheme: Scheme,
+    hardware: Hardware,
+    experts: bool = False,
+    single_group: bool = True,
+    version: str | None = None,
+) -> KernelChoice:
+    """:return: what runs layers of any shape"""
+    layers = AlikeLayers(scheme, experts)
+    return find_kernel(table, layers, hardware, single_group=single_group, version=version)
 
 
 def integers(
@@ -106,10 +114,10 @@ def test_each_shipped_scheme_has_a_row_for_each_engine(name, table):
     for scheme in map(written_scheme, groups):
         assert scheme.family in FAMILIES[:-1]
         for hardware in (*GPUS, CPU):
-            choice = find_kernel(table, scheme, hardware, single_group=len(groups) == 1)
+            choice = kernel_of(table, scheme, hardware, single_group=len(groups) == 1)
             assert choice.kernel or choice.note
             assert choice.known or "one to a byte" in choice.note
-        assert find_kernel(TRANSFORMERS, scheme, CPU).known in (RUN, RELOAD)
+        assert kernel_of(TRANSFORMERS, scheme, CPU).known in (RUN, RELOAD)
 
 
 def test_what_is_asked_of_vllm_by_its_tests_is_in_the_table():
@@ -124,7 +132,7 @@ def test_what_is_asked_of_vllm_by_its_tests_is_in_the_table():
     asked = {name: kernel for name, kernel in rows if name in presets}
     assert set(asked) == set(presets)
     for name, kernel in asked.items():
-        choice = find_kernel(VLLM, written_scheme(group_named(presets[name])), CPU)
+        choice = kernel_of(VLLM, written_scheme(group_named(presets[name])), CPU)
         assert choice.known == RUN
         assert kernel == f"{choice.kernel}LinearKernel"
 
@@ -142,11 +150,11 @@ def doc_table(heading: str) -> Iterator[list[str]]:
 
 def test_the_page_and_the_tables_have_the_same_versions():
     versions = {row[0].partition(",")[0]: row[1] for row in doc_table("Versions")}
-    for table in ENGINE_TABLES:
+    for table in (VLLM, SGLANG, TRANSFORMERS):
         assert re.match(rf"{re.escape(table.version)}\b", versions[table.engine])
     assert "5.23 and 5.24 refuse asymmetric" in versions["Transformers"]
     for version, loads in {"5.17.0": True, "5.22.1": True, "5.23.0": False, "6.0": False}.items():
-        choice = find_kernel(TRANSFORMERS, integers(4, 64, False), CPU, version=version)
+        choice = kernel_of(TRANSFORMERS, integers(4, 64, False), CPU, version=version)
         assert (choice.kernel is not None) == loads
 
 
@@ -168,7 +176,7 @@ def test_the_gpu_kernels_of_vllm_are_those_of_the_page():
         for scheme in of_text(text):
             for hardware in GPUS:
                 expected = on_hopper if hardware == HOPPER else others
-                assert find_kernel(VLLM, scheme, hardware).kernel == expected, (scheme, hardware)
+                assert kernel_of(VLLM, scheme, hardware).kernel == expected, (scheme, hardware)
                 asked += 1
     assert asked == 6 * (5 * 2 * 6 + 2 * 3 + 2 + 3 + 1 + 3)
 
@@ -214,7 +222,7 @@ def test_the_runs_on_cpus_are_those_of_the_page():
     for text, groups in ROWS.items():
         of_transformers, of_vllm, _ = rows[text]
         schemes = [written_scheme(group) for group in groups]
-        found = [find_kernel(VLLM, scheme, CPU) for scheme in schemes]
+        found = [kernel_of(VLLM, scheme, CPU) for scheme in schemes]
         if of_vllm == "4-bit layers only":
             assert [choice.kernel is not None for choice in found] == [
                 scheme.num_bits == 4 for scheme in schemes
@@ -222,7 +230,7 @@ def test_the_runs_on_cpus_are_those_of_the_page():
         else:
             runs = of_vllm.startswith("run")
             assert all((choice.kernel is not None) == runs for choice in found), text
-        known = {find_kernel(TRANSFORMERS, scheme, CPU).known for scheme in schemes}
+        known = {kernel_of(TRANSFORMERS, scheme, CPU).known for scheme in schemes}
         assert known == {of_transformers.partition(" ")[0]}, text
 
 
@@ -247,7 +255,7 @@ def test_what_sglang_takes_is_what_the_page_says():
         preset = group_named(name if name in SCHEMES else f"{name}A16")
         if name == "W4A8":
             preset["format"] = "pack-quantized"
-        choice = find_kernel(SGLANG, written_scheme(preset), HOPPER)
+        choice = kernel_of(SGLANG, written_scheme(preset), HOPPER)
         assert (choice.kernel, choice.option) == ("Humming", "--quantization humming")
 
 
@@ -290,29 +298,29 @@ def test_config_groups_of_others_are_understood():
 
 
 def test_a_humming_option_needs_one_group():
-    (vllm, sglang, _) = supports_of([{**W2, "targets": ["Linear"]}])
+    vllm, sglang, *_ = supports_of([{**W2, "targets": ["Linear"]}])
     assert vllm.command == "vllm serve FOLDER"
     assert sglang.command.endswith("--model-path FOLDER --quantization humming")
-    (_, sglang, _) = supports_of([{**W4, "targets": ["re:.*attn"]}, {**W2, "targets": ["Linear"]}])
+    _, sglang, *_ = supports_of([{**W4, "targets": ["re:.*attn"]}, {**W2, "targets": ["Linear"]}])
     assert not sglang.loads
     assert any("one config group that targets `Linear`" in reason for reason in sglang.reasons)
 
 
 def test_folders_are_quoted_in_commands():
-    schemes = [(integers(4, 64), False)]
-    commands = [find_support(table, schemes, "/models/my model").command for table in ENGINE_TABLES]
-    assert commands[0] == "vllm serve '/models/my model'"
-    assert commands[1].endswith("--model-path '/models/my model'")
-    assert "from_pretrained('/models/my model', " in commands[2]
+    layers, folder = [AlikeLayers(integers(4, 64))], "/models/my model"
+    vllm, sglang, *_, transformers = (find_support(x, layers, folder) for x in ENGINE_TABLES)
+    assert vllm.command == "vllm serve '/models/my model'"
+    assert sglang.command.endswith("--model-path '/models/my model'")
+    assert "from_pretrained('/models/my model', " in transformers.command
 
 
 def test_packed_experts_have_no_kernel_on_cpus():
-    assert find_kernel(VLLM, integers(4, 64), CPU, experts=True).kernel is None
-    assert find_kernel(VLLM, integers(2, 64), HOPPER, experts=True).kernel is not None
+    assert kernel_of(VLLM, integers(4, 64), CPU, experts=True).kernel is None
+    assert kernel_of(VLLM, integers(2, 64), HOPPER, experts=True).kernel is not None
 
 
 def test_hardware_in_words():
-    assert in_words(ELSEWHERE) == "NVIDIA 7.5+, AMD GPU, Intel GPU, CPU"
+    assert in_words(ELSEWHERE) == "NVIDIA 7.5+, AMD GPU, Intel GPU, Apple GPU, CPU"
     assert in_words(GPUS[1:]) == "NVIDIA 8.0+"
     assert in_words([HOPPER]) == "NVIDIA 9.0"
     assert in_words([GPUS[0], HOPPER, CPU]) == "NVIDIA 7.5, 9.0, CPU"
@@ -320,7 +328,7 @@ def test_hardware_in_words():
 
 
 def test_this_machine_is_asked_without_importing_engines():
-    found = this_machine()
+    found = this_environment()
     assert found.engines["Transformers"]
     assert found.hardware.platform in ("cpu", "cuda", "rocm", "xpu", "mps")
 
@@ -329,4 +337,4 @@ def test_a_description_names_aliases_and_recipes():
     (entry,) = describe_schemes(["int8"])
     assert (entry.name, entry.aliases) == ("W8A8", ("INT8",))
     assert entry.recipes == ("w8a8_autoround",)
-    assert [engine.engine for engine in entry.engines] == ["vLLM", "SGLang", "Transformers"]
+    assert [x.engine for x in entry.engines] == [table.engine for table in ENGINE_TABLES]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from autoround_modifier.checkpoints.saved_config import (
 from autoround_modifier.checkpoints.saved_files import CONFIG, read_json, read_layout, tensor_files
 from autoround_modifier.checkpoints.saved_layers import SavedLayer, saved_layers, tensor_bytes
 from autoround_modifier.engines.config_names import NUMBER
+from autoround_modifier.engines.layers import ShapedLayer
 from autoround_modifier.engines.layout import CheckpointLayout
 from autoround_modifier.engines.matching import groups_of
 from autoround_modifier.engines.scheme import Scheme
@@ -71,10 +72,13 @@ class CheckpointContents:
     :param file_bytes: of all files in the folder
     :param files: number of safetensors files
     :param kv_cache: scheme of the key-value cache, in words; None if it is not quantized
+    :param kv_cache_bits: of a number in it; None if it is not quantized
     :param mtp_layers: for multi-token prediction that ``config.json`` says there are
     :param mtp_tensors: those of them in the files
     :param recipe: text of ``recipe.yaml``; None if there is none
     :param notes: what is odd
+    :param layers: those that are quantized, each with its scheme and shape
+    :param unquantized_layers: names of linear layers that are not quantized
     """
 
     folder: str
@@ -92,10 +96,13 @@ class CheckpointContents:
     file_bytes: int
     files: int
     kv_cache: str | None
+    kv_cache_bits: int | None
     mtp_layers: int
     mtp_tensors: int
     recipe: str | None
     notes: tuple[str, ...] = ()
+    layers: tuple[ShapedLayer, ...] = field(default=(), repr=False)
+    unquantized_layers: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def is_quantized(self) -> bool:
@@ -148,10 +155,21 @@ def checkpoint_contents(folder: Path, layout: CheckpointLayout | None = None) ->
         file_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         files=len(set(tensor_files(folder).values())),
         kv_cache=_kv_cache(quantization.get("kv_cache_scheme")),
+        kv_cache_bits=(quantization.get("kv_cache_scheme") or {}).get("num_bits"),
         mtp_layers=promised,
         mtp_tensors=len(mtp),
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
         notes=tuple(dict.fromkeys(notes)),
+        layers=tuple(
+            ShapedLayer(x.name, x.scheme, x.shape[-2], x.shape[-1], x.kind == "experts")
+            for x in quantized
+            if x.scheme is not None and len(x.shape) > 1
+        ),
+        unquantized_layers=tuple(
+            x.name
+            for x in layers
+            if x.scheme is None and x.is_matrix and x.shape and x.kind != "embeddings"
+        ),
     )
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import typer
 
 from autoround_modifier.cli.tables import print_table
-from autoround_modifier.engines.support import EngineSupport, Hardware, in_words
+from autoround_modifier.engines.hardware import Hardware, in_words
+from autoround_modifier.engines.support import EngineSupport, KernelChoice
 
-__all__ = ["hardware_of", "kernels_as_json", "print_kernels"]
+__all__ = ["choice_text", "hardware_of", "kernels_as_json", "print_kernels"]
 
 KNOWN = (
     "run: a checkpoint was run; reload: it gave the logits of the model in memory; asked: the "
@@ -19,10 +20,11 @@ KNOWN = (
 )
 
 
-def print_kernels(supports: Iterable[EngineSupport]) -> None:
+def print_kernels(supports: Iterable[EngineSupport], refused: bool = True) -> None:
+    """:param refused: whether to tell where an engine has none, and why"""
     print_table(
         ("engine", "scheme", "kernel", "hardware", "known"),
-        [row for support in supports for row in _rows(support)],
+        [row for support in supports for row in _rows(support, refused)],
     )
     typer.echo(KNOWN)
 
@@ -39,21 +41,32 @@ def kernels_as_json(support: EngineSupport) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(support: EngineSupport) -> list[tuple[str, str, str, str, str]]:
+def _rows(support: EngineSupport, refused: bool) -> list[tuple[str, str, str, str, str]]:
     """:return: one row for each scheme and kernel, with the hardware that has it"""
     grouped: dict[tuple[str, str, str], list[Hardware]] = {}
     for hardware, choices in support.kernels.items():
         for choice in choices:
-            scheme = f"{choice.scheme}{' experts' if choice.experts else ''}"
-            notes = "; ".join(x for x in (choice.option, choice.note) if x)
-            kernel = "refused" if choice.kernel is None else choice.kernel
-            cell = f"{kernel} ({notes})" if notes else kernel
+            if choice.kernel is None and not refused:
+                continue
+            scheme, cell = choice_text(choice)
             grouped.setdefault((scheme, cell, choice.known), []).append(hardware)
     name = f"{support.engine} {support.version}"
     return [
         (name, scheme, cell, in_words(hardware), known)
         for (scheme, cell, known), hardware in sorted(grouped.items(), key=lambda x: x[0][0])
     ]
+
+
+def choice_text(choice: KernelChoice) -> tuple[str, str]:
+    """:return: which layers, and what runs them, or why nothing does"""
+    scheme = f"{choice.scheme}{' experts' if choice.experts else ''}"
+    if choice.layers:
+        scheme += f" ({', '.join(choice.layers)})"
+    export = f"after export to {choice.export}" if choice.export and choice.kernel else ""
+    package = f"with {choice.package}" if choice.package else ""
+    notes = "; ".join(x for x in (export, choice.option, package, choice.note) if x)
+    kernel = "refused" if choice.kernel is None else choice.kernel
+    return scheme, f"{kernel} ({notes})" if notes else kernel
 
 
 def hardware_of(support: EngineSupport) -> str:

@@ -5,12 +5,21 @@ configuration code was run without a GPU; no model was.
 
 from __future__ import annotations
 
-from autoround_modifier.engines.support import ASKED, CHANNEL, CPU, READ, EngineTable, Row, cuda
+from typing import Any
+
+from autoround_modifier.engines.hardware import CPU, METAL, cuda
+from autoround_modifier.engines.rows import ASKED, CHANNEL, READ, EngineTable, Row, from_file
+from autoround_modifier.engines.scheme import FAMILIES
 
 __all__ = ["SGLANG"]
 
+QUANTIZATION = "python/sglang/srt/layers/quantization"
 GPU = (cuda(75),)
 MARLIN_GROUPS = (CHANNEL, 32, 64, 128)
+# `min_thread_n` and `min_thread_k` of the kernel. `check_marlin_supports_shape` asks for 128 input
+# features, but nothing depends on its answer
+MARLIN: dict[str, Any] = {"out_multiple": 64, "in_multiple": 64}
+MARLIN["source"] = f"{QUANTIZATION}/compressed_tensors/schemes/compressed_tensors_wNa16.py"
 HUMMING = "--quantization humming"
 NEEDS_BUILD = "has no CPU kernels in its released packages"
 NO_SCHEME = "has no scheme of these in its ordinary loader"
@@ -20,15 +29,18 @@ SGLANG = EngineTable(
     engine="SGLang",
     packages=("sglang",),
     version="0.5.23",
-    rows=(
+    rows=from_file(
+        f"{QUANTIZATION}/compressed_tensors/compressed_tensors.py",
         Row((
             "int", "int-int8", "int-int4", "int-fp8", "fp8", "fp8_block", "fp8a16", "mxfp4",
             "mxfp4a16", "mxfp4a8", "mxfp8", "mxfp8a16", "nvfp4", "nvfp4a16", "other",
-        ), (CPU,), None, READ, note=NEEDS_BUILD),
+        ), (CPU,), None, READ, note=NEEDS_BUILD, source="python/sglang/srt/utils/common.py"),
         Row(("int",), (), None, READ, (2, 3, 5, 6, 7), experts=True,
             note="has experts of 4 and 8 bits only"),
-        Row(("int",), (cuda(80),), "Marlin", ASKED, (4, 8), symmetric=True, groups=MARLIN_GROUPS),
-        Row(("int",), (cuda(80),), "Marlin", ASKED, (4,), symmetric=False, groups=MARLIN_GROUPS),
+        Row(("int",), (cuda(80),), "Marlin", ASKED, (4, 8), symmetric=True, groups=MARLIN_GROUPS,
+            **MARLIN),
+        Row(("int",), (cuda(80),), "Marlin", ASKED, (4,), symmetric=False, groups=MARLIN_GROUPS,
+            **MARLIN),
         Row(("int",), GPU, "Humming", ASKED, (2, 3), option=HUMMING, single_group=True),
         Row(("int",), GPU, None, ASKED, (2, 3), note=ONE_GROUP),
         Row(("int",), GPU, None, READ, (4, 8),
@@ -58,7 +70,12 @@ SGLANG = EngineTable(
         Row(("mxfp8", "mxfp8a16"), (), None, ASKED, note="has no MXFP8 of compressed-tensors"),
         Row(("fp8", "fp8_block", "fp8a16", "nvfp4", "nvfp4a16", "int", "int-int8", "int-int4"),
             (cuda(0),), None, READ, note="needs compute capability 8.0 or higher"),
+        Row(FAMILIES, (METAL,), None, READ, note="has no kernels for Apple GPUs"),
     ),
     command="python -m sglang.launch_server --model-path {folder}{options}",
+    repository="sgl-project/sglang",
+    platforms=("cuda", "rocm"),
+    install="pip install sglang",
+    fuses=True,
     refusal="nothing is known of this here",
 )  # fmt: skip
