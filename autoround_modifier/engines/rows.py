@@ -23,6 +23,7 @@ RUN = "run"  # a checkpoint, or what was exported of it, was loaded and gave the
 ASKED = "asked"  # code of the engine was called without the hardware, and no model was run
 RELOAD = "reload"  # Transformers gave the logits of the model in memory
 READ = "read"  # in the engine's source
+GGUF_AUTO = "gguf:auto"
 CHANNEL = -1  # the group size of scales by channel or tensor
 
 
@@ -106,7 +107,7 @@ class Row:
             and (not self.strategies or scheme.strategy in self.strategies)
             and (self.dynamic is None or scheme.dynamic == self.dynamic)
             and (self.experts is None or experts == self.experts)
-            and (self.export in ("", export) if export else not self.export)
+            and (not self.export if not export else _is_export(self.export, export))
             and (not self.dtypes or dtype is None or dtype in self.dtypes)
         )
 
@@ -120,6 +121,12 @@ class Row:
         parts = (("output", self.out_multiple), ("input", self.in_multiple))
         needs = " and ".join(f"{side} features in multiples of {x}" for side, x in parts if x > 1)
         return f"{self.kernel} needs {needs}, and a layer has {shape[0]} x {shape[1]}"
+
+
+def _is_export(of_row: str, export: str) -> bool:
+    """:return: whether a row is about what is exported; ``gguf:auto`` chooses among types"""
+    any_type = export == GGUF_AUTO and of_row.startswith("gguf:")
+    return of_row in ("", export) or any_type
 
 
 @dataclass(frozen=True)

@@ -156,10 +156,13 @@ def _layer_problems(chosen: ExportFormat, spec: IntegerSpec) -> Iterator[str]:
     elif chosen.blocks_only and in_block(spec.name) is None:
         yield "quantized outside the blocks, where its loaders quantize nothing"
     if spec.num_bits not in chosen.bits:
-        yield f"{spec.label}: it holds {_numbers(chosen.bits)} bits"
+        held = f"{_numbers(chosen.bits)} bits" if chosen.bits else "no integers"
+        yield f"{spec.label}: it holds {held}"
     elif not spec.symmetric and spec.num_bits not in chosen.zero_point_bits:
-        held = _numbers(chosen.zero_point_bits)
-        yield f"{spec.label}: it holds zero points with {held} bits"
+        held = (
+            f"with {_numbers(chosen.zero_point_bits)} bits" if chosen.zero_point_bits else "never"
+        )
+        yield f"{spec.label}: it holds zero points {held}"
     if chosen.group_sizes is not None and spec.group_size not in chosen.group_sizes:
         yield f"{spec.label}: it holds groups of {_numbers(chosen.group_sizes)}"
     if spec.group_size % chosen.group_multiple and spec.group_size != -1:

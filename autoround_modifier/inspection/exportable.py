@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from autoround_modifier.checkpoints.saved_layers import EMBEDDINGS, HEADS
 from autoround_modifier.engines.config_names import NUMBER
@@ -14,6 +14,10 @@ from autoround_modifier.exports.integer_layers import IntegerSpec
 __all__ = ["export_problems"]
 
 INTEGERS_ONLY = "integers of weights alone are exported"
+AUTO = "gguf:auto"
+# Families of schemes without integers that GGUF holds
+GGUF_TYPES = {"mxfp4a16": "gguf:mxfp4", "nvfp4a16": "gguf:nvfp4"}
+BLOCKS = {"gguf:mxfp4": 32, "gguf:nvfp4": 64}
 
 
 def export_problems(
@@ -27,22 +31,38 @@ def export_problems(
     :param kv_cache: whether the key-value cache is quantized
     :return: format -> why a checkpoint with these layers cannot be exported to it; None if it can
     """
-    others = dict.fromkeys(x.scheme.label for x in layers if x.scheme.family != "int")
-    if others or kv_cache:
-        cache = ["a quantized key-value cache"] if kv_cache else []
-        reason = f"{INTEGERS_ONLY}, not {', '.join([*others, *cache])}"
-        return dict.fromkeys(FORMATS, reason)
-    specs = [_spec(layer) for layer in _one_of_each(layers)]
-    return {name: _problem(name, specs, unquantized) for name in FORMATS}
+    if kv_cache:
+        return dict.fromkeys(FORMATS, "a quantized key-value cache is not exported")
+    alike = _one_of_each(layers)
+    found = {name: _problem(name, alike, unquantized) for name in FORMATS}
+    if AUTO in FORMATS and len({layer.scheme for layer in alike}) > 1:
+        for name in FORMATS:
+            if name.startswith("gguf:") and name != AUTO and found[name] is None:
+                found[name] = f"{AUTO} takes fewer bits"
+    return found
 
 
-def _problem(format: str, specs: Sequence[IntegerSpec], unquantized: Sequence[str]) -> str | None:
-    try:
-        check_format(FORMATS[format], specs, unquantized)
-    except ExportError as error:
-        _, *reasons = str(error).splitlines()
-        return "; ".join(reason.strip() for reason in reasons) or str(error)
-    return None
+def _problem(format: str, layers: Sequence[ShapedLayer], unquantized: Sequence[str]) -> str | None:
+    reasons = list(dict.fromkeys(x for layer in layers for x in _float_problems(format, layer)))
+    specs = [_spec(layer) for layer in layers if layer.scheme.family == "int"]
+    if specs and not reasons:
+        try:
+            check_format(FORMATS[format], specs, unquantized)
+        except ExportError as error:
+            reasons = [reason.strip() for reason in str(error).splitlines()[1:]] or [str(error)]
+    return "; ".join(reasons) or None
+
+
+def _float_problems(format: str, layer: ShapedLayer) -> Iterator[str]:
+    """Yield why a layer that has no integers, or quantized activations, cannot be exported."""
+    family = layer.scheme.family
+    if family == "int":
+        return
+    own = GGUF_TYPES.get(family)
+    if own not in FORMATS or format not in (own, AUTO):
+        yield f"{INTEGERS_ONLY}, not {layer.scheme.label}"
+    elif layer.in_features % BLOCKS[own]:
+        yield f"{layer.in_features} input features, which must be a multiple of {BLOCKS[own]}"
 
 
 def _one_of_each(layers: Iterable[ShapedLayer]) -> list[ShapedLayer]:
