@@ -10,9 +10,9 @@ import typer
 
 from autoround_modifier.cli.tables import print_table
 from autoround_modifier.engines.hardware import Hardware, in_words
-from autoround_modifier.engines.support import EngineSupport, KernelChoice
+from autoround_modifier.engines.support import EngineSupport
 
-__all__ = ["choice_text", "hardware_of", "kernels_as_json", "print_kernels"]
+__all__ = ["hardware_of", "kernels_as_json", "print_kernels"]
 
 KNOWN = (
     "run: a checkpoint was run; reload: it gave the logits of the model in memory; asked: the "
@@ -48,25 +48,13 @@ def _rows(support: EngineSupport, refused: bool) -> list[tuple[str, str, str, st
         for choice in choices:
             if choice.kernel is None and not refused:
                 continue
-            scheme, cell = choice_text(choice)
-            grouped.setdefault((scheme, cell, choice.known), []).append(hardware)
+            key = (choice.layers_text, choice.kernel_text, choice.known)
+            grouped.setdefault(key, []).append(hardware)
     name = f"{support.engine} {support.version}"
     return [
         (name, scheme, cell, in_words(hardware), known)
         for (scheme, cell, known), hardware in sorted(grouped.items(), key=lambda x: x[0][0])
     ]
-
-
-def choice_text(choice: KernelChoice) -> tuple[str, str]:
-    """:return: which layers, and what runs them, or why nothing does"""
-    scheme = f"{choice.scheme}{' experts' if choice.experts else ''}"
-    if choice.layers:
-        scheme += f" ({', '.join(choice.layers)})"
-    export = f"after export to {choice.export}" if choice.export and choice.kernel else ""
-    package = f"with {choice.package}" if choice.package else ""
-    notes = "; ".join(x for x in (export, choice.option, package, choice.note) if x)
-    kernel = "refused" if choice.kernel is None else choice.kernel
-    return scheme, f"{kernel} ({notes})" if notes else kernel
 
 
 def hardware_of(support: EngineSupport) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import typer
 
-from autoround_modifier.cli.kernels import choice_text, print_kernels
+from autoround_modifier.cli.kernels import print_kernels
 from autoround_modifier.cli.tables import print_table
 from autoround_modifier.engines.support import EngineSupport
 from autoround_modifier.inspection.checkpoint import CheckpointInspection
@@ -104,8 +104,7 @@ def _rows(
     if not kernels:
         yield support.engine, installed, "not quantized", "its own", ""
     for choice in kernels:
-        scheme, text = choice_text(choice)
-        yield support.engine, installed, scheme, text, choice.known
+        yield support.engine, installed, choice.layers_text, choice.kernel_text, choice.known
 
 
 def _device_name(inspection: CheckpointInspection) -> str:

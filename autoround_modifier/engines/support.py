@@ -50,6 +50,22 @@ class KernelChoice:
     source: str = ""
     layers: tuple[str, ...] = ()
 
+    @property
+    def layers_text(self) -> str:
+        """Which layers it is about."""
+        text = f"{self.scheme}{' experts' if self.experts else ''}"
+        leaves = dict.fromkeys(name.rpartition(".")[2] for name in self.layers)
+        return f"{text} ({', '.join(leaves)})" if self.layers else text
+
+    @property
+    def kernel_text(self) -> str:
+        """What runs them, with conditions, or why nothing does."""
+        export = f"after export to {self.export}" if self.export and self.kernel else ""
+        package = f"with {self.package}" if self.package else ""
+        notes = "; ".join(x for x in (export, self.option, package, self.note) if x)
+        kernel = "refused" if self.kernel is None else self.kernel
+        return f"{kernel} ({notes})" if notes else kernel
+
 
 @dataclass(frozen=True)
 class Serving:

@@ -19,13 +19,11 @@ from autoround_modifier.checkpoints.saved_files import read_layout
 from autoround_modifier.engines.check import required_engines
 from autoround_modifier.engines.environment import EngineEnvironment, this_environment
 from autoround_modifier.engines.hardware import ELSEWHERE, Hardware, device_named
-from autoround_modifier.engines.layers import alike_layers, fused_layers
 from autoround_modifier.engines.problem import Problem
 from autoround_modifier.engines.ranking import ranked
-from autoround_modifier.engines.support import EngineSupport, find_support
-from autoround_modifier.engines.tables import ENGINE_TABLES
-from autoround_modifier.inspection.exportable import export_problems
+from autoround_modifier.engines.support import EngineSupport
 from autoround_modifier.inspection.memory import MemoryUse, memory_use
+from autoround_modifier.inspection.supports import supports_of_layers
 
 __all__ = ["CheckpointInspection", "inspect_checkpoint"]
 
@@ -141,29 +139,18 @@ def _supports(
     hardware: Sequence[Hardware],
     environment: EngineEnvironment | None,
 ) -> tuple[EngineSupport, ...]:
-    """:param environment: whose engines are asked; None where they are on other machines"""
-    at_hand = environment is not None and hardware == (environment.hardware,)
-    engines = environment.engines if environment is not None and at_hand else {}
-    layers = list(contents.layers)
-    plain, fused = alike_layers(layers), alike_layers(fused_layers(layers))
-    exportable = export_problems(layers, contents.unquantized_layers, contents.kv_cache is not None)
-    return tuple(
-        find_support(
-            table,
-            fused if table.fuses else plain,
-            contents.folder,
-            hardware,
-            single_group=contents.single_group,
-            version=engines.get(table.engine),
-            exportable=exportable,
-            packages=(
-                environment.packages
-                if environment is not None and table.engine in engines
-                else None
-            ),
-            dtype=_dtype(config),
-        )
-        for table in ENGINE_TABLES
+    """:param environment: whose engines are asked if the hardware is its own"""
+    if environment is not None and tuple(hardware) != (environment.hardware,):
+        environment = None
+    return supports_of_layers(
+        contents.layers,
+        contents.folder,
+        hardware,
+        unquantized=contents.unquantized_layers,
+        kv_cache=contents.kv_cache is not None,
+        single_group=contents.single_group,
+        dtype=_dtype(config),
+        environment=environment,
     )
 
 

@@ -49,7 +49,9 @@ def _problem(format: str, layers: Sequence[ShapedLayer], unquantized: Sequence[s
         try:
             check_format(FORMATS[format], specs, unquantized)
         except ExportError as error:
-            reasons = [reason.strip() for reason in str(error).splitlines()[1:]] or [str(error)]
+            # Each line below the first is a reason, and the layers.
+            lines = str(error).splitlines()
+            reasons = [line.strip().rpartition(": ")[0] for line in lines[1:]] or lines
     return "; ".join(reasons) or None
 
 
