@@ -19,27 +19,37 @@ UNPACKED_BYTES = 2  # of a weight in 16 bits
 CACHE_BYTES = 2  # of a number in an unquantized cache
 # Bits of a weight in the types of GGUF, scales included
 GGUF_BITS = {"q2_0": 2.25, "tq2_0": 2.0625, "q4_0": 4.5, "q4_1": 5.0, "q5_0": 5.5, "q8_0": 8.5}
-FULL = ("full_attention", "attention", "global_attention")
+FULL = ("full_attention", "attention", "global_attention", "deepseek_sparse_attention")
 WITHOUT_CACHE = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp")
+WITHOUT = "{} without"
 # Fields of configs whose layers have no cache, or not all the same, in ways that are not known here
 NOT_KNOWN = (
-    "attn_layer_indices", "attn_layer_period", "full_attention_interval", "global_head_dim",
-    "hybrid_override_pattern", "layers_block_type", "mamba_d_state", "ssm_state_size", "state_size",
-)  # fmt: skip
+    "attn_layer_indices",
+    "attn_layer_period",
+    "cross_attention_layers",
+    "full_attention_interval",
+    "global_head_dim",
+    "hybrid_override_pattern",
+    "layers_block_type",
+    "mamba_d_state",
+    "ssm_state_size",
+    "state_size",
+)
+
+
+class _DiffersByLayer(Exception):
+    """A field of a config that each layer has for itself."""
 
 
 @dataclass(frozen=True)
 class CacheSize:
     """
     :param numbers: in the keys and values of one sequence; None if that is not known
-    :param unshared_numbers: the same of engines that keep keys and values of every head where a
-        model has latent ones (MLA)
     :param layers: in words: how many layers keep what
     :param notes: what is not counted, or why nothing is known
     """
 
     numbers: int | None
-    unshared_numbers: int | None
     layers: str
     notes: tuple[str, ...] = ()
 
@@ -106,14 +116,8 @@ def memory_use(
         context_length = min(4096, longest if isinstance(longest, int) else 4096)
     quantized_bytes = round((contents.quantized_bits or 0.0) * contents.quantized_weights / 8)
     size = cache_size(model, context_length)
-    scheme = contents.kv_cache_bits
-    in_16_bits, own = (
-        None if numbers is None else numbers * bits * sequences // 8
-        for numbers, bits in (
-            (size.unshared_numbers, 8 * CACHE_BYTES),
-            (size.numbers, scheme or 8 * CACHE_BYTES),
-        )
-    )
+    numbers = None if size.numbers is None else size.numbers * sequences
+    bits = contents.kv_cache_bits or 8 * CACHE_BYTES
     unpacked = contents.quantized_weights * UNPACKED_BYTES
     return MemoryUse(
         packed=contents.bytes,
@@ -122,8 +126,8 @@ def memory_use(
         quantized_bytes=quantized_bytes,
         context_length=context_length,
         sequences=sequences,
-        cache=own,
-        cache_in_16_bits=in_16_bits,
+        cache=None if numbers is None else numbers * bits // 8,
+        cache_in_16_bits=None if numbers is None else numbers * CACHE_BYTES,
         cache_layers=size.layers,
         notes=size.notes,
     )
@@ -134,10 +138,21 @@ def cache_size(config: PreTrainedConfig | Mapping[str, Any], context_length: int
     :param config: of the model
     :param context_length: tokens of one sequence
     """
+    try:
+        return _cache_size(config, context_length)
+    except _DiffersByLayer as error:
+        return _not_known(f"its layers are not alike ({error})")
+
+
+def _cache_size(config: PreTrainedConfig | Mapping[str, Any], context_length: int) -> CacheSize:
     found = {name: _field(config, name) for name in NOT_KNOWN}
     strange = [name for name, value in found.items() if value]
     layers, heads = _field(config, "num_hidden_layers"), _field(config, "num_attention_heads")
-    kv_heads = _field(config, "num_key_value_heads") or heads
+    kv_heads = _field(config, "num_key_value_heads")
+    if kv_heads is None and _field(config, "multi_query"):  # of Falcon and others
+        grouped = _field(config, "new_decoder_architecture")
+        kv_heads = _field(config, "num_kv_heads") if grouped else 1
+    kv_heads = kv_heads or heads
     if _field(config, "is_encoder_decoder"):
         return _not_known("the model has an encoder and a decoder")
     if not all(isinstance(x, int) for x in (layers, heads, kv_heads)):
@@ -145,8 +160,8 @@ def cache_size(config: PreTrainedConfig | Mapping[str, Any], context_length: int
     kinds = _field(config, "layer_types")
     if strange and not kinds:
         return _not_known(f"its layers are not alike ({', '.join(strange)})")
-    if "global_head_dim" in strange:
-        return _not_known("its layers have heads of different sizes")
+    if "global_head_dim" in strange or "cross_attention_layers" in strange:
+        return _not_known("its layers are not alike")
     shared = int(_field(config, "num_kv_shared_layers") or 0)
     tokens, words, notes = _tokens(config, kinds, layers - shared, context_length)
     if tokens is None:
@@ -155,17 +170,12 @@ def cache_size(config: PreTrainedConfig | Mapping[str, Any], context_length: int
         notes.append(f"{shared} layers use the cache of others")
     latent, rotary = _field(config, "kv_lora_rank"), _field(config, "qk_rope_head_dim")
     if latent:
-        nope = int(_field(config, "qk_nope_head_dim") or 0)
-        values = int(_field(config, "v_head_dim") or 0)
-        notes.append("latent attention (MLA): engines that unpack weights cache all heads")
+        notes.append("latent attention (MLA): an engine that caches all heads takes more")
         if _field(config, "index_head_dim"):
             notes.append("the cache of its indexer is not counted")
-        every_head = heads * (nope + int(rotary or 0) + values)
+        numbers = latent + int(rotary or 0)
         return CacheSize(
-            tokens * (latent + int(rotary or 0)),
-            tokens * every_head,
-            f"{words}, {latent} + {rotary or 0} numbers a token",
-            tuple(notes),
+            tokens * numbers, f"{words}, {latent} + {rotary or 0} numbers a token", tuple(notes)
         )
     hidden = _field(config, "hidden_size")
     head_dim = _field(config, "head_dim") or (hidden // heads if hidden else None)
@@ -173,7 +183,7 @@ def cache_size(config: PreTrainedConfig | Mapping[str, Any], context_length: int
         return _not_known("its config does not say the size of a head")
     numbers = tokens * 2 * kv_heads * head_dim
     plural = "head" if kv_heads == 1 else "heads"
-    return CacheSize(numbers, numbers, f"{words}, {kv_heads} {plural} of {head_dim}", tuple(notes))
+    return CacheSize(numbers, f"{words}, {kv_heads} {plural} of {head_dim}", tuple(notes))
 
 
 def _tokens(
@@ -192,27 +202,36 @@ def _tokens(
     for kind in list(kinds)[:layers]:
         limit = {"sliding_attention": window, "chunked_attention": chunk}.get(kind)
         if kind in FULL or (kind in ("sliding_attention", "chunked_attention") and not limit):
-            total, name = total + context_length, "layers"
+            total, name = total + context_length, "{}"
         elif limit:
-            total, name = total + min(context_length, limit), f"layers with a window of {limit}"
+            total, name = total + min(context_length, limit), f"{{}} with a window of {limit}"
         elif kind in WITHOUT_CACHE:
-            name = "layers without"
+            name = WITHOUT
         else:
             return None, f"layers of the kind {kind} are not known here", []
         counts[name] = counts.get(name, 0) + 1
-    words = ", ".join(f"{number} {name}" for name, number in counts.items())
+    words = ", ".join(
+        name.format(f"{number} layer{'s' if number > 1 else ''}") for name, number in counts.items()
+    )
     notes = ["the states of its recurrent layers are not counted"]
-    return total, words, notes if "layers without" in counts else []
+    return total, words, notes if WITHOUT in counts else []
 
 
 def _not_known(reason: str) -> CacheSize:
-    return CacheSize(None, None, "", (f"the key-value cache is not known: {reason}",))
+    return CacheSize(None, "", (f"the key-value cache is not known: {reason}",))
 
 
 def _field(config: PreTrainedConfig | Mapping[str, Any], name: str) -> Any:
+    """
+    :return: None if there is none
+    :raises _DiffersByLayer: if each layer has its own
+    """
     if isinstance(config, Mapping):
         return config.get(name)
-    return getattr(config, name, None)
+    try:
+        return getattr(config, name, None)
+    except Exception as error:  # Transformers' own, for fields that differ by layer
+        raise _DiffersByLayer(name) from error
 
 
 def _model_config(config: Mapping[str, Any]) -> PreTrainedConfig | Mapping[str, Any]:
