@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ from autoround_modifier.activations import unsupported_activations
 from autoround_modifier.engines.environment import this_environment
 from autoround_modifier.engines.hardware import ELSEWHERE, Hardware, in_words
 from autoround_modifier.engines.layers import AlikeLayers
-from autoround_modifier.engines.rows import RELOAD, RUN, EngineTable
+from autoround_modifier.engines.rows import ASKED, READ, RELOAD, RUN, EngineTable, Row
 from autoround_modifier.engines.scheme import FAMILIES, Scheme
 from autoround_modifier.engines.sglang_table import SGLANG
 from autoround_modifier.engines.support import KernelChoice, find_kernel, find_support
@@ -158,27 +162,112 @@ def test_the_page_and_the_tables_have_the_same_versions():
         assert (choice.kernel is not None) == loads
 
 
-def of_text(text: str) -> list[Scheme]:
-    """:return: the schemes that a row on vLLM's GPU kernels is about"""
-    bits = [int(x) for x in re.findall(r"W(\d)", text)]
-    groups = [int(x) for x in re.findall(r"\b(\d+)\b(?=[^W]*$)", text.partition("of")[2])]
-    groups += [-1] if "channel" in text else []
-    groups += [16, 32, 64, 128, 256] if "any group" in text else []
-    kinds = {"symmetric or not": (True, False), "asymmetric": (False,), " symmetric": (True,)}
-    symmetric = next((x for words, x in kinds.items() if words in text), (True, False))
-    return [integers(b, g, s) for b in bits for g in groups for s in symmetric]
+# What vLLM 0.32 chooses for bfloat16 and 4096 x 4096: bits, zero points, groups -> kernel on
+# capability 9.0, and on 7.5, 8.0, 8.9, 10.0 and 12.0
+ANY = (-1, 16, 32, 64, 128, 256)
+CHOSEN = [
+    ((2, 3, 5, 6, 7), (True, False), ANY, "Humming", "Humming"),
+    ((4,), (True, False), (-1, 64, 128), "Machete", "Marlin"),
+    ((4,), (True, False), (32,), "Humming", "Marlin"),
+    ((4,), (True, False), (16,), "Humming", "Humming"),
+    ((4,), (True, False), (256,), "Humming", "TritonW4A16"),
+    ((8,), (True,), (-1, 64, 128), "Machete", "Marlin"),
+    ((8,), (True,), (32,), "Humming", "Marlin"),
+    ((8,), (True,), (16, 256), "Humming", "Humming"),
+    ((8,), (False,), (-1, 64, 128), "Machete", "Humming"),
+    ((8,), (False,), (16, 32, 256), "Humming", "Humming"),
+]
 
 
-def test_the_gpu_kernels_of_vllm_are_those_of_the_page():
-    rows = list(doc_table("vLLM on a GPU"))
-    asked = 0
-    for text, others, on_hopper in rows:
-        for scheme in of_text(text):
-            for hardware in GPUS:
-                expected = on_hopper if hardware == HOPPER else others
-                assert kernel_of(VLLM, scheme, hardware).kernel == expected, (scheme, hardware)
-                asked += 1
-    assert asked == 6 * (5 * 2 * 6 + 2 * 3 + 2 + 3 + 1 + 3)
+def test_the_gpu_kernels_of_vllm_are_those_that_it_chooses():
+    """`tests/vllm/test_kernel_tables.py` asks vLLM itself."""
+    asked = set()
+    for bits, signs, groups, on_hopper, others in CHOSEN:
+        for case in itertools.product(bits, signs, groups, GPUS):
+            num_bits, symmetric, group_size, hardware = case
+            expected = on_hopper if hardware == HOPPER else others
+            choice = kernel_of(VLLM, integers(num_bits, group_size, symmetric), hardware)
+            assert (choice.kernel, choice.known) == (expected, ASKED), case
+            asked.add(case)
+    assert len(asked) == 6 * 7 * 2 * len(ANY)
+
+
+# ------------------------------------------------------------------------- the rows
+
+
+def test_there_is_a_table_for_each_engine():
+    assert sum(len(table.rows) for table in ENGINE_TABLES) > 150
+    kernels = {(t.engine, row.kernel) for t in ENGINE_TABLES for row in t.rows if row.kernel}
+    assert len(kernels) > 60
+
+
+@pytest.mark.parametrize("table", ENGINE_TABLES, ids=lambda table: table.engine)
+def test_each_row_has_a_source_and_a_meaning(table):
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", table.repository)
+    for row in table.rows:
+        assert row.source.startswith(SOURCE_FOLDERS[table.engine]), row
+        assert row.known in (RUN, RELOAD, ASKED, READ) or (not row.known and row.kernel is None)
+        assert row.kernel or row.note, row
+        assert set(row.families) <= set(FAMILIES)
+        assert not row.export or row.export in table.exports
+        assert not row.package or row.package.isascii()
+        assert not row.optional or row.package
+        assert row.out_multiple > 0
+        assert row.in_multiple > 0
+
+
+SOURCE_FOLDERS = {
+    "vLLM": "vllm/model_executor/",
+    "SGLang": "python/sglang/srt/",
+    "TensorRT-LLM": ("tensorrt_llm/", "docs/source/"),
+    "llama.cpp": ("ggml/src/", "gguf-py/"),
+    "MLX": "mlx/",
+    "GPTQModel": "gptqmodel/nn_modules/qlinear/",
+    "auto-round": "auto_round/",
+    "OpenVINO": "src/bindings/python/",
+    "Transformers": "src/transformers/",
+}
+
+
+def witnesses(row: Row) -> Iterator[tuple[AlikeLayers, Hardware, dict[str, Any]]]:
+    """Yield layers that a row is about, where they are asked for, and how, at random."""
+    draw = random.Random(0).choice
+    hardware = [x for x in MACHINES if not row.on or any(on.holds(x) for on in row.on)]
+    for _ in range(20_000):
+        scheme = Scheme(
+            draw(row.families),
+            draw(row.bits or (2, 3, 4, 5, 6, 7, 8)),
+            draw((True, False)) if row.symmetric is None else row.symmetric,
+            draw(row.groups or (-1, 48, 64, 128, 256, 13)),
+            draw(row.strategies or ("channel", "group", "tensor", "block")),
+            dynamic=draw((True, False)) if row.dynamic is None else row.dynamic,
+            format=draw(row.formats or (None, "pack-quantized")),
+        )
+        experts = draw((True, False)) if row.experts is None else row.experts
+        shape = draw((None, (4096, 4096), (36, 768), (48, 48), (96, 64)))
+        asked = {
+            "dtype": draw((None, "float16", "bfloat16")),
+            "packages": draw((None, {row.package}, set())),
+            "single_group": draw((True, False)),
+            "export": row.export,
+        }
+        yield AlikeLayers(scheme, experts, shape), draw(hardware), asked
+
+
+MACHINES = [*ELSEWHERE, Hardware("cuda", 70), Hardware("cuda", 86)]
+
+
+@pytest.mark.parametrize("table", ENGINE_TABLES, ids=lambda table: table.engine)
+def test_no_row_is_hidden_by_those_before_it(table):
+    """Each is found for some layers, so that no earlier row contradicts it everywhere."""
+    numbered = replace(
+        table, rows=tuple(replace(row, source=str(n)) for n, row in enumerate(table.rows))
+    )
+    for number, row in enumerate(table.rows):
+        assert any(
+            find_kernel(numbered, layers, hardware, **asked).source == str(number)
+            for layers, hardware, asked in witnesses(row)
+        ), row
 
 
 # First cell of a row of the page -> its schemes
