@@ -147,7 +147,9 @@ def test_what_is_asked_of_vllm_by_its_tests_is_in_the_table():
 def doc_table(heading: str) -> Iterator[list[str]]:
     """Yield the cells of each row of the first table below a heading of the page."""
     section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
+    table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    assert table is not None
+    rows = table[0].splitlines()
     for row in rows[2:]:
         yield [cell.strip() for cell in row.strip("|").split("|")]
 

@@ -120,7 +120,7 @@ def test_a_shape_that_no_kernel_takes_is_the_reason():
         (integers(4), "sm100", "GPTQModel", "Swordfish"),
         (integers(4, symmetric=False), "sm80", "GPTQModel", "ExLlamaV2"),
         (integers(4), "cpu", "GPTQModel", "TorchCpuAvx512"),
-        (integers(4, -1), "cpu", "GPTQModel", "TorchFused"),
+        (integers(4, -1), "cpu", "GPTQModel", None),
         (integers(8), "cpu", "GPTQModel", "Torch"),
         (integers(2), "cpu", "auto-round", "auto_round_kernel"),
         (integers(3), "cpu", "auto-round", "auto_round:torch"),

@@ -112,7 +112,7 @@ def _document(summary: RecipeSummary) -> dict[str, Any]:
                 "loads": support.loads,
                 "hardware": hardware_of(support),
             }
-            for support in supports_of(summary.groups)
+            for support in supports_of(summary.groups, kv_cache=summary.kv_cache)
         ],
     }
 

@@ -19,13 +19,17 @@ HALF = ("bfloat16", "float16")
 MARLIN_GROUPS = (CHANNEL, 32, 64, 128)
 TORCH_GROUPS = (CHANNEL, 16, 32, 64, 128, 256, 512, 1024)
 AWQ_GROUPS = (CHANNEL, 16, 32, 64, 128)
+BY_CHANNEL = (
+    "chooses a kernel (TorchFused) that takes no more than 256 input features per scale; "
+    "GPTQModel.load(..., backend=BACKEND.GPTQ_TORCH) runs it"
+)
 LOAD = """\
 from gptqmodel import GPTQModel
 model = GPTQModel.load({path!r})"""
 
 
 def _kernel(
-    file: str, kernel: str, on: tuple[Any, ...], export: str, known: str = READ, **fit: Any
+    file: str, kernel: str | None, on: tuple[Any, ...], export: str, known: str = READ, **fit: Any
 ) -> Row:
     """:param file: in `FOLDER`"""
     fit.setdefault("bits", (4,))
@@ -50,7 +54,8 @@ GPTQ = (
             dtypes=("bfloat16",), note="with AVX-512; other CPUs have TorchAten or TorchFused"),
     _kernel("torch_aten_kernel", "TorchAten", (CPU,), "gptq", groups=(32, 64, 128, 256),
             dtypes=HALF),
-    _kernel("torch_fused", "TorchFused", (CPU,), "gptq", RUN, groups=AWQ_GROUPS),
+    _kernel("torch_fused", "TorchFused", (CPU,), "gptq", RUN, groups=AWQ_GROUPS[1:]),
+    _kernel("torch_fused", None, (CPU,), "gptq", RUN, groups=(CHANNEL,), note=BY_CHANNEL),
     _kernel("torch_fused", "TorchFused", (XPU,), "gptq", groups=AWQ_GROUPS),
     _kernel("mlx", "MLX", (METAL,), "gptq", bits=(2, 3, 4, 8), groups=TORCH_GROUPS,
             out_multiple=32, in_multiple=32, dtypes=("float16",), package="mlx"),
@@ -76,7 +81,8 @@ AWQ = (
             dtypes=("bfloat16",), note="with AVX-512; other CPUs have TorchAtenAwq"),
     _kernel("torch_aten_kernel_awq", "TorchAtenAwq", (CPU,), "awq", groups=(32, 64, 128, 256),
             dtypes=HALF),
-    _kernel("torch_fused_awq", "TorchFusedAwq", (CPU,), "awq", RUN, groups=AWQ_GROUPS),
+    _kernel("torch_fused_awq", "TorchFusedAwq", (CPU,), "awq", RUN, groups=AWQ_GROUPS[1:]),
+    _kernel("torch_fused_awq", None, (CPU,), "awq", RUN, groups=(CHANNEL,), note=BY_CHANNEL),
     _kernel("torch_fused_awq", "TorchFusedAwq", (XPU,), "awq", groups=AWQ_GROUPS),
     _kernel("torch_awq", "AwqTorch", (), "awq", groups=AWQ_GROUPS, out_multiple=8, dtypes=HALF,
             note="dequantizes each weight when it is used"),

@@ -134,9 +134,11 @@ class EngineSupport:
 
     @property
     def command(self) -> str:
-        """That serves the checkpoint on the first hardware where it loads, with the export."""
-        loading = (x for x in self.kernels if self.loads_on(x))
-        return self.serving[next(loading, next(iter(self.kernels)))].lines
+        """That serves the checkpoint where it loads, with the export; on hardware where no option
+        is needed, if there is some."""
+        loading = [x for x in self.kernels if self.loads_on(x)] or list(self.kernels)
+        plain = (x for x in loading if not any(choice.option for choice in self.kernels[x]))
+        return self.serving[next(plain, loading[0])].lines
 
 
 def find_kernel(
