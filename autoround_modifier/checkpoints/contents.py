@@ -178,7 +178,10 @@ def refuse_other_formats(folder: Path) -> None:
     :raises CheckpointError: if it is no folder of a checkpoint, or a checkpoint that is quantized
         in a format other than those of compressed-tensors; names the format
     """
-    takes = "compressed-tensors checkpoints and unquantized ones are read here"
+    takes = (
+        "compressed-tensors checkpoints and unquantized ones are read here. Of an exported "
+        "checkpoint, name the one that it was made of"
+    )
     if folder.suffix == ".gguf":
         raise CheckpointError(f"{folder} is in the format gguf; {takes}")
     if not folder.is_dir():
@@ -190,7 +193,9 @@ def refuse_other_formats(folder: Path) -> None:
     config = read_json(folder / CONFIG)
     found = quantization_of(config)
     if found is not None:
-        method = found.get("quant_method") or found.get("quant_algo") or "of an unknown name"
+        method = found.get("quant_method") or found.get("quant_algo")
+        if method is None:
+            method = "mlx" if config.get("quantization") else "of an unknown name"
         if method != COMPRESSED_TENSORS:
             raise CheckpointError(f"{folder} is quantized in the format {method}; {takes}")
     for file, method in (("quantize_config.json", "gptq"), ("hf_quant_config.json", "modelopt")):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import typer
 
 from autoround_modifier.cli.kernels import print_kernels
 from autoround_modifier.cli.tables import print_table
-from autoround_modifier.engines.support import EngineSupport
-from autoround_modifier.inspection.checkpoint import CheckpointInspection
 from autoround_modifier.readable import bytes_text
+
+if TYPE_CHECKING:
+    from autoround_modifier.engines.support import EngineSupport
+    from autoround_modifier.inspection.checkpoint import CheckpointInspection
 
 __all__ = ["print_inspection"]
 
@@ -95,8 +98,7 @@ def _print_engines(inspection: CheckpointInspection) -> None:
 def _rows(
     inspection: CheckpointInspection, support: EngineSupport
 ) -> Iterator[tuple[str, str, str, str, str]]:
-    version = inspection.environment.engines.get(support.engine, "no")
-    installed = version if inspection.is_here else ""
+    installed = _installed(inspection, support) if inspection.is_here else ""
     if inspection.misread_by(support.engine):
         yield support.engine, installed, "", "does not load it as it is meant: see below", "checked"
         return
@@ -105,6 +107,16 @@ def _rows(
         yield support.engine, installed, "not quantized", "its own", ""
     for choice in kernels:
         yield support.engine, installed, choice.layers_text, choice.kernel_text, choice.known
+
+
+def _installed(inspection: CheckpointInspection, support: EngineSupport) -> str:
+    """:return: version; with that of the table, if it is another"""
+    version = inspection.environment.engines.get(support.engine)
+    known = next(x.version for x in inspection.elsewhere if x.engine == support.engine)
+    if version is None:
+        return "no"
+    told = version[:1].isdigit() and not f"{version}.".startswith(f"{known}.")
+    return f"{version}, as {known} tells" if told else version
 
 
 def _device_name(inspection: CheckpointInspection) -> str:
@@ -119,8 +131,12 @@ def _print_choices(inspection: CheckpointInspection) -> None:
         serving = support.serving[inspection.device]
         memory = bytes_text(inspection.memory.weights_of(support, inspection.device))
         best = "Best choice: " if number == 0 else ""
-        typer.echo(f"{best}{support.engine}, {memory} of weights in memory")
-        if not (inspection.is_here and support.engine in engines):
+        installed = inspection.is_here and support.engine in engines
+        typer.echo(
+            f"{best}{support.engine}, {memory} of weights in memory"
+            + (", installed" if installed else "")
+        )
+        if not installed:
             typer.echo(f"  {serving.install}")
         note = f"  # {serving.export_note}" if serving.export_note else ""
         if serving.export:

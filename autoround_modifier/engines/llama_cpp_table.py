@@ -20,6 +20,7 @@ SYCL_SOURCE = "ggml/src/ggml-sycl/mmvq.cpp"
 CPU_SOURCE = "ggml/src/ggml-cpu/arch/x86/quants.c"
 GENERIC_SOURCE = "ggml/src/ggml-cpu/quants.c"
 GPU = (cuda(50), ROCM)
+SLOW_ON_X86 = "slow on x86, without vector instructions; gguf:q4_0 has them, in 4.5 bits"
 CLONE = "git clone https://github.com/ggml-org/llama.cpp"
 BUILD = "cmake -S llama.cpp -B build"
 
@@ -75,7 +76,7 @@ LLAMA_CPP = EngineTable(
     packages=(),
     version="ggml 0.25",
     rows=(
-        *_type("Q2_0", (2,), (), 64, note="on x86 without vector instructions, so slow"),
+        *_type("Q2_0", (2,), (), 64, note=SLOW_ON_X86),
         *_type("TQ2_0", (2,), (), 256, without=GPU),
         *_type("Q4_0", (2, 3, 4), (2, 3), 32),
         *_type("Q5_0", (2, 3, 4, 5), (2, 3, 4), 32),

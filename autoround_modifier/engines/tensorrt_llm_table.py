@@ -1,6 +1,7 @@
 """
 What TensorRT-LLM reads of compressed-tensors: ``quant_config_utils.py`` of its main branch, and the
-hardware of its documentation. Nothing was run.
+hardware of its documentation. Nothing was run. Checkpoints of several config groups must not target
+layers by their class.
 """
 
 from __future__ import annotations
