@@ -155,6 +155,16 @@ def test_what_cannot_be_exported_is_refused_with_the_exporters_reason():
     assert mlx.reasons_on(hardware) == (f"FP8 channel dynamic: {problems['mlx']}",)
 
 
+def test_reasons_of_several_formats_are_said_once_each():
+    name = "model.layers.0.mlp.experts.0.down_proj"
+    hardware, expert = device_named("metal"), ShapedLayer(name, integers(5), 512, 512, True)
+    supports = {x.engine: x for x in supports_of_layers([expert], "M", (hardware,))}
+    (reason,) = supports["GPTQModel"].reasons_on(hardware)
+    assert reason.count("experts of a mixture are exported to") == 2
+    assert reason.startswith("W5A16 G64: gptq: ")
+    assert "; awq: " in reason
+
+
 # ------------------------------------------------------------------------- the best choice
 
 

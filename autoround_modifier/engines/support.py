@@ -13,6 +13,7 @@ from autoround_modifier.engines.rows import RUN, EngineTable
 __all__ = ["EngineSupport", "KernelChoice", "Serving", "find_kernel", "find_support"]
 
 EXPORT = "autoround-modifier export {folder} {format} {target}"
+NO_EXPORTER = "there is no export to"
 NOT_ON = "is not known to run here"
 NOTHING_TO_EXPORT = "an export is of quantized integers; its own converter takes this"
 
@@ -274,7 +275,7 @@ def _export_problem(
     if exportable is None:
         return None
     if format not in exportable:
-        return f"there is no export to {format} yet"
+        return f"{NO_EXPORTER} {format} yet"
     return exportable[format]
 
 
@@ -282,10 +283,16 @@ def _least_refused(candidates: Sequence[tuple[KernelChoice, ...]]) -> tuple[Kern
     """:return: the format for which most schemes have a kernel, the first of several; where none
     can be exported, with the reason of each"""
     if len(candidates) > 1 and all(x[0].note and not x[0].known for x in candidates):
-        reasons = {x[0].export: x[0].note for x in candidates}
-        if len(set(reasons.values())) > 1:
-            note = "; ".join(f"{format}: {reason}" for format, reason in reasons.items())
-            return tuple(replace(x, note=note, export="") for x in candidates[0])
+        formats: dict[str, list[str]] = {}
+        for choices in candidates:
+            formats.setdefault(choices[0].note, []).append(choices[0].export)
+        written = {note: names for note, names in formats.items() if NO_EXPORTER not in note}
+        notes = [
+            f"{', '.join(names)}: {note}" if len(written) > 1 else note
+            for note, names in (written or formats).items()
+        ]
+        note = "; ".join(notes)
+        return tuple(replace(x, note=note, export="") for x in candidates[0])
     return min(candidates, key=lambda x: sum(choice.kernel is None for choice in x))
 
 
