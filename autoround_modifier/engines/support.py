@@ -293,7 +293,13 @@ def _least_refused(candidates: Sequence[tuple[KernelChoice, ...]]) -> tuple[Kern
         ]
         note = "; ".join(notes)
         return tuple(replace(x, note=note, export="") for x in candidates[0])
-    return min(candidates, key=lambda x: sum(choice.kernel is None for choice in x))
+
+    def refusals(choices: tuple[KernelChoice, ...]) -> tuple[int, bool]:
+        """What no kernel runs says more than what cannot be exported."""
+        refused = [choice for choice in choices if choice.kernel is None]
+        return len(refused), not any(choice.known for choice in refused)
+
+    return min(candidates, key=refusals)
 
 
 def _by_scheme(
