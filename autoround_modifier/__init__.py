@@ -21,7 +21,6 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
     )
     from autoround_modifier.calibration import self_generated, text_dataset
     from autoround_modifier.checkpoints.check import check_checkpoint
-    from autoround_modifier.checkpoints.inspection import CheckpointInspection, inspect_checkpoint
     from autoround_modifier.distillation import DistillationResult
     from autoround_modifier.engines.problem import Problem
     from autoround_modifier.entrypoint import oneshot
@@ -44,6 +43,7 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
     from autoround_modifier.exports.exporting import Exported, export
     from autoround_modifier.formats import QuantizedWeight
     from autoround_modifier.host.loading import load_model
+    from autoround_modifier.inspection.checkpoint import CheckpointInspection, inspect_checkpoint
     from autoround_modifier.modifiers.auto_round import AutoRoundModifier
     from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
     from autoround_modifier.modifiers.scale_distillation import ScaleDistillationModifier

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autoround_modifier.engines.layers import AlikeLayers
 from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.engines.support import EngineSupport, find_support
 from autoround_modifier.engines.tables import ENGINE_TABLES
@@ -22,6 +23,7 @@ from autoround_modifier.scheme_names import (
 __all__ = ["SchemeEntry", "describe_schemes", "scheme_names", "supports_of", "written_scheme"]
 
 FOLDER = "FOLDER"
+CACHE = "a quantized key-value cache is not exported"
 
 
 @dataclass(frozen=True)
@@ -70,18 +72,28 @@ def written_scheme(group: dict[str, Any]) -> Scheme:
 
 
 def supports_of(
-    groups: Sequence[dict[str, Any]], single_group: bool | None = None
+    groups: Sequence[dict[str, Any]], single_group: bool | None = None, kv_cache: bool = False
 ) -> tuple[EngineSupport, ...]:
     """
     :param groups: config groups of a recipe, with ``weights``
     :param single_group: whether the checkpoint has one that targets ``Linear``; None looks
-    :return: what each engine makes of the checkpoint, of a model without experts
+    :param kv_cache: whether the key-value cache is quantized
+    :return: what each engine makes of the checkpoint, of a model without experts, whose layers have
+        features in all multiples that kernels need
     """
-    schemes = list(dict.fromkeys((written_scheme(group), False) for group in groups))
+    layers = [AlikeLayers(scheme) for scheme in dict.fromkeys(map(written_scheme, groups))]
     if single_group is None:
         single_group = len(groups) == 1 and "Linear" in groups[0].get("targets", ())
+    formats = {format for table in ENGINE_TABLES for format in table.exports}
     return tuple(
-        find_support(table, schemes, FOLDER, single_group=single_group) for table in ENGINE_TABLES
+        find_support(
+            table,
+            layers,
+            FOLDER,
+            single_group=single_group,
+            exportable=dict.fromkeys(formats, CACHE) if kv_cache else None,
+        )
+        for table in ENGINE_TABLES
     )
 
 

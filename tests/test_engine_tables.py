@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +16,13 @@ from conftest import ROOT
 from torch import nn
 
 from autoround_modifier.activations import unsupported_activations
-from autoround_modifier.engines.machine import this_machine
+from autoround_modifier.engines.environment import this_environment
+from autoround_modifier.engines.hardware import ELSEWHERE, Hardware, in_words
+from autoround_modifier.engines.layers import AlikeLayers
+from autoround_modifier.engines.rows import ASKED, READ, RELOAD, RUN, EngineTable, Row
 from autoround_modifier.engines.scheme import FAMILIES, Scheme
 from autoround_modifier.engines.sglang_table import SGLANG
-from autoround_modifier.engines.support import (
-    ELSEWHERE,
-    RELOAD,
-    RUN,
-    Hardware,
-    find_kernel,
-    find_support,
-    in_words,
-)
+from autoround_modifier.engines.support import KernelChoice, find_kernel, find_support
 from autoround_modifier.engines.tables import ENGINE_TABLES
 from autoround_modifier.engines.transformers_table import TRANSFORMERS
 from autoround_modifier.engines.vllm_table import VLLM
@@ -49,6 +48,19 @@ CPU, HOPPER = Hardware("cpu"), Hardware("cuda", 90)
 GPUS = [hardware for hardware in ELSEWHERE if hardware.platform == "cuda"]
 SPELLED = ["W2A16G64", "W2A16_ASYM_G64", "W3A16_ASYM_G32", "W8A8_ASYM", "W4A8_ASYM", "w4a16g32"]
 PAGE = (ROOT / "docs" / "compatibility.md").read_text()
+
+
+def kernel_of(
+    table: EngineTable,
+    scheme: Scheme,
+    hardware: Hardware,
+    experts: bool = False,
+    single_group: bool = True,
+    version: str | None = None,
+) -> KernelChoice:
+    """:return: what runs layers of any shape"""
+    layers = AlikeLayers(scheme, experts)
+    return find_kernel(table, layers, hardware, single_group=single_group, version=version)
 
 
 def integers(
@@ -111,10 +123,10 @@ def test_each_shipped_scheme_has_a_row_for_each_engine(name, table):
             assert "llama.cpp" in choice.note
             continue
         for hardware in (*GPUS, CPU):
-            choice = find_kernel(table, scheme, hardware, single_group=len(groups) == 1)
+            choice = kernel_of(table, scheme, hardware, single_group=len(groups) == 1)
             assert choice.kernel or choice.note
             assert choice.known or "one to a byte" in choice.note
-        assert find_kernel(TRANSFORMERS, scheme, CPU).known in (RUN, RELOAD)
+        assert kernel_of(TRANSFORMERS, scheme, CPU).known in (RUN, RELOAD)
 
 
 def test_what_is_asked_of_vllm_by_its_tests_is_in_the_table():
@@ -129,7 +141,7 @@ def test_what_is_asked_of_vllm_by_its_tests_is_in_the_table():
     asked = {name: kernel for name, kernel in rows if name in presets}
     assert set(asked) == set(presets)
     for name, kernel in asked.items():
-        choice = find_kernel(VLLM, written_scheme(group_named(presets[name])), CPU)
+        choice = kernel_of(VLLM, written_scheme(group_named(presets[name])), CPU)
         assert choice.known == RUN
         assert kernel == f"{choice.kernel}LinearKernel"
 
@@ -140,42 +152,129 @@ def test_what_is_asked_of_vllm_by_its_tests_is_in_the_table():
 def doc_table(heading: str) -> Iterator[list[str]]:
     """Yield the cells of each row of the first table below a heading of the page."""
     section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
+    table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    assert table is not None
+    rows = table[0].splitlines()
     for row in rows[2:]:
         yield [cell.strip() for cell in row.strip("|").split("|")]
 
 
 def test_the_page_and_the_tables_have_the_same_versions():
     versions = {row[0].partition(",")[0]: row[1] for row in doc_table("Versions")}
-    for table in ENGINE_TABLES:
+    for table in (VLLM, SGLANG, TRANSFORMERS):
         assert re.match(rf"{re.escape(table.version)}\b", versions[table.engine])
     assert "5.23 and 5.24 refuse asymmetric" in versions["Transformers"]
     for version, loads in {"5.17.0": True, "5.22.1": True, "5.23.0": False, "6.0": False}.items():
-        choice = find_kernel(TRANSFORMERS, integers(4, 64, False), CPU, version=version)
+        choice = kernel_of(TRANSFORMERS, integers(4, 64, False), CPU, version=version)
         assert (choice.kernel is not None) == loads
 
 
-def of_text(text: str) -> list[Scheme]:
-    """:return: the schemes that a row on vLLM's GPU kernels is about"""
-    bits = [int(x) for x in re.findall(r"W(\d)", text)]
-    groups = [int(x) for x in re.findall(r"\b(\d+)\b(?=[^W]*$)", text.partition("of")[2])]
-    groups += [-1] if "channel" in text else []
-    groups += [16, 32, 64, 128, 256] if "any group" in text else []
-    kinds = {"symmetric or not": (True, False), "asymmetric": (False,), " symmetric": (True,)}
-    symmetric = next((x for words, x in kinds.items() if words in text), (True, False))
-    return [integers(b, g, s) for b in bits for g in groups for s in symmetric]
+# What vLLM 0.32 chooses for bfloat16 and 4096 x 4096: bits, zero points, groups -> kernel on
+# capability 9.0, and on 7.5, 8.0, 8.9, 10.0 and 12.0
+ANY = (-1, 16, 32, 64, 128, 256)
+CHOSEN = [
+    ((2, 3, 5, 6, 7), (True, False), ANY, "Humming", "Humming"),
+    ((4,), (True, False), (-1, 64, 128), "Machete", "Marlin"),
+    ((4,), (True, False), (32,), "Humming", "Marlin"),
+    ((4,), (True, False), (16,), "Humming", "Humming"),
+    ((4,), (True, False), (256,), "Humming", "TritonW4A16"),
+    ((8,), (True,), (-1, 64, 128), "Machete", "Marlin"),
+    ((8,), (True,), (32,), "Humming", "Marlin"),
+    ((8,), (True,), (16, 256), "Humming", "Humming"),
+    ((8,), (False,), (-1, 64, 128), "Machete", "Humming"),
+    ((8,), (False,), (16, 32, 256), "Humming", "Humming"),
+]
 
 
-def test_the_gpu_kernels_of_vllm_are_those_of_the_page():
-    rows = list(doc_table("vLLM on a GPU"))
-    asked = 0
-    for text, others, on_hopper in rows:
-        for scheme in of_text(text):
-            for hardware in GPUS:
-                expected = on_hopper if hardware == HOPPER else others
-                assert find_kernel(VLLM, scheme, hardware).kernel == expected, (scheme, hardware)
-                asked += 1
-    assert asked == 6 * (5 * 2 * 6 + 2 * 3 + 2 + 3 + 1 + 3)
+def test_the_gpu_kernels_of_vllm_are_those_that_it_chooses():
+    """`tests/vllm/test_kernel_tables.py` asks vLLM itself."""
+    asked = set()
+    for bits, signs, groups, on_hopper, others in CHOSEN:
+        for case in itertools.product(bits, signs, groups, GPUS):
+            num_bits, symmetric, group_size, hardware = case
+            expected = on_hopper if hardware == HOPPER else others
+            choice = kernel_of(VLLM, integers(num_bits, group_size, symmetric), hardware)
+            assert (choice.kernel, choice.known) == (expected, ASKED), case
+            asked.add(case)
+    assert len(asked) == 6 * 7 * 2 * len(ANY)
+
+
+# ------------------------------------------------------------------------- the rows
+
+
+def test_there_is_a_table_for_each_engine():
+    assert sum(len(table.rows) for table in ENGINE_TABLES) > 150
+    kernels = {(t.engine, row.kernel) for t in ENGINE_TABLES for row in t.rows if row.kernel}
+    assert len(kernels) > 60
+
+
+@pytest.mark.parametrize("table", ENGINE_TABLES, ids=lambda table: table.engine)
+def test_each_row_has_a_source_and_a_meaning(table):
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", table.repository)
+    for row in table.rows:
+        assert row.source.startswith(SOURCE_FOLDERS[table.engine]), row
+        assert row.known in (RUN, RELOAD, ASKED, READ) or (not row.known and row.kernel is None)
+        assert row.kernel or row.note, row
+        assert set(row.families) <= set(FAMILIES)
+        assert not row.export or row.export in table.exports
+        assert not row.package or row.package.isascii()
+        assert not row.optional or row.package
+        assert row.out_multiple > 0
+        assert row.in_multiple > 0
+
+
+SOURCE_FOLDERS = {
+    "vLLM": "vllm/model_executor/",
+    "SGLang": "python/sglang/srt/",
+    "TensorRT-LLM": ("tensorrt_llm/", "docs/source/"),
+    "llama.cpp": ("ggml/src/", "gguf-py/"),
+    "MLX": "mlx/",
+    "GPTQModel": "gptqmodel/nn_modules/qlinear/",
+    "auto-round": "auto_round/",
+    "OpenVINO": "src/bindings/python/",
+    "Transformers": "src/transformers/",
+}
+
+
+def witnesses(row: Row) -> Iterator[tuple[AlikeLayers, Hardware, dict[str, Any]]]:
+    """Yield layers that a row is about, where they are asked for, and how, at random."""
+    draw = random.Random(0).choice
+    hardware = [x for x in MACHINES if not row.on or any(on.holds(x) for on in row.on)]
+    for _ in range(20_000):
+        scheme = Scheme(
+            draw(row.families),
+            draw(row.bits or (2, 3, 4, 5, 6, 7, 8)),
+            draw((True, False)) if row.symmetric is None else row.symmetric,
+            draw(row.groups or (-1, 48, 64, 128, 256, 13)),
+            draw(row.strategies or ("channel", "group", "tensor", "block")),
+            dynamic=draw((True, False)) if row.dynamic is None else row.dynamic,
+            format=draw(row.formats or (None, "pack-quantized")),
+        )
+        experts = draw((True, False)) if row.experts is None else row.experts
+        shape = draw((None, (4096, 4096), (36, 768), (48, 48), (96, 64)))
+        asked = {
+            "dtype": draw((None, "float16", "bfloat16")),
+            "packages": draw((None, {row.package}, set())),
+            "single_group": draw((True, False)),
+            "export": row.export,
+        }
+        yield AlikeLayers(scheme, experts, shape), draw(hardware), asked
+
+
+MACHINES = [*ELSEWHERE, Hardware("cuda", 70), Hardware("cuda", 86)]
+
+
+@pytest.mark.parametrize("table", ENGINE_TABLES, ids=lambda table: table.engine)
+def test_no_row_is_hidden_by_those_before_it(table):
+    """Each is found for some layers, so that no earlier row contradicts it everywhere."""
+    numbered = replace(
+        table, rows=tuple(replace(row, source=str(n)) for n, row in enumerate(table.rows))
+    )
+    for number, row in enumerate(table.rows):
+        assert any(
+            find_kernel(numbered, layers, hardware, **asked).source == str(number)
+            for layers, hardware, asked in witnesses(row)
+        ), row
 
 
 # First cell of a row of the page -> its schemes
@@ -219,7 +318,7 @@ def test_the_runs_on_cpus_are_those_of_the_page():
     for text, groups in ROWS.items():
         of_transformers, of_vllm, _ = rows[text]
         schemes = [written_scheme(group) for group in groups]
-        found = [find_kernel(VLLM, scheme, CPU) for scheme in schemes]
+        found = [kernel_of(VLLM, scheme, CPU) for scheme in schemes]
         if of_vllm == "4-bit layers only":
             assert [choice.kernel is not None for choice in found] == [
                 scheme.num_bits == 4 for scheme in schemes
@@ -227,7 +326,7 @@ def test_the_runs_on_cpus_are_those_of_the_page():
         else:
             runs = of_vllm.startswith("run")
             assert all((choice.kernel is not None) == runs for choice in found), text
-        known = {find_kernel(TRANSFORMERS, scheme, CPU).known for scheme in schemes}
+        known = {kernel_of(TRANSFORMERS, scheme, CPU).known for scheme in schemes}
         assert known == {of_transformers.partition(" ")[0]}, text
 
 
@@ -252,7 +351,7 @@ def test_what_sglang_takes_is_what_the_page_says():
         preset = group_named(name if name in SCHEMES else f"{name}A16")
         if name == "W4A8":
             preset["format"] = "pack-quantized"
-        choice = find_kernel(SGLANG, written_scheme(preset), HOPPER)
+        choice = kernel_of(SGLANG, written_scheme(preset), HOPPER)
         assert (choice.kernel, choice.option) == ("Humming", "--quantization humming")
 
 
@@ -295,29 +394,29 @@ def test_config_groups_of_others_are_understood():
 
 
 def test_a_humming_option_needs_one_group():
-    (vllm, sglang, _) = supports_of([{**W2, "targets": ["Linear"]}])
+    vllm, sglang, *_ = supports_of([{**W2, "targets": ["Linear"]}])
     assert vllm.command == "vllm serve FOLDER"
     assert sglang.command.endswith("--model-path FOLDER --quantization humming")
-    (_, sglang, _) = supports_of([{**W4, "targets": ["re:.*attn"]}, {**W2, "targets": ["Linear"]}])
+    _, sglang, *_ = supports_of([{**W4, "targets": ["re:.*attn"]}, {**W2, "targets": ["Linear"]}])
     assert not sglang.loads
     assert any("one config group that targets `Linear`" in reason for reason in sglang.reasons)
 
 
 def test_folders_are_quoted_in_commands():
-    schemes = [(integers(4, 64), False)]
-    commands = [find_support(table, schemes, "/models/my model").command for table in ENGINE_TABLES]
-    assert commands[0] == "vllm serve '/models/my model'"
-    assert commands[1].endswith("--model-path '/models/my model'")
-    assert "from_pretrained('/models/my model', " in commands[2]
+    layers, folder = [AlikeLayers(integers(4, 64))], "/models/my model"
+    vllm, sglang, *_, transformers = (find_support(x, layers, folder) for x in ENGINE_TABLES)
+    assert vllm.command == "vllm serve '/models/my model'"
+    assert sglang.command.endswith("--model-path '/models/my model'")
+    assert "from_pretrained('/models/my model', " in transformers.command
 
 
 def test_packed_experts_have_no_kernel_on_cpus():
-    assert find_kernel(VLLM, integers(4, 64), CPU, experts=True).kernel is None
-    assert find_kernel(VLLM, integers(2, 64), HOPPER, experts=True).kernel is not None
+    assert kernel_of(VLLM, integers(4, 64), CPU, experts=True).kernel is None
+    assert kernel_of(VLLM, integers(2, 64), HOPPER, experts=True).kernel is not None
 
 
 def test_hardware_in_words():
-    assert in_words(ELSEWHERE) == "NVIDIA 7.5+, AMD GPU, Intel GPU, CPU"
+    assert in_words(ELSEWHERE) == "NVIDIA 7.5+, AMD GPU, Intel GPU, Apple GPU, CPU"
     assert in_words(GPUS[1:]) == "NVIDIA 8.0+"
     assert in_words([HOPPER]) == "NVIDIA 9.0"
     assert in_words([GPUS[0], HOPPER, CPU]) == "NVIDIA 7.5, 9.0, CPU"
@@ -325,7 +424,7 @@ def test_hardware_in_words():
 
 
 def test_this_machine_is_asked_without_importing_engines():
-    found = this_machine()
+    found = this_environment()
     assert found.engines["Transformers"]
     assert found.hardware.platform in ("cpu", "cuda", "rocm", "xpu", "mps")
 
@@ -334,4 +433,4 @@ def test_a_description_names_aliases_and_recipes():
     (entry,) = describe_schemes(["int8"])
     assert (entry.name, entry.aliases) == ("W8A8", ("INT8",))
     assert entry.recipes == ("w8a8_autoround",)
-    assert [engine.engine for engine in entry.engines] == ["vLLM", "SGLang", "Transformers"]
+    assert [x.engine for x in entry.engines] == [table.engine for table in ENGINE_TABLES]

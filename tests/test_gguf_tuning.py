@@ -7,6 +7,7 @@ import json
 import gguf
 import pytest
 import torch
+from autoround_modifier.checkpoints.inspection import inspect_checkpoint
 from conftest import quantize, tiny_llama, tiny_llama_folder
 from helpers import quantized_layers, saved_tensors
 from llmcompressor.core import reset_session
@@ -26,7 +27,6 @@ from autoround_modifier.checkpoints.gguf_blocks import (
     find_blocks_file,
     write_gguf_blocks,
 )
-from autoround_modifier.checkpoints.inspection import inspect_checkpoint
 from autoround_modifier.cli.main import main
 from autoround_modifier.errors import CheckpointError, RecipeError, SchemeError
 from autoround_modifier.gguf_schemes import GGUF_TYPES, ModelFacts, fitting_type, layer_types

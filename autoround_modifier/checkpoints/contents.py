@@ -18,6 +18,7 @@ from autoround_modifier.checkpoints.saved_config import (
 from autoround_modifier.checkpoints.saved_files import CONFIG, read_json, read_layout, tensor_files
 from autoround_modifier.checkpoints.saved_layers import SavedLayer, saved_layers, tensor_bytes
 from autoround_modifier.engines.config_names import NUMBER
+from autoround_modifier.engines.layers import ShapedLayer
 from autoround_modifier.engines.layout import CheckpointLayout
 from autoround_modifier.engines.matching import groups_of
 from autoround_modifier.engines.scheme import Scheme
@@ -73,11 +74,14 @@ class CheckpointContents:
     :param file_bytes: of all files in the folder
     :param files: number of safetensors files
     :param kv_cache: scheme of the key-value cache, in words; None if it is not quantized
+    :param kv_cache_bits: of a number in it; None if it is not quantized
     :param mtp_layers: for multi-token prediction that ``config.json`` says there are
     :param mtp_tensors: those of them in the files
     :param recipe: text of ``recipe.yaml``; None if there is none
     :param notes: what is odd
     :param gguf_types: type of GGUF -> number of layers whose blocks are beside the weights
+    :param layers: those that are quantized, each with its scheme and shape
+    :param unquantized_layers: names of linear layers that are not quantized
     """
 
     folder: str
@@ -95,11 +99,14 @@ class CheckpointContents:
     file_bytes: int
     files: int
     kv_cache: str | None
+    kv_cache_bits: int | None
     mtp_layers: int
     mtp_tensors: int
     recipe: str | None
     notes: tuple[str, ...] = ()
     gguf_types: dict[str, int] = field(default_factory=dict)
+    layers: tuple[ShapedLayer, ...] = field(default=(), repr=False)
+    unquantized_layers: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def is_quantized(self) -> bool:
@@ -156,11 +163,22 @@ def checkpoint_contents(folder: Path, layout: CheckpointLayout | None = None) ->
         file_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         files=len(set(tensor_files(folder).values())),
         kv_cache=_kv_cache(quantization.get("kv_cache_scheme")),
+        kv_cache_bits=(quantization.get("kv_cache_scheme") or {}).get("num_bits"),
         mtp_layers=promised,
         mtp_tensors=len(mtp),
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
         notes=tuple(dict.fromkeys(notes)),
         gguf_types={} if blocks is None else dict(Counter(blocks.types.values())),
+        layers=tuple(
+            ShapedLayer(x.name, x.scheme, x.shape[-2], x.shape[-1], x.kind == "experts")
+            for x in quantized
+            if x.scheme is not None and len(x.shape) > 1
+        ),
+        unquantized_layers=tuple(
+            x.name
+            for x in layers
+            if x.scheme is None and x.is_matrix and x.shape and x.kind != "embeddings"
+        ),
     )
 
 
@@ -169,7 +187,10 @@ def refuse_other_formats(folder: Path) -> None:
     :raises CheckpointError: if it is no folder of a checkpoint, or a checkpoint that is quantized
         in a format other than those of compressed-tensors; names the format
     """
-    takes = "compressed-tensors checkpoints and unquantized ones are read here"
+    takes = (
+        "compressed-tensors checkpoints and unquantized ones are read here. Of an exported "
+        "checkpoint, name the one that it was made of"
+    )
     if folder.suffix == ".gguf":
         raise CheckpointError(f"{folder} is in the format gguf; {takes}")
     if not folder.is_dir():
@@ -181,7 +202,9 @@ def refuse_other_formats(folder: Path) -> None:
     config = read_json(folder / CONFIG)
     found = quantization_of(config)
     if found is not None:
-        method = found.get("quant_method") or found.get("quant_algo") or "of an unknown name"
+        method = found.get("quant_method") or found.get("quant_algo")
+        if method is None:
+            method = "mlx" if config.get("quantization") else "of an unknown name"
         if method != COMPRESSED_TENSORS:
             raise CheckpointError(f"{folder} is quantized in the format {method}; {takes}")
     for file, method in (("quantize_config.json", "gptq"), ("hf_quant_config.json", "modelopt")):

@@ -39,6 +39,7 @@ class SavedLayer:
     :param weights: numbers in it, before packing
     :param bytes: of its weight, scales and zero points
     :param is_matrix: whether its weight has two dimensions or more
+    :param shape: of its weight before packing
     """
 
     name: str
@@ -48,6 +49,7 @@ class SavedLayer:
     weights: int
     bytes: int
     is_matrix: bool
+    shape: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
@@ -109,7 +111,9 @@ def saved_layers(
         shape = shapes.get(name) or _shape(weight, scheme, "weight_packed" in tensors)
         is_matrix = len(shape) > 1
         kind = _kind(name, is_matrix)
-        yield SavedLayer(name, kind, scheme, _dtype(weight), math.prod(shape), size, is_matrix)
+        yield SavedLayer(
+            name, kind, scheme, _dtype(weight), math.prod(shape), size, is_matrix, tuple(shape)
+        )
 
 
 def _other_tensor(name: str, part: str, tensor: TensorLayout) -> SavedLayer:

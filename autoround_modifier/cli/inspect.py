@@ -1,4 +1,4 @@
-"""`inspect`: what is in a checkpoint, and which engines load it."""
+"""`inspect`: what is in a checkpoint, and which engines run it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoround_modifier.cli.kernels import kernels_as_json, print_kernels
-from autoround_modifier.cli.options import AsJson
+from autoround_modifier.cli.kernels import kernels_as_json
+from autoround_modifier.cli.options import AsJson, Device
 from autoround_modifier.cli.outcome import REFUSED, UsageError
-from autoround_modifier.cli.tables import print_json, print_table
-from autoround_modifier.readable import bytes_text
+from autoround_modifier.cli.tables import print_json
+from autoround_modifier.engines.hardware import device_named
 
 if TYPE_CHECKING:
-    from autoround_modifier.checkpoints.inspection import CheckpointInspection
-    from autoround_modifier.engines.support import EngineSupport, Hardware
+    from autoround_modifier.engines.support import EngineSupport
+    from autoround_modifier.inspection.checkpoint import CheckpointInspection
 
 __all__ = ["inspect"]
 
 ENGINES = ("vllm", "transformers", "any")
+AUTO = "auto"
 
 
 def inspect(
@@ -30,44 +31,67 @@ def inspect(
             help="folder of a checkpoint in a format of compressed-tensors, or an unquantized one"
         ),
     ],
+    device: Device = AUTO,
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="tokens of a sequence in the key-value cache; default: 4096, or what the model "
+            "takes if that is less",
+        ),
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="sequences at the same time")] = 1,
     engine: Annotated[
         str | None,
         typer.Option(
             help="exit with 1 if this engine does not load the checkpoint as it is meant: vllm, "
-            "transformers, or any (each of them). Without it, problems are listed, and the exit "
-            "code is 0"
+            "transformers, or any (each of them); with --device on that device, else on any. "
+            "Without it, problems are listed, and the exit code is 0"
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """
-    What is in a checkpoint, and which engines load it.
+    What is in a checkpoint, which engines run it, and the commands for that.
 
     Reads the headers of its files and its configuration, no weights: bits per weight, layers by
-    kind, what is not quantized; for vLLM, SGLang and Transformers the kernel of each scheme on this
-    machine and elsewhere, and the command that serves it; and what these engines refuse or misread,
-    with what to change.
+    kind, what is not quantized; for each engine the kernel of each scheme on the device, or why
+    there is none, the best choice first, with the commands that install, export and serve; memory
+    for weights and key-value cache; and what vLLM and Transformers refuse or misread, with what to
+    change.
     """
     if engine is not None and engine not in ENGINES:
         raise UsageError(f"--engine is `{engine}`; use one of {', '.join(ENGINES)}")
+    if device != AUTO:
+        try:
+            device_named(device)
+        except ValueError as error:
+            raise UsageError(f"--device: {error}, auto") from error
     from autoround_modifier.cli.logs import own_logs
 
     with own_logs():
-        from autoround_modifier.checkpoints.inspection import inspect_checkpoint
+        from autoround_modifier.inspection.checkpoint import inspect_checkpoint
 
-        inspection = inspect_checkpoint(checkpoint)
+        inspection = inspect_checkpoint(
+            checkpoint, device, context_length=context_length, sequences=sequences
+        )
     if as_json:
         print_json(_document(inspection))
     else:
-        _print_contents(inspection)
-        _print_engines(inspection)
-        _print_problems(inspection)
-    if engine is not None and not inspection.loads(engine):
+        from autoround_modifier.cli.shown_inspection import print_inspection
+
+        print_inspection(inspection, elsewhere=device == AUTO)
+    if engine is None:
+        return
+    loads = inspection.loads if device == AUTO else inspection.loads_here
+    if not loads(engine):
         raise typer.Exit(REFUSED)
 
 
 def _document(inspection: CheckpointInspection) -> dict[str, Any]:
-    contents, machine = asdict(inspection.contents), inspection.machine
+    contents, environment = asdict(inspection.contents), inspection.environment
+    for name in ("layers", "unquantized_layers"):  # one for each; `kinds` counts them
+        del contents[name]
     contents["schemes"] = [
         {"label": scheme.label, "experts": experts, **asdict(scheme)}
         for scheme, experts in inspection.contents.schemes
@@ -75,16 +99,18 @@ def _document(inspection: CheckpointInspection) -> dict[str, Any]:
     return {
         "contents": contents,
         "machine": {
-            "hardware": str(machine.hardware),
-            "name": machine.name,
-            "engines": machine.engines,
+            "hardware": str(environment.hardware),
+            "name": environment.name,
+            "engines": environment.engines,
         },
+        "device": str(inspection.device),
+        "choices": [_choice(inspection, support) for support in inspection.choices],
         "engines": [
             {
                 "engine": elsewhere.engine,
-                "installed": machine.engines.get(elsewhere.engine),
+                "installed": environment.engines.get(elsewhere.engine),
                 "loads_here": (
-                    elsewhere.engine in machine.engines
+                    elsewhere.engine in environment.engines
                     and here.loads
                     and not inspection.misread_by(here.engine)
                 ),
@@ -95,6 +121,7 @@ def _document(inspection: CheckpointInspection) -> dict[str, Any]:
             }
             for here, elsewhere in zip(inspection.here, inspection.elsewhere, strict=True)
         ],
+        "memory": asdict(inspection.memory),
         "problems": [
             {"checked_for": engine, **asdict(problem)}
             for engine, problems in inspection.problems.items()
@@ -107,107 +134,15 @@ def _document(inspection: CheckpointInspection) -> dict[str, Any]:
     }
 
 
-def _print_contents(inspection: CheckpointInspection) -> None:
-    contents = inspection.contents
-    typer.echo(f"{contents.folder}: {contents.architecture or 'architecture not named'}")
-    typer.echo(f"  format            {contents.format}")
-    if contents.quantized_bits is not None:
-        typer.echo(
-            f"  quantized layers  {contents.quantized_bits:.3f} bits per weight, scales and zero "
-            f"points included; {contents.quantized_weights:,} weights"
-        )
-    typer.echo(
-        f"  whole model       {contents.bits_per_weight:.3f} bits per weight; "
-        f"{contents.weights:,} weights"
-    )
-    files = "file" if contents.files == 1 else "files"
-    typer.echo(
-        f"  on disk           {bytes_text(contents.file_bytes)}; tensors "
-        f"{bytes_text(contents.bytes)} in {contents.files} safetensors {files}"
-    )
-    typer.echo(f"  key-value cache   {contents.kv_cache or 'not quantized'}")
-    if contents.mtp_layers:
-        typer.echo(
-            f"  MTP layers        {contents.mtp_layers} by config.json; {contents.mtp_tensors} "
-            "tensors of them in the files"
-        )
-    if contents.recipe is not None:
-        typer.echo("  recipe            recipe.yaml")
-    for note in contents.notes:
-        typer.echo(f"  note              {note}")
-    typer.echo()
-    print_table(
-        ("layers", "scheme", "number", "weights", "bits per weight", "size"),
-        [
-            (
-                kind.kind,
-                kind.scheme,
-                f"{kind.layers:,}",
-                f"{kind.weights:,}",
-                f"{kind.bits_per_weight:.3f}" if kind.weights else "",
-                bytes_text(kind.bytes),
-            )
-            for kind in contents.kinds
-        ],
-        ("number", "weights", "bits per weight", "size"),
-    )
-    if contents.is_quantized and contents.unquantized:
-        typer.echo("Not quantized:")
-        for name, count in contents.unquantized.items():
-            typer.echo(f"  {name}" + (f" ({count})" if count > 1 else ""))
-        typer.echo()
-
-
-def _print_engines(inspection: CheckpointInspection) -> None:
-    machine = inspection.machine
-    typer.echo(f"On this machine ({_machine_name(inspection)}):")
-    for here, known in zip(inspection.here, inspection.elsewhere, strict=True):
-        version = machine.engines.get(here.engine)
-        installed = f"{version}" if version else "(not installed)"
-        (hardware,) = here.kernels
-        if not here.loads_on(hardware):
-            outcome = f"{'does' if version else 'would'} not load it: {'; '.join(here.reasons)}"
-        elif inspection.misread_by(here.engine):
-            outcome = f"{'does' if version else 'would'} not load it as it is meant: see below"
-        else:
-            outcome = ("loads it" if version else "would load it") + _kernels_on(here, hardware)
-        if version and not f"{version}.".startswith(f"{known.version}."):
-            outcome += f" (as far as {known.version} tells)"
-        typer.echo(f"  {here.engine} {installed} {outcome}")
-    typer.echo()
-    if inspection.contents.schemes:
-        typer.echo("Elsewhere:")
-        print_kernels(inspection.elsewhere)
-        typer.echo()
-    typer.echo("To serve it:")
-    for support in inspection.elsewhere:
-        if support.loads and not inspection.misread_by(support.engine):
-            lines = support.command.splitlines()
-            typer.echo("".join(f"  {line}\n" for line in lines), nl=False)
-    typer.echo()
-
-
-def _machine_name(inspection: CheckpointInspection) -> str:
-    hardware, name = str(inspection.machine.hardware), inspection.machine.name
-    return hardware if name == hardware else f"{name}, {hardware}"
-
-
-def _kernels_on(support: EngineSupport, hardware: Hardware) -> str:
-    """:return: the end of a sentence"""
-    named = [
-        f"{choice.scheme}{' experts' if choice.experts else ''} by {choice.kernel}"
-        + (f" ({choice.note})" if choice.note else "")
-        for choice in support.kernels[hardware]
-    ]
-    return f": {', '.join(named)}" if named else ""
-
-
-def _print_problems(inspection: CheckpointInspection) -> None:
-    for engine in ENGINES[:2]:
-        problems = inspection.problems.get(engine)
-        if problems is None:
-            typer.echo(f"Not checked for {engine}, which does not know the model here.")
-        elif not problems:
-            typer.echo(f"Checked for {engine}: no problem with names, shapes and schemes.")
-        for problem in problems or ():
-            typer.echo(f"{'Problem' if problem.fatal else 'Note'}: {problem}")
+def _choice(inspection: CheckpointInspection, support: EngineSupport) -> dict[str, Any]:
+    """:return: an engine that runs the checkpoint on the device"""
+    serving, memory = support.serving[inspection.device], inspection.memory
+    return {
+        "engine": support.engine,
+        "version": support.version,
+        "installed": inspection.environment.engines.get(support.engine),
+        **asdict(serving),
+        "kernels": [asdict(choice) for choice in support.kernels[inspection.device]],
+        "weight_bytes": memory.weights_of(support, inspection.device),
+        "cache_bytes": memory.cache_of(support),
+    }

@@ -9,7 +9,8 @@ from typing import Any
 import typer
 
 from autoround_modifier.cli.tables import print_table
-from autoround_modifier.engines.support import EngineSupport, Hardware, in_words
+from autoround_modifier.engines.hardware import Hardware, in_words
+from autoround_modifier.engines.support import EngineSupport
 
 __all__ = ["hardware_of", "kernels_as_json", "print_kernels"]
 
@@ -19,10 +20,11 @@ KNOWN = (
 )
 
 
-def print_kernels(supports: Iterable[EngineSupport]) -> None:
+def print_kernels(supports: Iterable[EngineSupport], refused: bool = True) -> None:
+    """:param refused: whether to tell where an engine has none, and why"""
     print_table(
         ("engine", "scheme", "kernel", "hardware", "known"),
-        [row for support in supports for row in _rows(support)],
+        [row for support in supports for row in _rows(support, refused)],
     )
     typer.echo(KNOWN)
 
@@ -39,16 +41,15 @@ def kernels_as_json(support: EngineSupport) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(support: EngineSupport) -> list[tuple[str, str, str, str, str]]:
+def _rows(support: EngineSupport, refused: bool) -> list[tuple[str, str, str, str, str]]:
     """:return: one row for each scheme and kernel, with the hardware that has it"""
     grouped: dict[tuple[str, str, str], list[Hardware]] = {}
     for hardware, choices in support.kernels.items():
         for choice in choices:
-            scheme = f"{choice.scheme}{' experts' if choice.experts else ''}"
-            notes = "; ".join(x for x in (choice.option, choice.note) if x)
-            kernel = "refused" if choice.kernel is None else choice.kernel
-            cell = f"{kernel} ({notes})" if notes else kernel
-            grouped.setdefault((scheme, cell, choice.known), []).append(hardware)
+            if choice.kernel is None and not refused:
+                continue
+            key = (choice.layers_text, choice.kernel_text, choice.known)
+            grouped.setdefault(key, []).append(hardware)
     name = f"{support.engine} {support.version}"
     return [
         (name, scheme, cell, in_words(hardware), known)
@@ -61,10 +62,12 @@ def hardware_of(support: EngineSupport) -> str:
     loading = [hardware for hardware in support.kernels if support.loads_on(hardware)]
     if len(loading) == len(support.kernels):
         return "any"
-    options = {
-        choice.option
-        for hardware in loading
-        for choice in support.kernels[hardware]
-        if choice.option
-    }
-    return " ".join([in_words(loading) or "no", *sorted(f"({option})" for option in options)])
+    by_options: dict[tuple[str, ...], list[Hardware]] = {}
+    for hardware in loading:
+        options = {choice.option for choice in support.kernels[hardware] if choice.option}
+        by_options.setdefault(tuple(sorted(options)), []).append(hardware)
+    named = [
+        " ".join([in_words(found), *(f"({option})" for option in options)])
+        for options, found in sorted(by_options.items(), key=lambda x: len(x[0]))
+    ]
+    return ", ".join(named) or "no"

@@ -6,9 +6,16 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AsJson", "Platform", "Quiet", "TrustRemoteCode", "Verbose"]
+__all__ = ["AsJson", "Device", "Platform", "Quiet", "TrustRemoteCode", "Verbose"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto, sm75, sm80, sm89, sm90, sm100, sm120, cpu, rocm, xpu or metal: where it is to "
+        "run; auto is this machine"
+    ),
+]
 Platform = Annotated[
     str | None,
     typer.Option(

@@ -10,12 +10,14 @@ from autoround_modifier import defaults
 from autoround_modifier.cli.options import AsJson, Platform, TrustRemoteCode
 from autoround_modifier.cli.outcome import REFUSED, UsageError
 from autoround_modifier.cli.tables import print_json, print_table
+from autoround_modifier.engines.hardware import device_named
 
 if TYPE_CHECKING:
     from autoround_modifier.planning import Plan
 
 __all__ = ["plan"]
 
+AUTO = "auto"
 NUMBERS = ("size", "time", "parameters", "as loaded", "as saved")
 
 
@@ -61,6 +63,13 @@ def plan(
             "the device of this machine"
         ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="where the checkpoint is to run, for the kernels of engines: sm75, sm80, sm89, "
+            "sm90, sm100, sm120, cpu, rocm, xpu or metal; auto is what --gpu says"
+        ),
+    ] = AUTO,
     ram: Annotated[
         str | None, typer.Option(help="host memory, such as 64GB; default: that of this machine")
     ] = None,
@@ -72,7 +81,8 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
-    What a run will take: memory, disk, hours. Refuses what will not fit, and says what to change.
+    What a run will take: memory, disk, hours; and which engines will run its checkpoint, with which
+    kernels. Refuses what will not fit, and says what to change.
 
     Only config.json is read.
     """
@@ -93,6 +103,8 @@ def plan(
         from autoround_modifier.planning.tables import as_data
 
         try:
+            if device != AUTO:
+                device_named(device)
             machine = find_machine(gpu, ram, disk)
         except ValueError as error:
             raise UsageError(str(error)) from error
@@ -103,6 +115,7 @@ def plan(
             max_seq_length=max_seq_length,
             model_on_disk=model_on_disk,
             machine=machine,
+            device=device,
             trust_remote_code=trust_remote_code,
             formats=formats,
             **{name: value for name, value in given.items() if value is not None},

@@ -31,20 +31,24 @@ def list_recipes(
     Bits per weight are those of a layer of 4096 x 4096 as it is saved, with scales and zero points.
     """
     from autoround_modifier import recipe_files
+    from autoround_modifier.engines.tables import SHOWN_ENGINES
 
     summaries = [recipe_files.summarize_recipe(x) for x in recipe_files.list_recipes().values()]
     documents = [_document(summary) for summary in summaries]
     if as_json:
         print_json(documents)
         return
-    engines = [engine["engine"] for engine in documents[0]["engines"]]
     print_table(
-        ("recipe", "bits", *engines, "what it makes"),
+        ("recipe", "bits", *SHOWN_ENGINES, "what it makes"),
         [
             (
                 document["name"],
                 _bits(document),
-                *(engine["hardware"] for engine in document["engines"]),
+                *(
+                    engine["hardware"]
+                    for engine in document["engines"]
+                    if engine["engine"] in SHOWN_ENGINES
+                ),
                 document["description"],
             )
             for document in documents
@@ -108,7 +112,7 @@ def _document(summary: RecipeSummary) -> dict[str, Any]:
                 "loads": support.loads,
                 "hardware": hardware_of(support),
             }
-            for support in supports_of(summary.groups)
+            for support in supports_of(summary.groups, kv_cache=summary.kv_cache)
         ],
     }
 

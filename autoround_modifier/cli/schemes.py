@@ -69,16 +69,16 @@ def _document(entry: SchemeEntry) -> dict[str, Any]:
 
 def _print_all(entries: list[SchemeEntry]) -> None:
     from autoround_modifier.cli.kernels import hardware_of
+    from autoround_modifier.engines.tables import SHOWN_ENGINES
 
-    engines = [support.engine for support in entries[0].engines]
     print_table(
-        ("scheme", "bits", "layers", *engines, "recipes"),
+        ("scheme", "bits", "layers", *SHOWN_ENGINES, "recipes"),
         [
             (
                 ", ".join((entry.name, *entry.aliases)),
                 f"{entry.bits_per_weight:.3f}",
                 entry.scheme.label,
-                *(hardware_of(support) for support in entry.engines),
+                *(hardware_of(x) for x in entry.engines if x.engine in SHOWN_ENGINES),
                 ", ".join(entry.recipes),
             )
             for entry in entries

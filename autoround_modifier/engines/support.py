@@ -1,196 +1,43 @@
-"""Which engine runs which scheme, with which kernel, on which hardware."""
+"""Which engine runs which layers, with which kernel, on which hardware."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from autoround_modifier.engines.scheme import Scheme
+from autoround_modifier.engines.hardware import ELSEWHERE, Hardware
+from autoround_modifier.engines.layers import AlikeLayers
+from autoround_modifier.engines.rows import READ, RUN, EngineTable
 
-__all__ = [
-    "ASKED",
-    "CHANNEL",
-    "CPU",
-    "ELSEWHERE",
-    "READ",
-    "RELOAD",
-    "ROCM",
-    "RUN",
-    "XPU",
-    "EngineSupport",
-    "EngineTable",
-    "Hardware",
-    "KernelChoice",
-    "Row",
-    "Where",
-    "cuda",
-    "find_kernel",
-    "find_support",
-    "in_words",
-]
+__all__ = ["EngineSupport", "KernelChoice", "Serving", "find_kernel", "find_support"]
 
-# How a row is known: docs/compatibility.md
-RUN = "run"  # an unchanged checkpoint was loaded, generated text, and gave equal log-probabilities
-ASKED = "asked"  # code of the engine was called without the hardware, and no model was run
-RELOAD = "reload"  # Transformers gave the logits of the model in memory
-READ = "read"  # in the engine's source
-# Why no engine of compressed-tensors has a kernel for types of GGUF
+EXPORT = "autoround-modifier export {folder} {format} {target}"
+NO_EXPORTER = "there is no export to"
+# Why no engine has a kernel for types of GGUF before they are exported
 DENSE = "is for llama.cpp, after `export`; the weights beside the blocks are in 16 bits"
-CHANNEL = -1  # the group size of scales by channel or tensor
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """
-    :param platform: ``cuda``, ``rocm``, ``xpu`` or ``cpu``
-    :param capability: compute capability of an NVIDIA GPU, times ten; 0 on other platforms
-    """
-
-    platform: str
-    capability: int = 0
-
-    def __str__(self) -> str:
-        names = {"rocm": "AMD GPU", "xpu": "Intel GPU", "cpu": "CPU"}
-        if self.platform != "cuda":
-            return names.get(self.platform, self.platform)
-        return f"NVIDIA {self.capability // 10}.{self.capability % 10}"
-
-
-# What is answered for: Turing, Ampere, Ada, Hopper, and both kinds of Blackwell
-ELSEWHERE = (
-    *(Hardware("cuda", capability) for capability in (75, 80, 89, 90, 100, 120)),
-    Hardware("rocm"),
-    Hardware("xpu"),
-    Hardware("cpu"),
-)
-
-
-@dataclass(frozen=True)
-class Where:
-    """
-    Hardware for which a row holds.
-
-    :param platform: of `Hardware`
-    :param minimum: lowest compute capability on ``cuda``
-    :param maximum: highest one
-    """
-
-    platform: str
-    minimum: int = 0
-    maximum: int = 999
-
-    def holds(self, hardware: Hardware) -> bool:
-        return self.platform == hardware.platform and (
-            self.platform != "cuda" or self.minimum <= hardware.capability <= self.maximum
-        )
-
-
-def in_words(hardware: Iterable[Hardware]) -> str:
-    """:return: such as ``NVIDIA 7.5+, CPU``; ``+`` where all newer GPUs that are known follow"""
-    found = list(hardware)
-    gpus = [one.capability for one in found if one.platform == "cuda"]
-    known = [one.capability for one in ELSEWHERE if one.platform == "cuda"]
-    names = [str(one) for one in found if one.platform == "cuda"]
-    if len(gpus) > 1 and gpus == [x for x in known if x >= gpus[0]]:
-        names = [f"{names[0]}+"]
-    numbers = [name.removeprefix("NVIDIA ") for name in names]
-    others = [str(one) for one in found if one.platform != "cuda"]
-    return ", ".join(([f"NVIDIA {', '.join(numbers)}"] if numbers else []) + others)
-
-
-ROCM, XPU, CPU = Where("rocm"), Where("xpu"), Where("cpu")
-
-
-def cuda(minimum: int, maximum: int = 999) -> Where:
-    """:return: NVIDIA GPUs from one compute capability to another, times ten"""
-    return Where("cuda", minimum, maximum)
-
-
-@dataclass(frozen=True)
-class Row:
-    """
-    One fact. The first row of a table that fits a scheme and hardware holds.
-
-    :param families: that it is about, of `engines.scheme.FAMILIES`
-    :param on: hardware; empty for any
-    :param kernel: what runs it; None where the engine refuses it
-    :param known: `RUN`, `RELOAD`, `ASKED` or `READ`
-    :param bits: of a weight; empty for any
-    :param symmetric: None for either
-    :param groups: group sizes, -1 for one scale per channel or tensor; empty for any
-    :param formats: of compressed-tensors; empty for any. One that is not known fits
-    :param strategies: of compressed-tensors; empty for any
-    :param dynamic: whether scales of activations are found while the model runs; None for either
-    :param experts: whether it is about experts of a mixture alone (true), other layers alone
-        (false), or both (None)
-    :param option: of the command that serves the model, without which the row does not hold
-    :param single_group: it holds for checkpoints of one config group alone, that targets ``Linear``
-    :param until: first version of the engine that refuses the scheme, as `note` says
-    :param note: a condition, or why the engine refuses it
-    """
-
-    families: tuple[str, ...]
-    on: tuple[Where, ...]
-    kernel: str | None
-    known: str
-    bits: tuple[int, ...] = ()
-    symmetric: bool | None = None
-    groups: tuple[int, ...] = ()
-    formats: tuple[str, ...] = ()
-    strategies: tuple[str, ...] = ()
-    dynamic: bool | None = None
-    experts: bool | None = None
-    option: str = ""
-    single_group: bool = False
-    until: str | None = None
-    note: str = ""
-
-    def fits(self, scheme: Scheme, hardware: Hardware, experts: bool) -> bool:
-        return (
-            scheme.family in self.families
-            and (not self.on or any(where.holds(hardware) for where in self.on))
-            and (not self.bits or scheme.num_bits in self.bits)
-            and (self.symmetric is None or scheme.symmetric == self.symmetric)
-            and (not self.groups or scheme.group_size in self.groups)
-            and (not self.formats or scheme.format is None or scheme.format in self.formats)
-            and (not self.strategies or scheme.strategy in self.strategies)
-            and (self.dynamic is None or scheme.dynamic == self.dynamic)
-            and (self.experts is None or experts == self.experts)
-        )
-
-
-@dataclass(frozen=True)
-class EngineTable:
-    """
-    :param engine: its name
-    :param packages: of which one installs it
-    :param version: for which the rows hold
-    :param rows: in the order in which they are looked through
-    :param command: serves a checkpoint; ``{folder}``, quoted for a shell, ``{path}``, as it is, and
-        ``{options}`` are filled in
-    :param refusal: what is said where no row fits
-    """
-
-    engine: str
-    packages: tuple[str, ...]
-    version: str
-    rows: tuple[Row, ...]
-    command: str
-    refusal: str = "nothing is known of this scheme"
+NOT_ON = "is not known to run here"
+NOTHING_TO_EXPORT = "an export is of quantized integers; its own converter takes this"
 
 
 @dataclass(frozen=True)
 class KernelChoice:
     """
-    What runs a scheme on some hardware.
+    What runs layers of a scheme on some hardware.
 
     :param scheme: its label
     :param experts: whether it is that of experts of a mixture
-    :param kernel: None where the engine refuses the scheme
+    :param kernel: None where the engine refuses them
     :param known: how: `RUN`, `RELOAD`, `ASKED` or `READ`; empty where nothing is known
     :param option: of the command that serves the model
-    :param note: a condition, or why the scheme is refused
+    :param note: a condition, or why the layers are refused
+    :param export: format to which the checkpoint is exported before; empty for none
+    :param package: that must be installed beside the engine, as pip knows it; empty for none
+    :param better: kernel that would be taken if `better_package` were installed; empty for none
+    :param better_package: as pip knows it
+    :param source: file of the engine's repository
+    :param layers: names of the layers, with ``*`` for numbers, where others of the scheme have
+        another kernel; empty for all of the scheme
     """
 
     scheme: str
@@ -199,27 +46,82 @@ class KernelChoice:
     known: str
     option: str = ""
     note: str = ""
+    export: str = ""
+    package: str = ""
+    better: str = ""
+    better_package: str = ""
+    source: str = ""
+    layers: tuple[str, ...] = ()
+
+    @property
+    def layers_text(self) -> str:
+        """Which layers it is about."""
+        text = f"{self.scheme}{' experts' if self.experts else ''}"
+        leaves = dict.fromkeys(name.rpartition(".")[2] for name in self.layers)
+        return f"{text} ({', '.join(leaves)})" if self.layers else text
+
+    @property
+    def kernel_text(self) -> str:
+        """What runs them, with conditions, or why nothing does."""
+        export = f"after export to {self.export}" if self.export and self.kernel else ""
+        package = f"with {self.package}" if self.package else ""
+        notes = "; ".join(x for x in (export, self.option, package, self.note) if x)
+        kernel = "refused" if self.kernel is None else self.kernel
+        return f"{kernel} ({notes})" if notes else kernel
+
+
+@dataclass(frozen=True)
+class Serving:
+    """
+    How a checkpoint gets to run.
+
+    :param install: command that installs the engine and what its kernels need
+    :param export: command that writes the format which the engine reads; empty for none
+    :param export_note: what the export needs
+    :param command: serves the checkpoint, or what was exported of it
+    """
+
+    install: str
+    export: str
+    export_note: str
+    command: str
+
+    @property
+    def lines(self) -> str:
+        """The export, if there is one, and the command."""
+        return "\n".join(x for x in (self.export, self.command) if x)
 
 
 @dataclass(frozen=True)
 class EngineSupport:
     """
-    What an engine makes of the schemes of a checkpoint.
+    What an engine makes of the layers of a checkpoint.
 
     :param engine: its name
     :param version: for which this is known
-    :param kernels: hardware -> the kernel of each scheme
-    :param command: serves the checkpoint where it loads
+    :param kernels: hardware -> the kernels of each scheme
+    :param serving: hardware -> how the checkpoint gets to run there
+    :param unpacks: whether weights are held in 16 bits in memory
     """
 
     engine: str
     version: str
     kernels: dict[Hardware, tuple[KernelChoice, ...]] = field(hash=False)
-    command: str
+    serving: dict[Hardware, Serving] = field(hash=False)
+    unpacks: bool = False
 
     def loads_on(self, hardware: Hardware) -> bool:
-        """:return: whether there is a kernel for each scheme"""
+        """:return: whether there is a kernel for each layer"""
         return all(choice.kernel is not None for choice in self.kernels[hardware])
+
+    def export_on(self, hardware: Hardware) -> str:
+        """:return: format to which the checkpoint is exported there; empty for none"""
+        return next((x.export for x in self.kernels[hardware] if x.export), "")
+
+    def reasons_on(self, hardware: Hardware) -> tuple[str, ...]:
+        """:return: why it does not load there; empty if it does"""
+        refused = (x for x in self.kernels[hardware] if x.kernel is None)
+        return tuple(dict.fromkeys(f"{x.scheme}: {x.note}" for x in refused))
 
     @property
     def loads(self) -> bool:
@@ -231,70 +133,217 @@ class EngineSupport:
         """Why it does not, if it does on no hardware."""
         if self.loads:
             return ()
-        refused = [
-            f"{choice.scheme}: {choice.note}"
-            for choices in self.kernels.values()
-            for choice in choices
-            if choice.kernel is None
-        ]
-        return tuple(dict.fromkeys(refused))
+        return tuple(dict.fromkeys(x for one in self.kernels for x in self.reasons_on(one)))
+
+    @property
+    def command(self) -> str:
+        """That serves the checkpoint where it loads, with the export; on hardware where no option
+        is needed, if there is some."""
+        loading = [x for x in self.kernels if self.loads_on(x)] or list(self.kernels)
+        plain = (x for x in loading if not any(choice.option for choice in self.kernels[x]))
+        return self.serving[next(plain, loading[0])].lines
 
 
 def find_kernel(
     table: EngineTable,
-    scheme: Scheme,
+    layers: AlikeLayers,
     hardware: Hardware,
-    experts: bool = False,
+    *,
     single_group: bool = True,
     version: str | None = None,
+    export: str = "",
+    packages: Collection[str] | None = None,
+    dtype: str | None = None,
 ) -> KernelChoice:
     """
     :param table: of the engine
-    :param experts: whether the layers are experts of a mixture
+    :param layers: of one scheme and shape
     :param single_group: whether the checkpoint has one config group, that targets ``Linear``
     :param version: of the engine; None for that of the table
+    :param export: format to which the checkpoint is exported
+    :param packages: that are installed, of those which rows name; None takes all for installed
+    :param dtype: of the model's activations, ``bfloat16`` or ``float16``; None if it is not known
     """
-    if scheme.family == "gguf":
-        return KernelChoice(scheme.label, experts, None, READ, "", DENSE)
+    scheme, experts = layers.scheme, layers.experts
+    label, unfit, missing = scheme.label, list[str](), None
+    if scheme.family == "gguf" and not export:
+        return KernelChoice(label, experts, None, READ, "", DENSE)
     for row in table.rows:
-        if not row.fits(scheme, hardware, experts) or (row.single_group and not single_group):
+        if not row.fits(scheme, hardware, experts, export, dtype):
             continue
+        if row.single_group and not single_group:
+            continue
+        problem = row.shape_problem(layers.shape)
+        if problem is not None:
+            unfit.append(problem)
+            continue
+        if row.optional and (packages is None or row.package not in packages):
+            continue
+        if row.package and packages is not None and row.package not in packages:
+            missing = missing or row
+            continue
+        better = (missing.kernel or "", missing.package) if missing is not None else ("", "")
         if version is not None and row.until is not None and _at_least(version, row.until):
-            return KernelChoice(scheme.label, experts, None, RUN, "", row.note)
-        return KernelChoice(scheme.label, experts, row.kernel, row.known, row.option, row.note)
-    return KernelChoice(scheme.label, experts, None, "", "", table.refusal)
+            return KernelChoice(label, experts, None, RUN, "", row.note, export, "", *better)
+        refused = row.kernel is None
+        return KernelChoice(
+            scheme=label,
+            experts=experts,
+            kernel=row.kernel,
+            known=row.known,
+            option=row.option,
+            note="; ".join(dict.fromkeys(unfit)) if refused and unfit else row.note,
+            export=export,
+            package=row.package,
+            better=better[0],
+            better_package=better[1],
+            source=row.source,
+        )
+    note = "; ".join(dict.fromkeys(unfit)) or table.refusal
+    if missing is not None:
+        note = f"needs {missing.package}"
+        return KernelChoice(
+            label, experts, None, missing.known, "", note, export, "", missing.kernel or "",
+            missing.package, missing.source,
+        )  # fmt: skip
+    return KernelChoice(label, experts, None, "", "", note, export)
 
 
 def find_support(
     table: EngineTable,
-    schemes: Sequence[tuple[Scheme, bool]],
+    layers: Sequence[AlikeLayers],
     folder: str,
     hardware: Iterable[Hardware] = ELSEWHERE,
+    *,
     single_group: bool = True,
     version: str | None = None,
+    exportable: Mapping[str, str | None] | None = None,
+    packages: Collection[str] | None = None,
+    dtype: str | None = None,
 ) -> EngineSupport:
     """
     :param table: of the engine
-    :param schemes: of the layers of a checkpoint, and whether they are those of experts; none for a
-        checkpoint that is not quantized, which all engines load
+    :param layers: of a checkpoint, fused where the engine fuses them; none for a checkpoint that is
+        not quantized, which all engines load that need no export
     :param folder: of the checkpoint
     :param hardware: that is asked for
     :param single_group: whether it has one config group, that targets ``Linear``
     :param version: of the engine; None for that of the table
+    :param exportable: format -> why the checkpoint cannot be exported to it, None if it can; a
+        format that is not named has no exporter. None lets the rows decide
+    :param packages: that are installed, of those which rows name; None takes all for installed
+    :param dtype: of the model's activations, ``bfloat16`` or ``float16``; None if it is not known
     """
-    kernels = {
-        one: tuple(
-            find_kernel(table, scheme, one, experts, single_group, version)
-            for scheme, experts in schemes
+    kernels: dict[Hardware, tuple[KernelChoice, ...]] = {}
+    serving: dict[Hardware, Serving] = {}
+    for one in hardware:
+        candidates: list[tuple[KernelChoice, ...]] = []
+        if not layers and table.platforms and one.platform not in table.platforms:
+            kernels[one] = (KernelChoice("16 bits", False, None, "", note=NOT_ON),)
+            serving[one] = _serving(table, (), one, folder)
+            continue
+        for format in table.exports or ("",):
+            problem = _export_problem(format, layers, exportable)
+            if problem is not None:
+                schemes = dict.fromkeys((x.scheme.label, x.experts) for x in layers)
+                refused = [
+                    KernelChoice(*scheme, None, "", note=problem, export=format)
+                    for scheme in schemes or {("16 bits", False): None}
+                ]
+                candidates.append(tuple(refused))
+                continue
+            choices = [
+                find_kernel(
+                    table, x, one, single_group=single_group, version=version, export=format,
+                    packages=packages, dtype=dtype,
+                )
+                for x in layers
+            ]  # fmt: skip
+            candidates.append(_by_scheme(layers, choices))
+        kernels[one] = next(
+            (x for x in candidates if all(choice.kernel is not None for choice in x)),
+            _least_refused(candidates),
         )
-        for one in hardware
-    }
-    loading = [x for x in kernels.values() if all(choice.kernel is not None for choice in x)]
-    options = dict.fromkeys(x.option for choices in loading for x in choices if x.option)
-    command = table.command.format(
-        folder=shlex.quote(folder), path=folder, options="".join(f" {x}" for x in options)
+        serving[one] = _serving(table, kernels[one], one, folder)
+    return EngineSupport(table.engine, version or table.version, kernels, serving, table.unpacks)
+
+
+def _export_problem(
+    format: str, layers: Sequence[AlikeLayers], exportable: Mapping[str, str | None] | None
+) -> str | None:
+    """:return: why a checkpoint cannot be exported to a format; None if it can, or need not be"""
+    if not format:
+        return None
+    if not layers:
+        return NOTHING_TO_EXPORT
+    if exportable is None:
+        return None
+    if format not in exportable:
+        return f"{NO_EXPORTER} {format} yet"
+    return exportable[format]
+
+
+def _least_refused(candidates: Sequence[tuple[KernelChoice, ...]]) -> tuple[KernelChoice, ...]:
+    """:return: the format for which most schemes have a kernel, the first of several; where none
+    can be exported, with the reason of each"""
+    if len(candidates) > 1 and all(x[0].note and not x[0].known for x in candidates):
+        formats: dict[str, list[str]] = {}
+        for choices in candidates:
+            formats.setdefault(choices[0].note, []).append(choices[0].export)
+        written = {note: names for note, names in formats.items() if NO_EXPORTER not in note}
+        notes = [
+            f"{', '.join(names)}: {note}" if len(written) > 1 else note
+            for note, names in (written or formats).items()
+        ]
+        note = "; ".join(notes)
+        return tuple(replace(x, note=note, export="") for x in candidates[0])
+
+    def refusals(choices: tuple[KernelChoice, ...]) -> tuple[int, bool]:
+        """What no kernel runs says more than what cannot be exported."""
+        refused = [choice for choice in choices if choice.kernel is None]
+        return len(refused), not any(choice.known for choice in refused)
+
+    return min(candidates, key=refusals)
+
+
+def _by_scheme(
+    layers: Sequence[AlikeLayers], choices: Sequence[KernelChoice]
+) -> tuple[KernelChoice, ...]:
+    """:return: one choice for layers of a scheme that have the same; others with their names"""
+    found: dict[KernelChoice, list[str]] = {}
+    for alike, choice in zip(layers, choices, strict=True):
+        found.setdefault(choice, []).extend(alike.names)
+    schemes = [(choice.scheme, choice.experts) for choice in found]
+    return tuple(
+        choice
+        if schemes.count((choice.scheme, choice.experts)) == 1
+        else replace(choice, layers=tuple(dict.fromkeys(names)))
+        for choice, names in found.items()
     )
-    return EngineSupport(table.engine, version or table.version, kernels, command)
+
+
+def _serving(
+    table: EngineTable, choices: Iterable[KernelChoice], hardware: Hardware, folder: str
+) -> Serving:
+    choices = list(choices)
+    options = dict.fromkeys(x.option for x in choices if x.option)
+    packages = dict.fromkeys(x.package for x in choices if x.package)
+    format = next((x.export for x in choices if x.export), "")
+    target, export = folder, ""
+    if format:
+        stem = folder.rstrip("/")
+        name = format.replace(":", "-").replace("_", "-")
+        target = f"{stem}-{format.partition(':')[2]}.gguf" if ":" in format else f"{stem}-{name}"
+        export = EXPORT.format(
+            folder=shlex.quote(folder), format=format, target=shlex.quote(target)
+        )
+    install = table.install_on(hardware)
+    if packages:
+        install += " " + " ".join(shlex.quote(x) for x in packages)
+    command = table.command.format(
+        folder=shlex.quote(target), path=target, options="".join(f" {x}" for x in options)
+    )
+    return Serving(install, export, table.export_note if export else "", command)
 
 
 def _at_least(version: str, other: str) -> bool:

@@ -6,8 +6,9 @@ hardware; activations are quantized by fake quantization. What it makes of exper
 
 from __future__ import annotations
 
+from autoround_modifier.engines.hardware import CPU
+from autoround_modifier.engines.rows import READ, RELOAD, RUN, EngineTable, Row, from_file
 from autoround_modifier.engines.scheme import FAMILIES
-from autoround_modifier.engines.support import CPU, READ, RELOAD, RUN, EngineTable, Row
 
 __all__ = ["TRANSFORMERS"]
 
@@ -23,7 +24,8 @@ TRANSFORMERS = EngineTable(
     engine="Transformers",
     packages=("transformers",),
     version="5.17",
-    rows=(
+    rows=from_file(
+        "src/transformers/quantizers/quantizer_compressed_tensors.py",
         Row(("int",), (CPU,), KERNEL, RUN, symmetric=False, until="5.23", note=REFUSED),
         Row(("int",), (), KERNEL, READ, symmetric=False, until="5.23", note=REFUSED),
         Row(PACKED, (CPU,), KERNEL, RELOAD, symmetric=True, formats=("pack-quantized",)),
@@ -42,4 +44,7 @@ TRANSFORMERS = EngineTable(
         Row(("mxfp4a8",), (), KERNEL, READ),
     ),
     command=LOAD,
+    repository="huggingface/transformers",
+    install="pip install transformers compressed-tensors",
+    unpacks=True,
 )

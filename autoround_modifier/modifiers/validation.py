@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -148,6 +149,7 @@ def check_fit(schemes: Schemes) -> None:
     """:raises SchemeError: naming every layer whose scheme is not supported or does not fit"""
     unsupported: dict[str, list[str]] = {}  # by reason
     indivisible: dict[str, list[str]] = {}  # by what would do
+    columns_of: dict[str, list[int]] = {}  # by the name of the scheme without its group size
     for name, (module, scheme) in schemes.items():
         reason = (
             unsupported_weights(scheme.weights)
@@ -166,16 +168,35 @@ def check_fit(schemes: Schemes) -> None:
                     f"; {', '.join(map(str, fitting))} would divide" if fitting else ""
                 )
                 indivisible.setdefault(remedy, []).append(name)
+                columns_of.setdefault(_name_without_groups(scheme), []).append(columns)
 
     if unsupported:
         reasons = [f"{reason}: {listed(names)}" for reason, names in unsupported.items()]
         raise SchemeError("AutoRoundModifier cannot quantize these layers: " + "; ".join(reasons))
     if indivisible:
         layers = [f"{remedy}: {listed(names)}" for remedy, names in indivisible.items()]
+        fitting_schemes = []
+        for prefix, widths in columns_of.items():
+            dividing = [size for size in (128, 64, 32, 16) if math.gcd(*widths) % size == 0]
+            if prefix and dividing:
+                fitting_schemes.append(f"{prefix}G{dividing[0]}")
+        example = f", such as {', '.join(fitting_schemes)}" if fitting_schemes else ""
         raise SchemeError(
-            "group_size does not divide the input features of these layers; choose one that does, "
-            "use `strategy: channel`, or add the layers to `ignore`:\n  " + "\n  ".join(layers)
+            "group_size does not divide the input features of these layers; choose one that does"
+            f"{example}, use `strategy: channel`, or add the layers to `ignore`:\n  "
+            + "\n  ".join(layers)
         )
+
+
+def _name_without_groups(scheme: QuantizationScheme) -> str:
+    """:return: such as ``W4A16_ASYM_``; empty where no name with a group size stands for it"""
+    weights, inputs = scheme.weights, scheme.input_activations
+    if weights.type != QuantizationType.INT or (
+        inputs is not None and (inputs.type != QuantizationType.INT or inputs.dynamic is not True)
+    ):
+        return ""
+    zero_points = "" if weights.symmetric else "_ASYM_"
+    return f"W{weights.num_bits}A{16 if inputs is None else inputs.num_bits}{zero_points}"
 
 
 def layers_to_choose_for(

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from autoround_modifier.engines.config_names import EXPERT
+from autoround_modifier.engines.layers import ShapedLayer
+from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.errors import SchemeError
 from autoround_modifier.gguf_schemes import GGUF_TYPES
 from autoround_modifier.host.blocks import find_blocks, input_embeddings
 from autoround_modifier.host.empty_model import EmptyModel, empty_model
+from autoround_modifier.host.layers import stored_weight
 from autoround_modifier.host.prediction import predict_tensors
+from autoround_modifier.host.saved_format import saved_group
 from autoround_modifier.host.schemes import (
     QuantizationConfig,
     QuantizationScheme,
@@ -68,6 +73,9 @@ class ModelCounts:
     :ivar chosen_size: (smallest, largest) bytes of them in the checkpoint
     :ivar exports: bytes of other formats, and of what they take while they are written
     :ivar notes: what is not counted, and why
+    :ivar layers: that are quantized, as engines see them; where a choice is open, with each option
+    :ivar unquantized_layers: names of linear layers that are not
+    :ivar single_group: whether the checkpoint has one config group, that targets ``Linear``
     """
 
     architecture: str
@@ -86,6 +94,9 @@ class ModelCounts:
     chosen_size: tuple[int, int] = (0, 0)
     exports: tuple[Quantity, ...] = ()
     notes: tuple[str, ...] = ()
+    layers: tuple[ShapedLayer, ...] = ()
+    unquantized_layers: tuple[str, ...] = ()
+    single_group: bool = False
 
     @property
     def saved(self) -> int:
@@ -161,7 +172,34 @@ def count_model(
         chosen=chosen[0],
         chosen_size=chosen[1],
         notes=tuple(notes),
+        layers=tuple(_shaped_layers(built, recipe, schemes)),
+        unquantized_layers=tuple(
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name not in schemes
+        ),
+        single_group=recipe.chooser is None and _one_group(configs),
     )
+
+
+def _shaped_layers(
+    built: EmptyModel, recipe: RecipeParts, schemes: Schemes
+) -> Iterator[ShapedLayer]:
+    options = None if recipe.chooser is None else resolve_options(recipe.chooser.options).values()
+    for name, (module, own) in schemes.items():
+        rows, columns = stored_weight(module).shape[-2:]
+        for scheme in (own,) if options is None else options:
+            if scheme.weights is None:
+                continue
+            of_engines = Scheme.of_group(saved_group(scheme))
+            assert of_engines is not None
+            experts = EXPERT.search(name) is not None
+            yield ShapedLayer(name, of_engines, rows, columns, experts, built.copies(name))
+
+
+def _one_group(configs: list[QuantizationConfig]) -> bool:
+    groups = [group for config in configs for group in config.config_groups.values()]
+    return len(groups) == 1 and "Linear" in groups[0].targets
 
 
 def _own_configs(recipe: RecipeParts) -> list[QuantizationConfig]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from autoround_modifier.engines.environment import this_environment
+from autoround_modifier.engines.hardware import Hardware
 from autoround_modifier.planning.quantities import Kind
 
 __all__ = ["DEVICES", "Device", "Machine", "find_device", "find_machine", "parse_size"]
@@ -31,6 +33,7 @@ class Device:
     :ivar flops: of matrix products in 16 bits, at most, per second; None if not known
     :ivar bandwidth: of its memory, bytes per second
     :ivar kind: how ``flops`` is known
+    :ivar hardware: what engines choose kernels by; None if it is not known
     """
 
     name: str
@@ -38,33 +41,36 @@ class Device:
     flops: float | None
     bandwidth: float
     kind: Kind = "assumed"
+    hardware: Hardware | None = None
 
     @property
     def is_cpu(self) -> bool:
         return self.memory is None
 
 
-def _card(name: str, gib: float, teraflops: float, terabytes: float) -> Device:
-    return Device(name, gib * GIB, teraflops * 1e12, terabytes * 1e12)
+def _card(name: str, gib: float, teraflops: float, terabytes: float, capability: int) -> Device:
+    """:param capability: compute capability, times ten"""
+    hardware = Hardware("cuda", capability)
+    return Device(name, gib * GIB, teraflops * 1e12, terabytes * 1e12, hardware=hardware)
 
 
-# GiB that PyTorch reports; dense BF16 TFLOP/s and TB/s of the data sheets
+# GiB that PyTorch reports; dense BF16 TFLOP/s and TB/s of the data sheets; compute capability
 DEVICES = {
     device.name: device
     for device in (
-        _card("b200", 178, 2250, 8.0),
-        _card("h200", 139, 989, 4.8),
-        _card("h100", 79, 989, 3.35),
-        _card("a100", 79, 312, 2.0),
-        _card("a100-40gb", 39.4, 312, 1.55),
-        _card("l40s", 44.4, 362, 0.86),
-        _card("a6000", 47.4, 155, 0.77),
-        _card("l4", 22, 121, 0.3),
-        _card("a10g", 22, 70, 0.6),
-        _card("t4", 14.6, 65, 0.32),
-        _card("rtx5090", 31.3, 210, 1.79),
-        _card("rtx4090", 23.5, 165, 1.01),
-        _card("rtx3090", 23.6, 71, 0.94),
+        _card("b200", 178, 2250, 8.0, 100),
+        _card("h200", 139, 989, 4.8, 90),
+        _card("h100", 79, 989, 3.35, 90),
+        _card("a100", 79, 312, 2.0, 80),
+        _card("a100-40gb", 39.4, 312, 1.55, 80),
+        _card("l40s", 44.4, 362, 0.86, 89),
+        _card("a6000", 47.4, 155, 0.77, 86),
+        _card("l4", 22, 121, 0.3, 89),
+        _card("a10g", 22, 70, 0.6, 86),
+        _card("t4", 14.6, 65, 0.32, 75),
+        _card("rtx5090", 31.3, 210, 1.79, 120),
+        _card("rtx4090", 23.5, 165, 1.01, 89),
+        _card("rtx3090", 23.6, 71, 0.94, 86),
     )
 }
 _OTHER_NAMES = {
@@ -75,7 +81,7 @@ _OTHER_NAMES = {
     "5090": "rtx5090",
     "3090": "rtx3090",
 }
-CPU = Device("cpu", None, None, 20e9)
+CPU = Device("cpu", None, None, 20e9, hardware=Hardware("cpu"))
 
 
 @dataclass(frozen=True)
@@ -137,15 +143,17 @@ def _own_device() -> Device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return find_device("cpu")
+    hardware = this_environment().hardware
     if accelerator.type == "cuda":
         properties = torch.cuda.get_device_properties(accelerator)
         words = set(re.findall(r"[a-z]+\d+\w?|\d{4}", properties.name.lower()))
         known = [x for x in DEVICES if x in words or x.removeprefix("rtx") in words]
         speed = DEVICES[known[0]] if known else Device("", 0.0, None, 0.0)
-        return replace(speed, name=properties.name, memory=float(properties.total_memory))
+        memory = float(properties.total_memory)
+        return replace(speed, name=properties.name, memory=memory, hardware=hardware)
     module = torch.get_device_module(accelerator)
     memory = float(module.get_device_properties(accelerator).total_memory)
-    return Device(accelerator.type, memory, None, 0.0)
+    return Device(accelerator.type, memory, None, 0.0, hardware=hardware)
 
 
 def _measured_cpu_flops(dtype: torch.dtype = torch.bfloat16) -> float:

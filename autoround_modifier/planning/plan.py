@@ -12,8 +12,12 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from autoround_modifier import defaults
 from autoround_modifier.checkpoints.mtp import promised_mtp_layers
+from autoround_modifier.engines.hardware import Hardware, device_named
+from autoround_modifier.engines.ranking import ranked
+from autoround_modifier.engines.support import EngineSupport
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.host.loading import check_not_compressed, source_config, stored_format
+from autoround_modifier.inspection.supports import supports_of_layers
 from autoround_modifier.planning.advice import Change, changes_that_fit
 from autoround_modifier.planning.counts import ModelCounts, count_model
 from autoround_modifier.planning.disk import checkpoint_size, disk_parts
@@ -33,6 +37,7 @@ from autoround_modifier.run_outputs import COMPRESSED_TENSORS, read_formats
 
 __all__ = ["Plan", "Shortage", "plan"]
 
+AUTO = "auto"
 Resource = Literal["device memory", "host memory", "disk"]
 # Bytes of a weight as released, where it is dequantized on loading
 STORED_BYTES = {"fp8": 1.0, "mxfp4": 0.53}
@@ -76,6 +81,8 @@ class Plan:
     :ivar advice: changes each of which makes it fit; empty if it fits, or nothing helps
     :ivar fitting_devices: of the known cards, those on which it fits as it is
     :ivar notes: what is not estimated, and why
+    :ivar device: for which kernels are told; None if no hardware is known
+    :ivar engines: what each engine will make of the checkpoint there, the best choice first
     """
 
     model: str
@@ -92,6 +99,8 @@ class Plan:
     advice: tuple[Change, ...]
     fitting_devices: tuple[str, ...]
     notes: tuple[str, ...]
+    device: Hardware | None = None
+    engines: tuple[EngineSupport, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -131,6 +140,7 @@ def plan(
     max_seq_length: int | None = None,
     model_on_disk: bool = False,
     machine: Machine | None = None,
+    device: str = AUTO,
     trust_remote_code: bool = False,
     formats: str | Sequence[str] | None = None,
     **fields: Any,
@@ -146,6 +156,8 @@ def plan(
     :param max_seq_length: tokens of a calibration sample; None for what `oneshot` takes
     :param model_on_disk: the model is loaded with ``device_map="auto_offload"``
     :param machine: None for this one, with the working folder's disk
+    :param device: on which the checkpoint is to run: ``sm90``, ``cpu``, ... as in
+        `inspect_checkpoint`; ``auto`` for that of the machine
     :param trust_remote_code: let a model run its own code
     :param formats: that are written, as in `oneshot`
     :param fields: of `AutoRoundModifier`, such as ``preset`` and ``batch_size``; they replace those
@@ -155,10 +167,12 @@ def plan(
     :raises RecipeError: if Transformers cannot build the model, the recipe is not sound, or it
         targets nothing
     :raises SchemeError: if a scheme does not fit a layer
+    :raises ValueError: if there is no such device
     :raises CompressedSourceError: if the model is compressed already
     :raises ExportError: if there is no such format, or it cannot hold what the recipe makes
     """
     others = [name for name in read_formats(formats) if name != COMPRESSED_TENSORS]
+    asked = None if device == AUTO else device_named(device)
     source = _source(model, trust_remote_code)
     if scheme is None:
         parts = read_recipe(recipe, fields)
@@ -171,6 +185,9 @@ def plan(
     counts = replace(counts, exports=tuple(exports))
     machine = machine or find_machine()
     made = _made(source, parts, counts, run, machine)
+    asked = machine.device.hardware if asked is None else asked
+    if asked is not None:
+        made = replace(made, device=asked, engines=_engines(source, parts, counts, asked))
     if made.fits:
         return made
 
@@ -192,6 +209,23 @@ def plan(
         short = "; ".join(map(str, on_disk.shortages))
         notes.append(f"with the model on the disk it would lack {short}")
     return replace(made, advice=tuple(advice), fitting_devices=tuple(cards), notes=tuple(notes))
+
+
+def _engines(
+    source: _Source, parts: RecipeParts, counts: ModelCounts, hardware: Hardware
+) -> tuple[EngineSupport, ...]:
+    """:return: what engines make of the layers as they will be saved, the best choice first"""
+    supports = supports_of_layers(
+        counts.layers,
+        "OUTPUT",
+        (hardware,),
+        unquantized=counts.unquantized_layers,
+        kv_cache=any(tuner.kv_cache_scheme is not None for tuner in parts.tuners),
+        single_group=counts.single_group,
+        dtype=str(source.dtype).removeprefix("torch."),
+    )
+    best = ranked(supports, hardware)
+    return (*best, *(x for x in supports if x not in best))
 
 
 def _source(model: str | Path | PreTrainedConfig, trust_remote_code: bool) -> _Source:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from autoround_modifier.engines.hardware import Hardware
 from autoround_modifier.planning.plan import Plan
 from autoround_modifier.planning.quantities import Quantity, total
 from autoround_modifier.readable import bytes_text, count_text, duration_text
@@ -63,7 +64,19 @@ def tables(plan: Plan) -> list[Table]:
         found.append(Table("time", columns, tuple(rows), _remarks(plan.seconds)))
     if not plan.counts.chosen:
         found.append(_parts(plan))
+    if plan.device is not None:
+        found.append(_kernels(plan, plan.device))
     return found
+
+
+def _kernels(plan: Plan, hardware: Hardware) -> Table:
+    rows = [
+        (support.engine, choice.layers_text, choice.kernel_text, choice.known)
+        for support in plan.engines
+        for choice in support.kernels[hardware]
+    ]
+    title = f"engines on {hardware}, the best choice first"
+    return Table(title, ("engine", "scheme", "kernel, or why there is none", "known"), tuple(rows))
 
 
 def _sized(title: str, parts: Iterable[Quantity]) -> Table:
@@ -168,4 +181,20 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "advice": [dataclasses.asdict(x) for x in plan.advice],
         "fitting_devices": list(plan.fitting_devices),
         "notes": list(plan.notes),
+        "engines": {
+            "hardware": None if plan.device is None else str(plan.device),
+            "choices": [
+                {
+                    "engine": support.engine,
+                    "version": support.version,
+                    "loads": support.loads,
+                    "kernels": [
+                        dataclasses.asdict(x)
+                        for kernels in support.kernels.values()
+                        for x in kernels
+                    ],
+                }
+                for support in plan.engines
+            ],
+        },
     }

@@ -15,7 +15,7 @@ from autoround_modifier.host.schemes import (
     preset_name_to_scheme,
     scheme_names,
 )
-from autoround_modifier.scheme_names import SCHEME_NAME
+from autoround_modifier.scheme_names import SCHEME_NAME, did_you_mean
 
 __all__ = ["named_scheme", "resolve_options"]
 
@@ -35,7 +35,7 @@ def named_scheme(name: str) -> QuantizationScheme:
         return preset_name_to_scheme(name, targets=[])
     match = SCHEME_NAME.fullmatch(name)
     if match is None or not is_preset_scheme(match["preset"]):
-        raise SchemeError(f"unknown scheme `{name}`; use {_EXPLAINED}")
+        raise SchemeError(f"unknown scheme `{name}`{did_you_mean(name)}; use {_EXPLAINED}")
     scheme = preset_name_to_scheme(match["preset"], targets=[])
     if scheme.weights is None or scheme.weights.type != QuantizationType.INT:
         raise SchemeError(f"`{name}`: {match['preset']} has no group size or zero points to choose")

@@ -36,7 +36,7 @@ ORDER = (
     ("search", "tuning"),
     ("distillation", "runs"),
     ("exports", "hub", "report", "schemes"),
-    ("evaluation", "modifiers"),
+    ("evaluation", "inspection", "modifiers"),
     ("recipes", "run_outputs"),
     ("entrypoint", "recipe_composition"),
     ("api", "job", "planning"),
