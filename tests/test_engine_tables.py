@@ -135,7 +135,9 @@ def test_what_is_asked_of_vllm_by_its_tests_is_in_the_table():
 def doc_table(heading: str) -> Iterator[list[str]]:
     """Yield the cells of each row of the first table below a heading of the page."""
     section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
+    table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    assert table is not None
+    rows = table[0].splitlines()
     for row in rows[2:]:
         yield [cell.strip() for cell in row.strip("|").split("|")]
 
@@ -293,6 +295,9 @@ def test_a_humming_option_needs_one_group():
     (vllm, sglang, _) = supports_of([{**W2, "targets": ["Linear"]}])
     assert vllm.command == "vllm serve FOLDER"
     assert sglang.command.endswith("--model-path FOLDER --quantization humming")
+    (_, sglang, _) = supports_of([{**W4, "targets": ["Linear"]}])
+    assert sglang.kernels[GPUS[0]][0].option == "--quantization humming"
+    assert sglang.command.endswith("--model-path FOLDER")  # as on most GPUs
     (_, sglang, _) = supports_of([{**W4, "targets": ["re:.*attn"]}, {**W2, "targets": ["Linear"]}])
     assert not sglang.loads
     assert any("one config group that targets `Linear`" in reason for reason in sglang.reasons)

@@ -61,10 +61,12 @@ def hardware_of(support: EngineSupport) -> str:
     loading = [hardware for hardware in support.kernels if support.loads_on(hardware)]
     if len(loading) == len(support.kernels):
         return "any"
-    options = {
-        choice.option
-        for hardware in loading
-        for choice in support.kernels[hardware]
-        if choice.option
-    }
-    return " ".join([in_words(loading) or "no", *sorted(f"({option})" for option in options)])
+    by_options: dict[tuple[str, ...], list[Hardware]] = {}
+    for hardware in loading:
+        options = {choice.option for choice in support.kernels[hardware] if choice.option}
+        by_options.setdefault(tuple(sorted(options)), []).append(hardware)
+    named = [
+        " ".join([in_words(found), *(f"({option})" for option in options)])
+        for options, found in sorted(by_options.items(), key=lambda x: len(x[0]))
+    ]
+    return ", ".join(named) or "no"

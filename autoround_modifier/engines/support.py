@@ -207,7 +207,8 @@ class EngineSupport:
     :param engine: its name
     :param version: for which this is known
     :param kernels: hardware -> the kernel of each scheme
-    :param command: serves the checkpoint where it loads
+    :param command: serves the checkpoint where it loads; without options where some hardware
+        needs none
     """
 
     engine: str
@@ -286,7 +287,8 @@ def find_support(
         for one in hardware
     }
     loading = [x for x in kernels.values() if all(choice.kernel is not None for choice in x)]
-    options = dict.fromkeys(x.option for choices in loading for x in choices if x.option)
+    plain = [choices for choices in loading if not any(x.option for x in choices)]
+    options = dict.fromkeys(x.option for choices in plain or loading for x in choices if x.option)
     command = table.command.format(
         folder=shlex.quote(folder), path=folder, options="".join(f" {x}" for x in options)
     )
