@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 SGLANG_VENV ?= .venv-sglang
+LATEST_VENV ?= .venv-latest
 AUTO_ROUND_VENV ?= .venv-auto-round
 OUTPUT ?= output
 # Pinned, so that pip takes a CPU build (2.13.0+cpu) wherever one is at hand; an open range would
@@ -15,7 +16,7 @@ RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # auto-round, which the benchmarks compare with, is run from its own environment.
 export AUTO_ROUND_PYTHON = $(abspath $(AUTO_ROUND_VENV))/bin/python
 
-.PHONY: install auto-round quickstart test lint typecheck test-slow test-browser test-vllm test-vllm-architectures test-sglang bench-accuracy \
+.PHONY: install auto-round quickstart test lint typecheck test-slow test-browser test-vllm test-vllm-architectures test-sglang test-latest bench-accuracy \
 	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
 	gpu-wheels gpu-check table-architectures sweep-architectures docs build clean
 
@@ -96,6 +97,32 @@ test-sglang: install $(SGLANG_VENV)/.installed
 	$(RUN) tests/sglang/make_checkpoints.py $(OUTPUT)/sglang
 	PYTHONPATH=tests/vllm/site $(SGLANG_VENV)/bin/python -m pytest -c tests/sglang/pytest.ini \
 		--confcutdir tests/sglang --checkpoints="$(abspath $(OUTPUT))/sglang" tests/sglang
+
+# The newest Transformers and compressed-tensors, and older releases of the latter, which engines fix:
+# vLLM 0.17, SGLang 0.18, LLM-Compressor 0.19. With LATEST="--upgrade transformers
+# compressed-tensors" still newer ones.
+LATEST ?= -r requirements/latest.txt
+LATEST_SITES = $(LATEST_VENV)/sites
+COMPRESSED_TENSORS = 0.17.0 0.18.0 0.19.0 0.20.0
+
+$(LATEST_VENV)/.installed: requirements/latest.txt
+	$(PYTHON) -m venv $(LATEST_VENV)
+	$(LATEST_VENV)/bin/pip install --quiet --upgrade "pip>=24"
+	$(LATEST_VENV)/bin/pip install --quiet "$(TORCH)" -r requirements/latest.txt
+	for release in $(COMPRESSED_TENSORS); do \
+		$(LATEST_VENV)/bin/pip install --quiet --no-deps --upgrade \
+			--target $(LATEST_SITES)/$$release compressed-tensors==$$release || exit 1; \
+	done
+	touch $@
+
+test-latest: install $(LATEST_VENV)/.installed
+	$(LATEST_VENV)/bin/pip install --quiet $(LATEST)
+	rm -rf $(OUTPUT)/latest
+	$(RUN) tests/latest/make_checkpoints.py $(OUTPUT)/latest
+	OMP_NUM_THREADS=1 $(LATEST_VENV)/bin/python -m pytest -c tests/latest/pytest.ini -rxX \
+		--confcutdir tests/latest --checkpoints="$(abspath $(OUTPUT))/latest" \
+		--package-python="$(abspath $(VENV))/bin/python" --sites="$(abspath $(LATEST_SITES))" \
+		tests/latest
 
 # auto-round in its own environment: its newest release needs another Transformers than
 # LLM-Compressor allows.
@@ -179,4 +206,4 @@ build: install
 	$(VENV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(AUTO_ROUND_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(LATEST_VENV) $(AUTO_ROUND_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache
