@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from reload import TOKENS
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "vllm"))
+sys.path.append(str(Path(__file__).parent.parent / "vllm"))
 from make_recipe_checkpoints import quantized_recipes
 
 

@@ -21,7 +21,7 @@ from autoround_modifier.engines.support import Hardware
 from autoround_modifier.scheme_names import group_named
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "vllm"))
+sys.path.append(str(Path(__file__).parent.parent / "vllm"))
 from conftest import quantize, tiny_llama, token_samples, weight_scheme
 from make_recipe_checkpoints import quantized_recipes
 
