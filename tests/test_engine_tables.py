@@ -397,6 +397,9 @@ def test_a_humming_option_needs_one_group():
     vllm, sglang, *_ = supports_of([{**W2, "targets": ["Linear"]}])
     assert vllm.command == "vllm serve FOLDER"
     assert sglang.command.endswith("--model-path FOLDER --quantization humming")
+    _, sglang, *_ = supports_of([{**W4, "targets": ["Linear"]}])
+    assert sglang.kernels[GPUS[0]][0].option == "--quantization humming"
+    assert sglang.command.endswith("--model-path FOLDER")  # as on most GPUs
     _, sglang, *_ = supports_of([{**W4, "targets": ["re:.*attn"]}, {**W2, "targets": ["Linear"]}])
     assert not sglang.loads
     assert any("one config group that targets `Linear`" in reason for reason in sglang.reasons)

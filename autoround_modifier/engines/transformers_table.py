@@ -1,7 +1,7 @@
 """
 Transformers decompresses every format of compressed-tensors as it is loaded or first run, on any
 hardware; activations are quantized by fake quantization. What it makes of experts is in
-`engines.transformers_loader`.
+`engines.transformers_loader`. What newer releases refuse is from ``tests/latest``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ __all__ = ["TRANSFORMERS"]
 
 KNOWN = tuple(family for family in FAMILIES if family not in ("other", "mxfp4a8", "gguf"))
 PACKED = ("int-int8", "int-int4", "int-fp8")
-REFUSED = "5.23 and 5.24 refuse zero points"
+REFUSED = (
+    "5.23 and 5.24 refuse zero points; with one config group, pass "
+    "`quantization_config=CompressedTensorsConfig(dequantize=True)`"
+)
 KERNEL = "PyTorch, on decompressed weights"
 LOAD = """\
 from transformers import AutoModelForCausalLM
