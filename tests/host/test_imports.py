@@ -35,7 +35,7 @@ ORDER = (
     ("search", "tuning"),
     ("distillation", "runs"),
     ("exports", "hub", "report", "schemes"),
-    ("evaluation", "modifiers"),
+    ("evaluation", "inference", "modifiers"),
     ("recipes",),
     ("entrypoint", "recipe_composition"),
     ("api", "job", "planning"),
