@@ -50,7 +50,6 @@ __all__ = [
     "DEQUANTIZED_FORMATS",
     "auto_class",
     "check_not_compressed",
-    "experts_as_linear_layers",
     "load_model",
     "model_positions",
     "save_without_requantizing",
@@ -247,19 +246,6 @@ def load_model(
         )
     save_without_requantizing(model)
     return model
-
-
-@contextlib.contextmanager
-def experts_as_linear_layers(loader: Any, config: PreTrainedConfig) -> Iterator[None]:
-    """
-    Let a model be loaded with linear layers for each expert of a mixture, where LLM-Compressor
-    knows how. Nothing stays changed in Transformers afterwards.
-
-    :param loader: `auto_class`
-    :param config: of the model
-    """
-    with load_context(loader), _own_mappings(config.to_dict()), _no_aliases():
-        yield
 
 
 def save_without_requantizing(model: nn.Module) -> None:

@@ -28,14 +28,14 @@ class Int4Linear(nn.Module):
         self.out_features, self.in_features = spec.out_features, spec.in_features
         self.group_size = spec.features_per_scale
         scale = weight.scale.to(torch.bfloat16)
-        integers, zero = weight.signed().to(torch.int32), torch.zeros_like(scale)
+        integers, zero = weight.signed().to(torch.int32).add_(OFFSET), torch.zeros_like(scale)
         if weight.zero_point is not None:
             difference = weight.signed_zero_point().to(torch.int32)
             if spec.num_bits < 4:
                 integers -= difference.repeat_interleave(self.group_size, dim=1)
             else:
                 zero = (-difference.float() * scale.float()).to(torch.bfloat16)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers + OFFSET, 1)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1)
         self.register_buffer("weight_packed", packed, persistent=False)
         scales = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous()
         self.register_buffer("scales_and_zeros", scales, persistent=False)

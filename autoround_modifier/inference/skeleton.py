@@ -8,7 +8,6 @@ that.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -27,7 +26,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.errors import CheckpointError, listed
-from autoround_modifier.host.loading import auto_class, experts_as_linear_layers
+from autoround_modifier.host.empty_model import split_experts
+from autoround_modifier.host.loading import auto_class
 from autoround_modifier.inference.packed_layer import leave_without_weight
 from autoround_modifier.inference.packed_weight import PackedSpec
 from autoround_modifier.inference.reading import NotPackedError
@@ -35,6 +35,8 @@ from autoround_modifier.inference.reading import NotPackedError
 __all__ = ["METHOD", "kind_of", "load_skeleton"]
 
 METHOD = "autoround-modifier"
+# Of experts, as some architectures name them in files
+EXPERT_LAYERS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 # Names of tensors that are read once the model is there
 READ_LATER = r"\.weight_(packed|scale|zero_point|shape)$"
 
@@ -110,9 +112,7 @@ def load_skeleton(
     }
     if device.type != "cpu":
         arguments["device_map"] = {"": device}
-    experts = any(map(EXPERT.search, specs))
-    with experts_as_linear_layers(loader, config) if experts else contextlib.nullcontext():
-        model, info = loader.from_pretrained(folder, output_loading_info=True, **arguments)
+    model, info = loader.from_pretrained(folder, output_loading_info=True, **arguments)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     missing = sorted(name for name in info["missing_keys"] if name not in tied)
     if missing:
@@ -137,29 +137,47 @@ def _modules_of(model: PreTrainedModel, specs: Mapping[str, PackedSpec]) -> dict
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    split_experts(model, _holds_quantized(specs, renamings).__contains__)
     places = model.state_dict()
     found, refused = {}, []
     for name, spec in specs.items():
+        is_expert = EXPERT.search(name) is not None  # which have layers of their own here
         key, fused = rename_source_key(
-            f"{name}.weight", renamings, converters, model.base_model_prefix, places
+            f"{name}.weight",
+            renamings,
+            [] if is_expert else converters,
+            model.base_model_prefix,
+            places,
         )
         path = key.removesuffix(".weight")
+        if is_expert and key not in places:
+            head, _, leaf = path.rpartition(".")
+            path = f"{head}.{EXPERT_LAYERS.get(leaf, leaf)}"
         module = _module(model, path)
-        if fused is not None:
-            refused.append(name)
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding)) and fused is None:
+            found[path] = spec
             if tuple(module.weight.shape) != (spec.out_features, spec.in_features):
                 refused.append(name)
-            found[path] = spec
-        elif module is not None:
+        elif module is not None or fused is not None:
             refused.append(name)
     if refused:
         raise NotPackedError(
-            f"the model has no linear layer or embedding of their own for {listed(refused, 2)}"
+            f"the model has no linear layers or embeddings of their shape for {listed(refused, 2)}"
         )
     for key, source in _tied(model):
         if key.removesuffix(".weight") in found or source.removesuffix(".weight") in found:
             raise NotPackedError(f"{key} is tied to {source}, which is quantized")
+    return found
+
+
+def _holds_quantized(specs: Mapping[str, PackedSpec], renamings: list[WeightRenaming]) -> set[str]:
+    """:return: names of modules that hold experts, of which some are quantized"""
+    found = set()
+    for name in specs:
+        key, _ = rename_source_key(f"{name}.weight", renamings, [])
+        expert = EXPERT.search(key)
+        if expert is not None:
+            found.add(key[: expert.start() - 1])
     return found
 
 
