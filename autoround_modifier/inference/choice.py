@@ -10,10 +10,15 @@ import torch
 from autoround_modifier.errors import BackendError, listed
 from autoround_modifier.inference.backends import BACKENDS, TRANSFORMERS, Backend, Use
 
-__all__ = ["AUTO", "NAMES", "check_backend", "choose", "in_words"]
+__all__ = ["AUTO", "NAMES", "check_backend", "choose", "default_device", "in_words"]
 
 AUTO = "auto"
 NAMES = (AUTO, *(backend.name for backend in BACKENDS), TRANSFORMERS)
+
+
+def default_device() -> torch.device:
+    """:return: the accelerator, if there is one"""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def check_backend(name: str, device: torch.device) -> None:

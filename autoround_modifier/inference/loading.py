@@ -23,7 +23,13 @@ from autoround_modifier.host.loading import (
 )
 from autoround_modifier.hub import resolve_model
 from autoround_modifier.inference.backends import TRANSFORMERS, Backend, Use
-from autoround_modifier.inference.choice import AUTO, check_backend, choose, in_words
+from autoround_modifier.inference.choice import (
+    AUTO,
+    check_backend,
+    choose,
+    default_device,
+    in_words,
+)
 from autoround_modifier.inference.packed_layer import PackedEmbedding, PackedLinear
 from autoround_modifier.inference.packed_weight import PackedWeight
 from autoround_modifier.inference.reading import NotPackedError, packed_layers, read_weights
@@ -63,7 +69,7 @@ def load(
     :raises CheckpointError: if the checkpoint cannot be read, or lacks tensors
     :raises HubError: if there is no such folder or name, or it cannot be downloaded
     """
-    place = _device(device)
+    place = default_device() if device is None else torch.device(device)
     check_backend(backend, place)
     folder = _folder(checkpoint)
     if backend == TRANSFORMERS:
@@ -142,12 +148,6 @@ def _load_by_transformers(
     if stored_format(config, folder) in DEQUANTIZED_FORMATS:
         return load_model(folder, **arguments).eval()
     return auto_class(config).from_pretrained(folder, **arguments).eval()
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _folder(checkpoint: str | os.PathLike[str]) -> Path:
