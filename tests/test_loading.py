@@ -519,6 +519,12 @@ def test_missing_tensors(tmp_path):
         load(folder, "torch")
 
 
+def test_another_dtype():
+    with pytest.raises(BackendError, match="`half` is no dtype to compute in; use one of auto"):
+        load(saved("W4"), dtype="half")
+    assert load(saved("W4"), dtype="float16").dtype == torch.float16
+
+
 def test_a_name_that_is_not_there(monkeypatch):
     with pytest.raises(HubError, match="there is no folder `nobody/nothing`"):
         load("nobody/nothing")

@@ -37,6 +37,7 @@ from autoround_modifier.inference.skeleton import kind_of, load_skeleton
 
 __all__ = ["load"]
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 FILES = ("*.json", "*.safetensors", "*.py", "*.txt", "*.model", "*.jinja")
 
 
@@ -64,13 +65,15 @@ def load(
     :param dtype: to compute in; None for that of the checkpoint
     :param trust_remote_code: let a model run its own code
     :return: a model to generate with. It cannot be saved or trained
-    :raises BackendError: if there is no such backend, it is not installed, or it does not run a
-        layer of the checkpoint
+    :raises BackendError: if there is no such backend or dtype, the backend is not installed, or it
+        does not run a layer of the checkpoint
     :raises CheckpointError: if the checkpoint cannot be read, or lacks tensors
     :raises HubError: if there is no such folder or name, or it cannot be downloaded
     """
     place = default_device() if device is None else torch.device(device)
     check_backend(backend, place)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise BackendError(f"`{dtype}` is no dtype to compute in; use one of {', '.join(DTYPES)}")
     folder = _folder(checkpoint)
     if backend == TRANSFORMERS:
         return _load_by_transformers(folder, place, dtype, trust_remote_code)
@@ -96,7 +99,8 @@ def _load_packed(
     """:raises NotPackedError: if the weights cannot stay packed"""
     specs = packed_layers(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    kind = dtype_named(config.get_text_config().dtype if dtype in (None, "auto") else dtype)
+    stored = getattr(config, "dtype", None) or config.get_text_config().dtype
+    kind = dtype_named(stored if dtype in (None, "auto") else dtype)
     expected = {name: Use(spec, "linear", device, kind) for name, spec in specs.items()}
     choose(backend, expected)  # refuses before anything is read
     model, found = load_skeleton(str(folder), specs, config, device, kind, trust_remote_code)
