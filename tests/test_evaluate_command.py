@@ -19,7 +19,7 @@ from conftest import VOCABULARY, quantize, tiny_llama, tiny_tokenizer, weight_sc
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from autoround_modifier import AutoRoundModifier, EvaluationError, evaluate
+from autoround_modifier import AutoRoundModifier, EvaluationError, evaluate, load
 from autoround_modifier.cli.main import main
 from autoround_modifier.evaluation.generations import read_prompts
 from autoround_modifier.evaluation.results import merge_evaluations
@@ -142,6 +142,26 @@ def test_text_and_generations(models_, text, capsys):
     assert 0 < sum(token.same_top1 for token in tokens) < len(tokens)
     assert len(printed.generations) == 4
     assert all(len(x.original.split()) == 4 for x in printed.generations)
+
+
+def test_a_quantized_model_whose_weights_stay_packed(models_, text, capsys, monkeypatch):
+    loaded = []
+
+    def spy(*arguments, **options):
+        loaded.append(load(*arguments, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr("autoround_modifier.evaluation.run.load_packed", spy)
+    arguments = ("--text", text, "--length", 16, "--max-new-tokens", 4, "--no-save", "--json")
+    printed = []
+    for backend in ("transformers", "torch"):
+        assert run(models_, *arguments, "--backend", backend) == 0
+        printed.append(Evaluation.model_validate_json(capsys.readouterr().out))
+    unpacked, packed = printed
+    assert packed.divergence == unpacked.divergence
+    assert packed.generations == unpacked.generations
+    (model,) = loaded
+    assert model.model.layers[0].mlp.up_proj.weight_packed.dtype == torch.int32
 
 
 def test_tables(models_, text, capsys):
@@ -287,6 +307,7 @@ def test_a_program_that_fails(models_, capsys):
         (["--text", "nowhere.txt"], "evaluation text: there is no file nowhere.txt"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--samples", "0"], "use at least 1 of 2 tokens"),
+        (["--backend", "marlin"], "there is no backend `marlin`; use one of auto, gptqmodel"),
         (["--original-results", "nowhere.json"], "add --tasks"),
         (["--quantized-results", "nowhere"], "there is no file of results"),
         (["--tasks", "gsm8k", "--engine", "vllm"], "vLLM cannot be imported"),

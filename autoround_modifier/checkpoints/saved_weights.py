@@ -72,12 +72,15 @@ class SavedWeights(Mapping[str, QuantizedWeight]):
         assert args is not None
         return read_saved_layer(tensors, args, self._dtype)
 
-    def scheme(self, name: str, tensors: Mapping[str, TensorLayout]) -> QuantizationScheme:
+    def scheme(
+        self, name: str, tensors: Mapping[str, TensorLayout], shape: Tensor | None = None
+    ) -> QuantizationScheme:
         """
         No weight is read.
 
         :param name: of a layer
         :param tensors: all tensors of the checkpoint
+        :param shape: its ``weight_shape``; None reads it, which opens a file
         :return: how it is quantized
         :raises CheckpointError: if no config group targets the layer and describes its tensors
         """
@@ -85,11 +88,10 @@ class SavedWeights(Mapping[str, QuantizedWeight]):
         for part in self._parts[name]:
             full = f"{name}.{part}"
             layout = tensors[full]
-            found[part] = (
-                self._tensor(full)
-                if part == "weight_shape"
-                else torch.empty(layout.shape, dtype=layout.dtype, device="meta")
-            )
+            if part == "weight_shape":
+                found[part] = self._tensor(full) if shape is None else shape
+            else:
+                found[part] = torch.empty(layout.shape, dtype=layout.dtype, device="meta")
         return self._scheme(name, found)
 
     def parts(self, name: str) -> tuple[str, ...]:

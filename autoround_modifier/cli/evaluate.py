@@ -153,6 +153,13 @@ def evaluate(
     as_json: AsJson = False,
     platform: Platform = None,
     dtype: Annotated[str, typer.Option(help=f"of weights in memory: {', '.join(DTYPES)}")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="what runs the quantized model, but not its tasks, in Transformers: auto keeps "
+            "its weights packed in memory (guide: loading)"
+        ),
+    ] = "transformers",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare a quantized model with its original: on a text, in what it writes, on tasks."""
@@ -223,6 +230,7 @@ def evaluate(
                 original_results=original_results,
                 quantized_results=quantized_results,
                 dtype=dtype,
+                backend=backend,
                 trust_remote_code=trust_remote_code,
             ),
             original_name=original,

@@ -14,6 +14,7 @@ import typer
 from pydantic import ValidationError
 
 from autoround_modifier.errors import (
+    BackendError,
     CalibrationError,
     CheckpointError,
     CompressedSourceError,
@@ -37,6 +38,7 @@ FAILED = 3
 
 # What is wrong with the input, found before the work began
 REFUSALS = (
+    BackendError,
     CalibrationError,
     CheckpointError,
     CompressedSourceError,

@@ -31,6 +31,9 @@ from autoround_modifier.evaluation.text import (
     read_text,
 )
 from autoround_modifier.evaluation.tokens import token_divergences
+from autoround_modifier.inference.backends import TRANSFORMERS
+from autoround_modifier.inference.choice import check_backend, default_device
+from autoround_modifier.inference.loading import load as load_packed
 from autoround_modifier.report.schema import (
     REPORT_FILE,
     DivergenceRecord,
@@ -61,6 +64,7 @@ class EvaluationSettings:
     :param original_results: its results for the original, instead of a run
     :param quantized_results: for the quantized model
     :param dtype: of the weights in memory
+    :param backend: what runs the quantized model, but not its tasks: one of `inference.load`
     :param trust_remote_code: let models run their own code
     """
 
@@ -76,6 +80,7 @@ class EvaluationSettings:
     original_results: Path | None = None
     quantized_results: Path | None = None
     dtype: str = "auto"
+    backend: str = TRANSFORMERS
     trust_remote_code: bool = False
 
 
@@ -109,8 +114,10 @@ def evaluate_checkpoint(
     :return: not saved; see `save_evaluation`
     :raises EvaluationError: if something that was asked for cannot be done, found out before a
         model is loaded; or if results cannot be compared
+    :raises BackendError: if the backend is not there, or does not run the quantized model
     :raises MissingExtraError: if tasks are asked for and lm-evaluation-harness is not installed
     """
+    check_backend(settings.backend, default_device())
     positions = None
     if settings.divergence or settings.generations:
         positions = check_models((original, quantized), settings.trust_remote_code)
@@ -179,7 +186,15 @@ def _run(
     is_quantized: bool,
 ) -> tuple[list[TokenStatistics], list[str]]:
     """:return: statistics of the quantized model, nothing of the original; continuations"""
-    model = load(name, settings.dtype, settings.trust_remote_code)
+    if is_quantized and settings.backend != TRANSFORMERS:
+        model = load_packed(
+            name,
+            settings.backend,
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    else:
+        model = load(name, settings.dtype, settings.trust_remote_code)
     statistics: list[TokenStatistics] = []
     if text is not None and is_quantized:
         statistics = compare_with_recorded(model, text.samples, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from autoround_modifier.errors import RecipeError
 from autoround_modifier.host.experts import LinearExperts2D
 from autoround_modifier.host.loading import auto_class
 
-__all__ = ["EmptyModel", "empty_model"]
+__all__ = ["EmptyModel", "empty_model", "split_experts"]
 
 # Fields of configurations that hold the number of experts, as LLM-Compressor looks for them
 _NUM_EXPERTS = ("num_local_experts", "moe_num_experts", "num_experts", "n_routed_experts")
@@ -80,6 +81,18 @@ def empty_model(
         if not all_experts:
             num_experts[name] = count
     return EmptyModel(model.eval(), num_experts)
+
+
+def split_experts(model: PreTrainedModel, wanted: Callable[[str], bool]) -> None:
+    """
+    Give experts that are held in one tensor linear layers of their own.
+
+    :param model: on the meta device; changed
+    :param wanted: whether to do so, by the name of the module that holds all experts of a block
+    """
+    for name, module in _fused_experts(model):
+        if wanted(name):
+            _split(model, name, module, all_experts=True)
 
 
 def _fused_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -9,7 +9,7 @@ from tiny_mixtures import DEEPSEEK, FIELDS, tiny_mixture
 from transformers import DeepseekV3Config, Llama4Config, LlamaConfig
 
 from autoround_modifier.errors import RecipeError
-from autoround_modifier.host.empty_model import empty_model
+from autoround_modifier.host.empty_model import empty_model, split_experts
 
 
 def shapes(model) -> dict[str, tuple]:
@@ -35,6 +35,17 @@ def test_one_expert_stands_for_all(prefix, tmp_path):
     numbers = sum(x.numel() * built.copies(name) for name, x in built.model.named_parameters())
     assert numbers == model.num_parameters()
     assert shapes(built.model).items() <= shapes(model).items()
+
+
+def test_experts_of_one_block_are_split(tmp_path):
+    model = tiny_mixture(tmp_path, split=False)
+    with torch.device("meta"):
+        model = type(model)(model.config)
+    split_experts(model, lambda name: name == "model.layers.1.mlp.experts")
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    assert first.gate_up_proj.ndim == 3
+    assert second.num_experts == 4
+    assert second[3].up_proj.weight.is_meta
 
 
 def test_experts_of_llama_4():

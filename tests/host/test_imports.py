@@ -36,6 +36,7 @@ ORDER = (
     ("search", "tuning"),
     ("distillation", "runs"),
     ("exports", "hub", "report", "schemes"),
+    ("inference",),
     ("evaluation", "inspection", "modifiers"),
     ("recipes", "run_outputs"),
     ("entrypoint", "recipe_composition"),

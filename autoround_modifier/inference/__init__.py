@@ -1,0 +1,1 @@
+"""Runs a saved checkpoint in Python with its weights packed in memory."""
