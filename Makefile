@@ -180,7 +180,7 @@ test-exports-vllm: $(EXPORTED)/exports.json $(VLLM_VENV)/.installed
 # KL divergence, size and memory of SmolLM2 in each format and engine. TEXT as below.
 bench-exports: $(EXPORTED)/.smollm2 $(EXPORTS_VENV)/.installed $(MLX_VENV)/.installed \
 		$(VLLM_VENV)/.installed
-	PYTHONPATH=tests/vllm/site $(RUN) benchmarks/exports.py "$$($(RUN) examples/smollm2.py | tail -1)" \
+	TORCHDYNAMO_DISABLE=1 $(RUN) benchmarks/exports.py "$$($(RUN) examples/smollm2.py | tail -1)" \
 		$(EXPORTED) --text "$(TEXT)" --output $(OUTPUT)/exports.json --python \
 		exports=$(EXPORTS_VENV)/bin/python llama-cpp=$(LLAMA_CPP_VENV)/bin/python \
 		mlx=$(MLX_VENV)/bin/python vllm=$(VLLM_VENV)/bin/python $(ARGS)

@@ -1,18 +1,17 @@
 """
-One exported checkpoint in one engine: divergence from reference logits, and memory.
+Exported checkpoints in one engine: divergence from reference log-probabilities.
 
-    python export_engines.py ENGINE PATH REFERENCES
+    python export_engines.py ENGINE REFERENCES PATH...
 
-Runs in the environment of the engine, as a process of its own. ``REFERENCES`` holds ``tokens.npy``,
-(sequences, length), and log-probabilities of each next token, (sequences, length - 1, vocabulary),
-in float32: ``unquantized.npy``, ``dequantized.npy``. Prints one line of JSON.
+Runs in the environment of the engine. ``REFERENCES`` holds ``tokens.npy``, (sequences, length), and
+log-probabilities of each next token, (sequences, length - 1, vocabulary), in float32:
+``unquantized.npy``, ``dequantized.npy``. Prints a line of JSON for each path.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+PREFIX = "divergence: "  # of a line with a result
 Logits = Iterator[NDArray[Any]]  # of each sequence, (length or length - 1, vocabulary)
 
 
@@ -89,6 +89,7 @@ def vllm(path: Path, tokens: NDArray[np.int64]) -> Logits:
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=1)
         model.generate([{"prompt_token_ids": ids.tolist()}], sampling, use_tqdm=False)
         yield max(seen, key=len)
+    model.llm_engine.engine_core.shutdown()
 
 
 ENGINES: dict[str, Callable[[Path, NDArray[np.int64]], Logits]] = {
@@ -105,21 +106,22 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def main() -> None:
-    engine, path, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    engine, folder = sys.argv[1], Path(sys.argv[2])
     tokens = np.load(folder / "tokens.npy")
     references = {
         name: np.load(folder / f"{name}.npy", mmap_mode="r")
         for name in ("unquantized", "dequantized")
     }
-    sums = dict.fromkeys(references, 0.0)
-    for number, logits in enumerate(ENGINES[engine](path, tokens)):
-        ours = log_softmax(logits[: tokens.shape[1] - 1])
-        for name, reference in references.items():
-            theirs = reference[number]
-            sums[name] += float((np.exp(theirs) * (theirs - ours)).sum(-1, dtype=np.float64).mean())
-    found = {name: total / len(tokens) for name, total in sums.items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print("\n" + json.dumps({**found, "peak_memory": peak}), flush=True)
+    for path in map(Path, sys.argv[3:]):
+        sums = dict.fromkeys(references, 0.0)
+        for number, logits in enumerate(ENGINES[engine](path, tokens)):
+            ours = log_softmax(logits[: tokens.shape[1] - 1])
+            for name, reference in references.items():
+                theirs = reference[number]
+                terms = (np.exp(theirs) * (theirs - ours)).sum(-1, dtype=np.float64)
+                sums[name] += float(terms.mean())
+        found = {name: total / len(tokens) for name, total in sums.items()}
+        print(f"\n{PREFIX}{json.dumps({'path': str(path), **found})}", flush=True)
 
 
 if __name__ == "__main__":

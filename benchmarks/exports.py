@@ -5,26 +5,28 @@ What engines compute from exported checkpoints of SmolLM2-135M, and how large th
 
 ``TEXT`` is a JSON-lines file with a field ``text``; lines with ``"split": "eval"`` are used, if
 there are any. The checkpoints are those of ``tests/exports/make_checkpoints.py --smollm2``. Each
-engine runs in its own environment and process. Results are written to a JSON file after each row,
-and as a Markdown table beside it; rows that the file already holds do not run again.
+engine runs in its own environment. Results are written to a JSON file after each engine, and as a
+Markdown table beside it; rows that the file already holds do not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from export_engines import log_softmax
+from export_engines import PREFIX, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autoround_modifier.runs.files import write_atomically
 
 CHILD = Path(__file__).parent / "export_engines.py"
+VLLM_SITE = Path(__file__).parent.parent / "tests" / "vllm" / "site"
 # checkpoint -> format, engine, environment. "checkpoint" is the one in compressed-tensors.
 ROWS = {
     "smollm2_w4": [
@@ -52,7 +54,7 @@ ROWS = {
 }
 HEADER = (
     *("checkpoint", "format", "engine", "computed in", "KL from unquantized"),
-    *("KL from the tuned weights", "size, MB", "peak memory, MB"),
+    *("KL from the tuned weights", "size, MB"),
 )
 COMPUTED = {
     "transformers": "float32",
@@ -100,7 +102,6 @@ def table(results: list[dict]) -> str:
                 f"{row['unquantized']:.4f}",
                 f"{row['dequantized']:.6f}",
                 f"{row['bytes'] / 1e6:.1f}",
-                f"{row['peak_memory'] / 1e6:.0f}",
             )
         )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -131,18 +132,26 @@ def main() -> None:
             ("dequantized", folder / "dense"),
         ):
             save_log_probabilities(model, tokens, references / f"{name}.npy")
-        done = {(row["checkpoint"], row["format"], row["engine"]) for row in results}
+        done = {
+            (row["format"], row["engine"]) for row in results if row["checkpoint"] == checkpoint
+        }
+        by_engine: dict[tuple[str, str], list[str]] = {}
         for format, engine, environment in rows:
-            if (checkpoint, format, engine) in done or environment not in pythons:
-                continue
-            command = [pythons[environment], str(CHILD), engine, str(folder / format), references]
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found = json.loads(run.stdout.strip().splitlines()[-1])
-            row = {"checkpoint": checkpoint, "format": format, "engine": engine, **found}
-            results.append({**row, "bytes": size_of(folder / format)})
+            if (format, engine) not in done and environment in pythons:
+                by_engine.setdefault((engine, environment), []).append(format)
+        for (engine, environment), formats in by_engine.items():
+            paths = [str(folder / format) for format in formats]
+            command = [pythons[environment], str(CHILD), engine, str(references), *paths]
+            found = os.environ | ({"PYTHONPATH": str(VLLM_SITE)} if engine == "vllm" else {})
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=found)
+            lines = [line for line in run.stdout.splitlines() if line.startswith(PREFIX)]
+            for format, line in zip(formats, lines, strict=True):
+                row = {"checkpoint": checkpoint, "format": format, "engine": engine}
+                row |= json.loads(line.removeprefix(PREFIX))
+                results.append({**row, "bytes": size_of(folder / format)})
+                print(row, flush=True)
             write_atomically(arguments.output, json.dumps(results, indent=1))
             write_atomically(arguments.output.with_suffix(".md"), table(results))
-            print(row, flush=True)
 
 
 if __name__ == "__main__":

