@@ -30,6 +30,9 @@ FLOAT32_MEAN, FLOAT32_MAX = 1e-3, 1e-2
 # Times Transformers' own distance between bfloat16 and float32. Two independent roundings of one
 # function are sqrt(2) apart when each is 1 off. Measured: 0.8 to 1.2, and 0.4 to 1.5.
 BFLOAT16_MEAN_FACTOR, BFLOAT16_MAX_FACTOR = 2, 3
+# In a model of 2 bits, rounding to bfloat16 decides over single tokens, by up to 4 nats: others in
+# each order of summation.
+BFLOAT16_LEFT_OUT = 0.02
 
 # Of the largest weight. The inputs by which the applied weights are read are quantized themselves.
 QUANTIZED_ACTIVATIONS_TOLERANCE = 0.01
@@ -57,12 +60,12 @@ def reference(case: tuple[Row, str], checkpoints: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def allowed(case: tuple[Row, str], reference: Reference, checkpoints: Path) -> tuple[float, float]:
-    """The mean and the maximum gap that pass, in nats."""
+    """The mean and the maximum gap that pass, in nats, without the tokens left out."""
     row, dtype = case
     if dtype == "float32":
         return FLOAT32_MEAN, FLOAT32_MAX
     exact = Reference.load(checkpoints / row.name, "float32")
-    mean, maximum = gaps(reference.logprobs, exact.logprobs)
+    mean, maximum = gaps(reference.logprobs, exact.logprobs, BFLOAT16_LEFT_OUT)
     return (
         row.tolerance * BFLOAT16_MEAN_FACTOR * mean,
         row.tolerance * BFLOAT16_MAX_FACTOR * maximum,
@@ -156,9 +159,10 @@ def test_weights(case: tuple[Row, str], answers: Answers, reference: Reference) 
 
 
 def test_prompt_logprobs(
-    answers: Answers, reference: Reference, allowed: tuple[float, float]
+    case: tuple[Row, str], answers: Answers, reference: Reference, allowed: tuple[float, float]
 ) -> None:
-    mean, maximum = gaps(answers.logprobs, reference.logprobs)
+    left_out = BFLOAT16_LEFT_OUT if case[1] == "bfloat16" else 0
+    mean, maximum = gaps(answers.logprobs, reference.logprobs, left_out)
     assert mean <= allowed[0]
     assert maximum <= allowed[1]
 
