@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autoround_modifier.engines.answers import EngineSupport
 from autoround_modifier.engines.layers import AlikeLayers
 from autoround_modifier.engines.scheme import Scheme
-from autoround_modifier.engines.support import EngineSupport, find_support
+from autoround_modifier.engines.support import find_support
 from autoround_modifier.engines.tables import ENGINE_TABLES
 from autoround_modifier.gguf_schemes import GGUF_SCHEMES, gguf_scheme
 from autoround_modifier.recipe_files import RecipeSummary, list_recipes, summarize_recipe

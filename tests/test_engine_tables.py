@@ -16,13 +16,14 @@ from conftest import ROOT
 from torch import nn
 
 from autoround_modifier.activations import unsupported_activations
+from autoround_modifier.engines.answers import KernelChoice
 from autoround_modifier.engines.environment import this_environment
 from autoround_modifier.engines.hardware import ELSEWHERE, Hardware, in_words
 from autoround_modifier.engines.layers import AlikeLayers
 from autoround_modifier.engines.rows import ASKED, READ, RELOAD, RUN, EngineTable, Row
 from autoround_modifier.engines.scheme import FAMILIES, Scheme
 from autoround_modifier.engines.sglang_table import SGLANG
-from autoround_modifier.engines.support import KernelChoice, find_kernel, find_support
+from autoround_modifier.engines.support import find_kernel, find_support
 from autoround_modifier.engines.tables import ENGINE_TABLES
 from autoround_modifier.engines.transformers_table import TRANSFORMERS
 from autoround_modifier.engines.vllm_table import VLLM

@@ -15,7 +15,7 @@ from autoround_modifier.cli.tables import print_json
 from autoround_modifier.engines.hardware import device_named
 
 if TYPE_CHECKING:
-    from autoround_modifier.engines.support import EngineSupport
+    from autoround_modifier.engines.answers import EngineSupport
     from autoround_modifier.inspection.checkpoint import CheckpointInspection
 
 __all__ = ["inspect"]

@@ -9,8 +9,8 @@ from typing import Any
 import typer
 
 from autoround_modifier.cli.tables import print_table
+from autoround_modifier.engines.answers import EngineSupport
 from autoround_modifier.engines.hardware import Hardware, in_words
-from autoround_modifier.engines.support import EngineSupport
 
 __all__ = ["hardware_of", "kernels_as_json", "print_kernels"]
 

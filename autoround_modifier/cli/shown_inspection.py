@@ -12,7 +12,7 @@ from autoround_modifier.cli.tables import print_table
 from autoround_modifier.readable import bytes_text
 
 if TYPE_CHECKING:
-    from autoround_modifier.engines.support import EngineSupport
+    from autoround_modifier.engines.answers import EngineSupport
     from autoround_modifier.inspection.checkpoint import CheckpointInspection
 
 __all__ = ["print_inspection"]

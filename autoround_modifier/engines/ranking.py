@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from autoround_modifier.engines.answers import EngineSupport
 from autoround_modifier.engines.hardware import Hardware
-from autoround_modifier.engines.support import EngineSupport
 from autoround_modifier.engines.tables import ENGINE_TABLES
 
 __all__ = ["ranked"]

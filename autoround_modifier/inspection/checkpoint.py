@@ -16,12 +16,12 @@ from autoround_modifier.checkpoints.contents import (
 )
 from autoround_modifier.checkpoints.saved_config import text_part
 from autoround_modifier.checkpoints.saved_files import read_layout
+from autoround_modifier.engines.answers import EngineSupport
 from autoround_modifier.engines.check import required_engines
 from autoround_modifier.engines.environment import EngineEnvironment, this_environment
 from autoround_modifier.engines.hardware import ELSEWHERE, Hardware, device_named
 from autoround_modifier.engines.problem import Problem
 from autoround_modifier.engines.ranking import ranked
-from autoround_modifier.engines.support import EngineSupport
 from autoround_modifier.inspection.memory import MemoryUse, memory_use
 from autoround_modifier.inspection.supports import supports_of_layers
 

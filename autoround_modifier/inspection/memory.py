@@ -10,8 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from autoround_modifier.checkpoints.contents import CheckpointContents
 from autoround_modifier.checkpoints.saved_config import text_part
+from autoround_modifier.engines.answers import EngineSupport
 from autoround_modifier.engines.hardware import Hardware
-from autoround_modifier.engines.support import EngineSupport
 
 __all__ = ["CacheSize", "MemoryUse", "cache_size", "memory_use"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from autoround_modifier.engines.answers import EngineSupport
 from autoround_modifier.engines.environment import EngineEnvironment
 from autoround_modifier.engines.hardware import Hardware
 from autoround_modifier.engines.layers import ShapedLayer, alike_layers, fused_layers
-from autoround_modifier.engines.support import EngineSupport, find_support
+from autoround_modifier.engines.support import find_support
 from autoround_modifier.engines.tables import ENGINE_TABLES
 from autoround_modifier.inspection.exportable import export_problems
 

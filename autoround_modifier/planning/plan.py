@@ -12,9 +12,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from autoround_modifier import defaults
 from autoround_modifier.checkpoints.mtp import promised_mtp_layers
+from autoround_modifier.engines.answers import EngineSupport
 from autoround_modifier.engines.hardware import Hardware, device_named
 from autoround_modifier.engines.ranking import ranked
-from autoround_modifier.engines.support import EngineSupport
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.host.loading import check_not_compressed, source_config, stored_format
 from autoround_modifier.inspection.supports import supports_of_layers
