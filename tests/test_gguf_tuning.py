@@ -7,7 +7,6 @@ import json
 import gguf
 import pytest
 import torch
-from autoround_modifier.checkpoints.inspection import inspect_checkpoint
 from conftest import quantize, tiny_llama, tiny_llama_folder
 from helpers import quantized_layers, saved_tensors
 from llmcompressor.core import reset_session
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from autoround_modifier import (
     AutoRoundModifier,
     ScaleDistillationModifier,
+    inspect_checkpoint,
     load_recipe,
     plan,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from autoround_modifier.engines.layout import CheckpointLayout
 from autoround_modifier.engines.matching import groups_of
 from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.errors import CheckpointError
+from autoround_modifier.gguf_schemes import GGUF_TYPES
 from autoround_modifier.host.saving import RECIPE
 
 __all__ = ["CheckpointContents", "LayerKind", "checkpoint_contents", "refuse_other_formats"]
@@ -80,6 +81,7 @@ class CheckpointContents:
     :param recipe: text of ``recipe.yaml``; None if there is none
     :param notes: what is odd
     :param gguf_types: type of GGUF -> number of layers whose blocks are beside the weights
+    :param gguf_layers: these layers, with the scheme of GGUF that they were tuned in
     :param layers: those that are quantized, each with its scheme and shape
     :param unquantized_layers: names of linear layers that are not quantized
     """
@@ -105,6 +107,7 @@ class CheckpointContents:
     recipe: str | None
     notes: tuple[str, ...] = ()
     gguf_types: dict[str, int] = field(default_factory=dict)
+    gguf_layers: tuple[ShapedLayer, ...] = field(default=(), repr=False)
     layers: tuple[ShapedLayer, ...] = field(default=(), repr=False)
     unquantized_layers: tuple[str, ...] = field(default=(), repr=False)
 
@@ -169,6 +172,7 @@ def checkpoint_contents(folder: Path, layout: CheckpointLayout | None = None) ->
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
         notes=tuple(dict.fromkeys(notes)),
         gguf_types={} if blocks is None else dict(Counter(blocks.types.values())),
+        gguf_layers=() if blocks is None else tuple(_gguf_layers(layers, blocks)),
         layers=tuple(
             ShapedLayer(x.name, x.scheme, x.shape[-2], x.shape[-1], x.kind == "experts")
             for x in quantized
@@ -225,6 +229,13 @@ def _odd(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterator
         sparsity = quantization["format"]
     if sparsity not in (None, "dense"):
         yield f"weights are stored sparsely as well ({sparsity}), so that some are not counted"
+
+
+def _gguf_layers(layers: Iterable[SavedLayer], blocks: SavedBlocks) -> Iterator[ShapedLayer]:
+    for layer in layers:
+        if layer.name in blocks.types:
+            scheme = Scheme("gguf", GGUF_TYPES[blocks.types[layer.name]].num_bits, format=blocks.scheme)
+            yield ShapedLayer(layer.name, scheme, layer.shape[-2], layer.shape[-1])
 
 
 def _format(quantization: Mapping[str, Any], blocks: SavedBlocks | None) -> str:

@@ -1,6 +1,6 @@
 """
 The kernels of llama.cpp (ggml 0.25, as in llama-cpp-python 0.3.36) for the types of GGUF to which
-integers are exported. On CPUs exported files were run; the rest was read. All kernels quantize
+integers are exported, and for those that weights are tuned in. On CPUs exported files were run; the rest was read. All kernels quantize
 activations to 8 bits in blocks, as llama.cpp always does.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 from autoround_modifier.engines.hardware import CPU, METAL, ROCM, XPU, Where, cuda
 from autoround_modifier.engines.rows import READ, RUN, EngineTable, Row
 from autoround_modifier.engines.scheme import FAMILIES
+from autoround_modifier.gguf_schemes import GGUF_SCHEMES
 
 __all__ = ["LLAMA_CPP"]
 
@@ -47,6 +48,7 @@ def _type(
     if family == "int":
         fit["group_multiple"] = block
     held = [(True, bits), (False, zero_points)] if family == "int" else [(None, ())]
+    platforms = _platforms(GENERIC_SOURCE if note else CPU_SOURCE)
     return tuple(
         Row(
             (family,),
@@ -59,16 +61,30 @@ def _type(
             note=note if on == (CPU,) else "",
             **fit,
         )
-        for on, platform, known, source in (
-            (GPU, "CUDA", READ, CUDA_SOURCE),
-            ((METAL,), "Metal", READ, METAL_SOURCE),
-            ((XPU,), "SYCL or Vulkan", READ, SYCL_SOURCE),
-            ((CPU,), "CPU", RUN, GENERIC_SOURCE if note else CPU_SOURCE),
-        )
+        for on, platform, known, source in platforms
         if not set(on) & set(without)
         for symmetric, numbers in held
         if numbers or family != "int"
     )
+
+
+def _platforms(cpu_source: str) -> tuple[tuple[tuple[Where, ...], str, str, str], ...]:
+    """:return: hardware, its name, how its kernels are known, and their source"""
+    return (
+        (GPU, "CUDA", READ, CUDA_SOURCE),
+        ((METAL,), "Metal", READ, METAL_SOURCE),
+        ((XPU,), "SYCL or Vulkan", READ, SYCL_SOURCE),
+        ((CPU,), "CPU", RUN, cpu_source),
+    )
+
+
+def _tuned(scheme: str) -> tuple[Row, ...]:
+    """:param scheme: of GGUF, that weights are tuned in; its file is of no other one"""
+    return tuple(
+        Row(("gguf",), on, f"ggml {scheme.removeprefix('gguf:').upper()}, {platform}", known,
+            formats=(scheme,), export=scheme, source=source)
+        for on, platform, known, source in _platforms(CPU_SOURCE)
+    )  # fmt: skip
 
 
 LLAMA_CPP = EngineTable(
@@ -83,6 +99,7 @@ LLAMA_CPP = EngineTable(
         *_type("Q8_0", (2, 3, 4, 5, 6, 7, 8), (2, 3, 4, 5, 6, 7), 32),
         *_type("MXFP4", (), (), 32, family="mxfp4a16"),
         *_type("NVFP4", (), (), 64, family="nvfp4a16", without=(METAL,)),
+        *(row for scheme in GGUF_SCHEMES for row in _tuned(scheme)),
         Row(FAMILIES, (), None, READ, note="no type of GGUF holds these without a change",
             source="gguf-py/gguf/constants.py"),
     ),
@@ -96,7 +113,7 @@ LLAMA_CPP = EngineTable(
     programs=("llama-cli", "llama-server"),
     exports=(
         "gguf:q2_0", "gguf:tq2_0", "gguf:q4_0", "gguf:q5_0", "gguf:q8_0", "gguf:mxfp4",
-        "gguf:nvfp4", "gguf:auto",
+        "gguf:nvfp4", "gguf:auto", *GGUF_SCHEMES,
     ),
     export_note="needs llama.cpp's source (LLAMA_CPP_ROOT)",
 )  # fmt: skip

@@ -20,6 +20,7 @@ from autoround_modifier.engines.answers import EngineSupport
 from autoround_modifier.engines.check import required_engines
 from autoround_modifier.engines.environment import EngineEnvironment, this_environment
 from autoround_modifier.engines.hardware import ELSEWHERE, Hardware, device_named
+from autoround_modifier.engines.layers import ShapedLayer
 from autoround_modifier.engines.problem import Problem
 from autoround_modifier.engines.ranking import ranked
 from autoround_modifier.inspection.memory import MemoryUse, memory_use
@@ -142,15 +143,26 @@ def _supports(
     """:param environment: whose engines are asked if the hardware is its own"""
     if environment is not None and tuple(hardware) != (environment.hardware,):
         environment = None
-    return supports_of_layers(
-        contents.layers,
-        contents.folder,
-        hardware,
-        unquantized=contents.unquantized_layers,
-        kv_cache=contents.kv_cache is not None,
-        single_group=contents.single_group,
-        dtype=_dtype(config),
-        environment=environment,
+
+    def supports(layers: Sequence[ShapedLayer]) -> tuple[EngineSupport, ...]:
+        return supports_of_layers(
+            layers,
+            contents.folder,
+            hardware,
+            unquantized=contents.unquantized_layers,
+            kv_cache=contents.kv_cache is not None,
+            single_group=contents.single_group,
+            dtype=_dtype(config),
+            environment=environment,
+        )
+
+    found = supports(contents.layers)
+    if not contents.gguf_layers:
+        return found
+    # The weights beside the blocks are those of a model in 16 bits; an export takes the blocks.
+    tuned = supports(contents.gguf_layers)
+    return tuple(
+        blocks if blocks.loads else dense for blocks, dense in zip(tuned, found, strict=True)
     )
 
 

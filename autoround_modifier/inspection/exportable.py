@@ -10,6 +10,7 @@ from autoround_modifier.engines.layers import ShapedLayer
 from autoround_modifier.errors import ExportError
 from autoround_modifier.exports.export_formats import FORMATS, check_format
 from autoround_modifier.exports.integer_layers import IntegerSpec
+from autoround_modifier.gguf_schemes import GGUF_SCHEMES
 
 __all__ = ["export_problems"]
 
@@ -34,7 +35,7 @@ def export_problems(
     if kv_cache:
         return dict.fromkeys(FORMATS, "a quantized key-value cache is not exported")
     alike = _one_of_each(layers)
-    found = {name: _problem(name, alike, unquantized) for name in FORMATS}
+    found = {name: _problem(name, alike, unquantized) for name in (*FORMATS, *GGUF_SCHEMES)}
     if AUTO in FORMATS and len({layer.scheme for layer in alike}) > 1:
         for name in FORMATS:
             if name.startswith("gguf:") and name != AUTO and found[name] is None:
@@ -58,6 +59,11 @@ def _problem(format: str, layers: Sequence[ShapedLayer], unquantized: Sequence[s
 def _float_problems(format: str, layer: ShapedLayer) -> Iterator[str]:
     """Yield why a layer that has no integers, or quantized activations, cannot be exported."""
     family = layer.scheme.family
+    if family == "gguf" and format == layer.scheme.format:
+        return
+    if family == "gguf" or format in GGUF_SCHEMES:
+        yield f"{layer.scheme.label} is not what weights of {format} were tuned in"
+        return
     if family == "int":
         return
     own = GGUF_TYPES.get(family)
