@@ -100,7 +100,7 @@ def table(results: list[dict]) -> str:
                 row["engine"],
                 COMPUTED[row["engine"]],
                 f"{row['unquantized']:.4f}",
-                f"{row['dequantized']:.6f}",
+                f"{max(row['dequantized'], 0.0):.6f}",
                 f"{row['bytes'] / 1e6:.1f}",
             )
         )
