@@ -28,6 +28,7 @@ from autoround_modifier.checkpoints.gguf_blocks import (
     write_gguf_blocks,
 )
 from autoround_modifier.cli.main import main
+from autoround_modifier.engines.hardware import Hardware
 from autoround_modifier.errors import CheckpointError, RecipeError, SchemeError
 from autoround_modifier.gguf_schemes import GGUF_TYPES, ModelFacts, fitting_type, layer_types
 from autoround_modifier.modifiers.layer_quantizer import LayerQuantizer
@@ -345,6 +346,11 @@ def test_report_inspection_and_plan(tmp_path, capsys):
     )
     assert found.contents.gguf_types == {"q4_k": 12, "q6_k": 2}
     assert found.loads("any")
+    supports = {x.engine: x for x in inspect_checkpoint(out, "cpu").here}
+    (choice,) = supports["llama.cpp"].kernels[Hardware("cpu")]
+    assert (choice.kernel, choice.export) == ("ggml Q4_K_M, CPU", "gguf:q4_k_m")
+    assert supports["Transformers"].loads_on(Hardware("cpu"))
+    assert not supports["MLX"].loads
     assert main(["inspect", str(out)]) == 0
     text = capsys.readouterr().out
     assert "blocks of GGUF of 14 layers" in text

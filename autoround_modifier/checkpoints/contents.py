@@ -234,7 +234,9 @@ def _odd(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterator
 def _gguf_layers(layers: Iterable[SavedLayer], blocks: SavedBlocks) -> Iterator[ShapedLayer]:
     for layer in layers:
         if layer.name in blocks.types:
-            scheme = Scheme("gguf", GGUF_TYPES[blocks.types[layer.name]].num_bits, format=blocks.scheme)
+            scheme = Scheme(
+                "gguf", GGUF_TYPES[blocks.types[layer.name]].num_bits, format=blocks.scheme
+            )
             yield ShapedLayer(layer.name, scheme, layer.shape[-2], layer.shape[-1])
 
 
