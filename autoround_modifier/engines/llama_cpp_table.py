@@ -1,7 +1,7 @@
 """
 The kernels of llama.cpp (ggml 0.25, as in llama-cpp-python 0.3.36) for the types of GGUF to which
-integers are exported, and for those that weights are tuned in. On CPUs exported files were run; the rest was read. All kernels quantize
-activations to 8 bits in blocks, as llama.cpp always does.
+integers are exported, and for those that weights are tuned in. On CPUs exported files were run; the
+rest was read. All kernels quantize activations to 8 bits in blocks, as llama.cpp always does.
 """
 
 from __future__ import annotations
