@@ -76,6 +76,8 @@ def check_before_saving(
     name_experts_as_released(model)
     try:
         problems = _expected_problems(model, configs)
+    except RecipeError:
+        raise
     except Exception as error:  # a run that could succeed is not stopped by what only checks it
         logger.warning(
             "what this recipe will save could not be checked before the run "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import transformers
 from compressed_tensors.base import QUANTIZATION_CONFIG_NAME, QUANTIZATION_METHOD
 from compressed_tensors.compressors import ModelCompressor, compress_module
 from compressed_tensors.quantization import (
@@ -27,6 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from autoround_modifier.engines.config_names import NamedLayer, complete_config
 from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout
+from autoround_modifier.errors import RecipeError
 from autoround_modifier.host.saved_format import choose_saved_format
 from autoround_modifier.host.saved_names import saved_name
 from autoround_modifier.host.skeleton import skeleton
@@ -62,6 +64,7 @@ def predict_layout(
     :param configs: of the modifiers that will quantize it, in their order; schemes that its layers
         have already stay where no target matches
     :return: names, shapes and dtypes of the tensors that saving will write, and ``config.json``
+    :raises RecipeError: if Transformers fails to bring them into the form of the release
     """
     return predict_layers(model, configs)[0]
 
@@ -74,9 +77,17 @@ def predict_layers(
     :param configs: as in `predict_layout`
     :return: `predict_layout`, and the layers whose weights are quantized, by their names in the
         files
+    :raises RecipeError: as `predict_layout`
     """
     copied, section, layers = _compressed(model, configs)
-    tensors = revert_weight_conversion(copied, _saved_state(copied))
+    try:
+        tensors = revert_weight_conversion(copied, _saved_state(copied))
+    except Exception as error:  # of any operation in the model's conversions
+        raise RecipeError(
+            f"Transformers {transformers.__version__} cannot save quantized layers of "
+            f"{type(model).__name__} under the names of its release ({type(error).__name__}: "
+            f"{error})"
+        ) from error
     content = copied.config.to_dict()
     content["architectures"] = [type(model).__name__]
     if section is not None:

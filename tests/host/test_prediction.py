@@ -10,6 +10,8 @@ from tiny_mixtures import tiny_mixture
 
 from autoround_modifier import AutoRoundModifier
 from autoround_modifier.checkpoints.saved_files import read_layout
+from autoround_modifier.errors import RecipeError
+from autoround_modifier.host import prediction
 from autoround_modifier.host.prediction import predict_layers, predict_layout, quantization_section
 from autoround_modifier.host.saved_names import name_experts_as_released
 
@@ -70,6 +72,19 @@ def test_layers_have_their_shapes_schemes_and_saved_names(tmp_path):
             assert layers[name].shape == tuple(module.weight.shape)
     assert any("experts.0.w1" in name for name in layers)
     assert {layer.scheme.weights.num_bits for layer in layers.values()} == {2}
+
+
+def test_tensors_that_cannot_get_the_names_of_the_release_are_refused(monkeypatch):
+    """Transformers would fail at saving, after the run."""
+
+    def fail(model, state):
+        raise IndexError("Dimension out of range")
+
+    monkeypatch.setattr(prediction, "revert_weight_conversion", fail)
+    with pytest.raises(
+        RecipeError, match=r"cannot save .*LlamaForCausalLM.*Dimension out of range"
+    ):
+        quantize(tiny_llama(), AutoRoundModifier(targets=["Linear"], scheme="W8A16", iters=1))
 
 
 def test_nothing_is_said_of_a_model_that_is_not_quantized():

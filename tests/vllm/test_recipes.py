@@ -28,7 +28,9 @@ from vllm.platforms.interface import DeviceCapability
 HOPPER = DeviceCapability(9, 0)
 LAYERS = ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj")
 RECIPES = sorted(
-    path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*_autoround.yaml")
+    path.stem
+    for path in (Path(__file__).parents[2] / "recipes").glob("*_autoround.yaml")
+    if not path.stem.startswith("gguf_")  # which are for llama.cpp
 )
 
 
