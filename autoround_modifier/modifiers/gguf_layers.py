@@ -110,7 +110,7 @@ def say_what_falls_back(model: nn.Module, scheme: str, types: Mapping[str, str])
         ]
         logger.warning(
             f"super-blocks of {SUPER_BLOCK} do not divide the rows of some layers, which are tuned "
-            f"in the types to which llama.cpp falls back: {'; '.join(parts)}"
+            f"in types of smaller blocks: {'; '.join(parts)}"
         )
 
 

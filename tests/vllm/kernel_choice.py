@@ -21,15 +21,16 @@ def scheme(config_group: dict) -> CompressedTensorsWNA16:
     return CompressedTensorsWNA16(**{name: config_group["weights"][name] for name in names})
 
 
-def choose(config_group: dict) -> str:
+def choose(config_group: dict, shape: tuple[int, int] = SHAPE) -> str:
     """
+    :param shape: input and output features
     :return: class name of the kernel among vLLM's own
     :raises ValueError: by vLLM, with each kernel's reason, if all of them refuse
     """
     of_vllm = scheme(config_group)
     config = MPLinearLayerConfig(
-        full_weight_shape=SHAPE,
-        partition_weight_shape=SHAPE,
+        full_weight_shape=shape,
+        partition_weight_shape=shape,
         weight_type=of_vllm.quant_type,
         act_type=torch.bfloat16,
         group_size=of_vllm.group_size,

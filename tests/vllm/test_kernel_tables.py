@@ -8,10 +8,8 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
-from kernel_choice import scheme as scheme_of
+from kernel_choice import choose
 from rows import group
-from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.model_executor.kernels.linear.mixed_precision import humming
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability, PlatformEnum
@@ -59,16 +57,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
 
 def chosen(config_group: dict, shape: tuple[int, int]) -> str:
     """:return: class name of the kernel that vLLM chooses, without its ending"""
-    of_vllm, sizes = scheme_of(config_group), (shape[1], shape[0])
-    config = MPLinearLayerConfig(
-        full_weight_shape=sizes,
-        partition_weight_shape=sizes,
-        weight_type=of_vllm.quant_type,
-        act_type=torch.bfloat16,
-        group_size=of_vllm.group_size,
-        zero_points=not of_vllm.symmetric,
-    )
-    return choose_mp_linear_kernel(config).__name__.removesuffix("LinearKernel")
+    return choose(config_group, (shape[1], shape[0])).removesuffix("LinearKernel")
 
 
 def of_table(config_group: dict, shape: tuple[int, int], device: str):
