@@ -162,7 +162,8 @@ def _compiler_failure(error: Exception) -> str | None:
     if not isinstance(error, kinds):
         return None
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    context = [x.partition(":")[2] for x in lines if "Developer debug context:" in x]
+    return ":".join(lines[:1] + context[:1]) or type(error).__name__
 
 
 def device_name() -> str:

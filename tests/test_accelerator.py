@@ -35,7 +35,7 @@ def test_tensors_meet_on_one_device(case):
 def test_the_package_names_no_vendor():
     """What computes asks `torch.accelerator`; some files tell one vendor's hardware from others."""
     package = Path(__file__).parent.parent / "autoround_modifier"
-    tell = {"engines/machine.py", "planning/hardware.py", "evaluation/tasks.py"}
+    tell = {"engines/environment.py", "planning/hardware.py", "evaluation/tasks.py"}
     named = {
         str(path.relative_to(package))
         for path in package.rglob("*.py")

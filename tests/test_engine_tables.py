@@ -119,7 +119,7 @@ def test_each_shipped_scheme_has_a_row_for_each_engine(name, table):
     for scheme in map(written_scheme, groups):
         assert scheme.family in FAMILIES[:-1]
         if scheme.family == "gguf":  # no engine that loads the folder computes with the blocks
-            choice = find_kernel(table, scheme, CPU)
+            choice = kernel_of(table, scheme, CPU)
             assert choice.kernel is None
             assert "llama.cpp" in choice.note
             continue

@@ -35,7 +35,9 @@ def export_problems(
     if kv_cache:
         return dict.fromkeys(FORMATS, "a quantized key-value cache is not exported")
     alike = _one_of_each(layers)
-    found = {name: _problem(name, alike, unquantized) for name in (*FORMATS, *GGUF_SCHEMES)}
+    tuned_in = dict.fromkeys(x.scheme.format for x in alike if x.scheme.family == "gguf")
+    names = (*FORMATS, *(name for name in GGUF_SCHEMES if name in tuned_in))
+    found = {name: _problem(name, alike, unquantized) for name in names}
     if AUTO in FORMATS and len({layer.scheme for layer in alike}) > 1:
         for name in FORMATS:
             if name.startswith("gguf:") and name != AUTO and found[name] is None:
