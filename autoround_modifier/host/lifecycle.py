@@ -24,6 +24,7 @@ from llmcompressor.modifiers import Modifier, ModifierFactory
 from llmcompressor.modifiers.quantization.calibration import apply_calibration_status
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
 from llmcompressor.recipe import Recipe
 from llmcompressor.utils import targets_embeddings, untie_word_embeddings
 from llmcompressor.utils.helpers import DisableQuantization, eval_context
@@ -61,6 +62,7 @@ __all__ = [
 
 # The name by which the sequential pipeline recognises AutoRound.
 AUTOROUND_CLASS_NAME = "AutoRoundModifier"
+PATCH_FOR_TRACING = HFTracer.patch_for_tracing
 
 
 def host_oneshot(**kwargs: Any) -> PreTrainedModel:
@@ -69,8 +71,26 @@ def host_oneshot(**kwargs: Any) -> PreTrainedModel:
     LLM-Compressor's own check reads the ``config.json`` that the model is from, and so refuses
     weights that were dequantized as they were loaded.
     """
-    with patch_attr(Oneshot, "validate_model", lambda self, model: None), _wraps_forgotten():
+    with (
+        patch_attr(Oneshot, "validate_model", lambda self, model: None),
+        patch_attr(HFTracer, "patch_for_tracing", _restored_after_tracing),
+        _wraps_forgotten(),
+    ):
         return _oneshot(**kwargs)
+
+
+@contextmanager
+def _restored_after_tracing(tracer: HFTracer, root: nn.Module) -> Iterator[None]:
+    """
+    Where the tracer of the sequential pipeline fails, it leaves its own `torch.finfo`, `torch.zeros`
+    and others in place, and PyTorch's compiler then refuses `torch.finfo`.
+    """
+    replaced = PATCH_FOR_TRACING(tracer, root)
+    replaced.__enter__()
+    try:
+        yield
+    finally:
+        replaced.__exit__(None, None, None)  # as if there were no error, which it does not handle
 
 
 @contextmanager

@@ -14,8 +14,10 @@ from compressed_tensors.utils import patch_attr
 from conftest import tiny_llama, tiny_tokenizer, token_samples, weight_scheme
 from llmcompressor.modifiers import ModifierFactory
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
 from pydantic import PrivateAttr
 from torch import nn
+from torch.fx.proxy import TraceError
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -113,6 +115,20 @@ def test_order_of_events():
     assert not probe._found["gradients"]
     assert probe._found["batch"] == 3
     assert not probe._found["loss masks"]
+
+
+def test_what_the_tracer_replaces_comes_back_where_it_fails(monkeypatch):
+    names = HFTracer._TORCH_METHODS_TO_PATCH
+    before = [getattr(torch, name) for name in names]
+
+    def fail(*args, **kwargs):
+        assert torch.finfo not in before
+        raise TraceError("no control flow")
+
+    monkeypatch.setattr(HFTracer, "create_arg", fail)
+    with pytest.raises(Exception, match="no control flow"):
+        run(Probe())
+    assert [getattr(torch, name) for name in names] == before
 
 
 def test_models_of_earlier_runs_are_freed():
