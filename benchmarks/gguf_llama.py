@@ -1,14 +1,15 @@
 """
 `llama-quantize`, and what llama.cpp computes from GGUF files, by llama-cpp-python.
 
-    python gguf_llama.py quantize INPUT OUTPUT SCHEME [IMATRIX]
+    python gguf_llama.py quantize INPUT OUTPUT SCHEME BLOCKS [IMATRIX]
     python gguf_llama.py reference TOKENS FILE REFERENCE
     python gguf_llama.py measure TOKENS FILE REFERENCE
 
-Runs in the environment of llama-cpp-python (`make bench-gguf`), in one thread. ``IMATRIX`` is an
-importance matrix, an ``.npz`` file of (in_features,) by tensor name. ``TOKENS`` is an ``.npy``
-file, (sequences, length); ``REFERENCE`` another, of the log-probabilities of each next token,
-(sequences, length - 1, vocabulary), in float32. Prints a line of JSON.
+Runs in the environment of llama-cpp-python (`make bench-gguf`), in one thread. ``BLOCKS`` is the
+number of decoder blocks, ``IMATRIX`` an importance matrix, an ``.npz`` file of (in_features,) by
+tensor name. ``TOKENS`` is an ``.npy`` file, (sequences, length); ``REFERENCE`` another, of the
+log-probabilities of each next token, (sequences, length - 1, vocabulary), in float32. Prints a line
+of JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from collections.abc import Iterator
 import llama_cpp
 import numpy as np
 from export_engines import PREFIX, log_softmax
-from gguf import GGUFReader
 
 FILE_TYPES = {
     "q2_k": llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K,
@@ -45,7 +45,9 @@ def q2_k_s_overrides(blocks: int) -> list[tuple[str, int]]:
     return [*raised, ("ffn_down|attn_output", Q2_K)]
 
 
-def quantize(source: str, output: str, scheme: str, imatrix: str | None = None) -> dict:
+def quantize(
+    source: str, output: str, scheme: str, blocks: str, imatrix: str | None = None
+) -> dict:
     """:return: seconds, and those of the processor"""
     options = llama_cpp.llama_model_quantize_default_params()
     options.nthread = 1
@@ -60,9 +62,7 @@ def quantize(source: str, output: str, scheme: str, imatrix: str | None = None) 
         options.imatrix = items
     elif scheme == "q2_k_s":
         scheme = "q2_k"
-        reader = GGUFReader(source)
-        (blocks,) = (x.contents() for k, x in reader.fields.items() if k.endswith("block_count"))
-        pairs = q2_k_s_overrides(blocks)
+        pairs = q2_k_s_overrides(int(blocks))
         overrides = (llama_cpp.llama_model_tensor_override * (len(pairs) + 1))()
         for override, (pattern, kind) in zip(overrides, pairs, strict=False):
             override.pattern, override.type = pattern.encode(), kind

@@ -32,7 +32,7 @@ from datasets import Dataset
 from export_engines import PREFIX
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from autoround_modifier import AutoRoundModifier, export, oneshot, text_dataset
 from autoround_modifier.runs.files import write_atomically
@@ -167,7 +167,8 @@ def llama(python: str, *arguments: str) -> Any:
 def run_llama(work: Work, scheme: str, method: str, python: str) -> None:
     imatrix = [str(work.imatrix)] if method == "llama_imatrix" else []
     paths = str(work.original), str(work.file(scheme, method))
-    work.record(scheme, method, llama(python, "quantize", *paths, scheme, *imatrix))
+    blocks = AutoConfig.from_pretrained(work.model).num_hidden_layers
+    work.record(scheme, method, llama(python, "quantize", *paths, scheme, str(blocks), *imatrix))
 
 
 def run_auto_round(work: Work, scheme: str, method: str, python: str) -> None:
@@ -180,7 +181,10 @@ def run_auto_round(work: Work, scheme: str, method: str, python: str) -> None:
         (folder / "task.json").write_text(json.dumps(task))
         shutil.copyfile(work.calibration, folder / "tokens.safetensors")
         child = str(FOLDER / "auto_round_child.py")
-        subprocess.run([python, child, str(folder)], check=True, stdout=sys.stderr)
+        # Its converter needs names that no release of `gguf` has yet.
+        newer = os.environ | {"PYTHONPATH": str(Path(os.environ["LLAMA_CPP_ROOT"]) / "gguf-py")}
+        del newer["LLAMA_CPP_ROOT"]
+        subprocess.run([python, child, str(folder)], check=True, stdout=sys.stderr, env=newer)
         result = json.loads((folder / "result.json").read_text())
         (found,) = folder.rglob("*.gguf")
         found.rename(work.file(scheme, method))
