@@ -206,11 +206,13 @@ def run_ours(work: Work, scheme: str, method: str) -> dict[str, Any]:
     recipe = [AutoRoundModifier(scheme=name, ignore=["lm_head"], **settings)]
     with tempfile.TemporaryDirectory(dir=work.folder) as folder:
         oneshot(model=model, tokenizer=tokenizer, dataset=dataset, recipe=recipe, output_dir=folder)
+        vocabulary = work.model / "tokenizer.model"  # which Transformers does not write again
+        if vocabulary.exists():
+            shutil.copy(vocabulary, folder)
         export(
             folder,
             name,
             work.file(scheme, method),
-            vocabulary=work.original,
             embeddings="q8_0",
         )
     return {
