@@ -25,7 +25,7 @@ ALL_ENGINES = gptqmodel auto-round gguf llama-cpp mlx vllm
 ENGINES ?= $(ALL_ENGINES)
 
 .PHONY: install auto-round quickstart test lint typecheck test-slow test-browser test-vllm test-vllm-architectures \
-	test-backends test-sglang test-latest test-exports $(addprefix test-exports-,$(ALL_ENGINES)) bench-exports bench-loading \
+	test-backends test-sglang test-latest test-exports $(addprefix test-exports-,$(ALL_ENGINES)) bench-exports bench-gguf bench-loading \
 	bench-accuracy \
 	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
 	gpu-wheels gpu-check table-architectures sweep-architectures docs build clean
@@ -184,6 +184,15 @@ bench-exports: $(EXPORTED)/.smollm2 $(EXPORTS_VENV)/.installed $(MLX_VENV)/.inst
 		$(EXPORTED) --text "$(TEXT)" --output $(OUTPUT)/exports.json --python \
 		exports=$(EXPORTS_VENV)/bin/python llama-cpp=$(LLAMA_CPP_VENV)/bin/python \
 		mlx=$(MLX_VENV)/bin/python vllm=$(VLLM_VENV)/bin/python $(ARGS)
+
+# K-quants by llama-quantize, auto-round and this package. MODEL is a checkpoint that was never GGUF.
+bench-gguf: install auto-round $(LLAMA_CPP_VENV)/.installed
+	$(VENV)/bin/pip install --quiet "sentencepiece>=0.2" "protobuf>=4.21"
+	$(AUTO_ROUND_VENV)/bin/pip install --quiet "gguf==0.19.0" "sentencepiece>=0.2" "protobuf>=4.21"
+	$(RUN) benchmarks/gguf_peers.py --model "$(MODEL)" --text "$(TEXT)" --output $(OUTPUT)/gguf \
+		--llama-cpp $(abspath $(LLAMA_CPP_SOURCE)) --llama-cpp-python $(LLAMA_CPP_VENV)/bin/python \
+		--auto-round-python $(AUTO_ROUND_PYTHON) $(ARGS)
+
 # SGLang's configurations and weight loaders import what vLLM's environment has. Its kernels, and most
 # of its dependencies, need a GPU, and are left out; Humming's configurations need cuda-bindings.
 $(SGLANG_VENV)/.installed:

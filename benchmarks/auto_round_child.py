@@ -6,7 +6,8 @@ release needs another Transformers than LLM-Compressor allows.
 
 ``FOLDER`` holds ``task.json`` (``model``, a path, and ``settings``, arguments of `AutoRound`) and
 ``tokens.safetensors`` (``input_ids``, (samples, tokens)). Into it are written
-``weights.safetensors``, the dequantized weights of all layers that changed, and ``result.json``.
+``weights.safetensors``, the dequantized weights of all layers that changed, and ``result.json``;
+where the task has a ``format``, what auto-round saves in that format instead of the weights.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main(folder: Path) -> None:
     torch.manual_seed(task["settings"]["seed"])
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.bfloat16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     rounder = AutoRound(
         model,
         tokenizer=AutoTokenizer.from_pretrained(task["model"]),
@@ -40,22 +41,23 @@ def main(folder: Path) -> None:
         seqlen=tokens.shape[1],
         **task["settings"],
     )
-    rounder.quantize()
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB on Linux
-    after = model.state_dict()
-    changed = {
-        name: after[name].contiguous()
-        for name, value in before.items()
-        if name in after and not torch.equal(after[name], value)
-    }
-    save_file(changed, folder / "weights.safetensors")
-    result = {
-        "seconds": seconds,
-        "peak_mib": peak,
-        "layers": len(changed),
-        "version": importlib.metadata.version("auto-round"),
-    }
+    result = {"version": importlib.metadata.version("auto-round")}
+    if "format" in task:
+        rounder.quantize_and_save(str(folder), format=task["format"])
+    else:
+        rounder.quantize()
+    result["seconds"] = time.perf_counter() - started
+    result["cpu_seconds"] = time.process_time() - cpu_started
+    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB on Linux
+    if "format" not in task:
+        after = model.state_dict()
+        changed = {
+            name: after[name].contiguous()
+            for name, value in before.items()
+            if name in after and not torch.equal(after[name], value)
+        }
+        save_file(changed, folder / "weights.safetensors")
+        result["layers"] = len(changed)
     (folder / "result.json").write_text(json.dumps(result))
 
 

