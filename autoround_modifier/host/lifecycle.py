@@ -82,8 +82,8 @@ def host_oneshot(**kwargs: Any) -> PreTrainedModel:
 @contextmanager
 def _restored_after_tracing(tracer: HFTracer, root: nn.Module) -> Iterator[None]:
     """
-    Where the tracer of the sequential pipeline fails, it leaves its own `torch.finfo`, `torch.zeros`
-    and others in place, and PyTorch's compiler then refuses `torch.finfo`.
+    Where the tracer of the sequential pipeline fails, it leaves its own `torch.finfo` and others in
+    place, and PyTorch's compiler then refuses `torch.finfo`.
     """
     replaced = PATCH_FOR_TRACING(tracer, root)
     replaced.__enter__()
