@@ -91,13 +91,19 @@ class Work:
         write_atomically(self.facts(scheme, method), json.dumps(facts))
 
 
-def save_tokens(work: Work, text: Path, samples: int, eval_samples: int, length: int) -> None:
+def save_tokens(work: Work, text: Path, sizes: dict[str, tuple[int, int]]) -> None:
+    """
+    :param sizes: split -> samples, and tokens of each
+    """
     tokenizer = AutoTokenizer.from_pretrained(work.model)
     bos = True if tokenizer.bos_token is not None else None
-    sizes = {"max_seq_length": length, "add_bos_token": bos}
     found = {
-        split: torch.tensor(text_dataset(text, tokenizer, count, **sizes, split=split)["input_ids"])
-        for split, count in (("calib", samples), ("eval", eval_samples))
+        split: torch.tensor(
+            text_dataset(text, tokenizer, count, length, add_bos_token=bos, split=split)[
+                "input_ids"
+            ]
+        )
+        for split, (count, length) in sizes.items()
     }
     np.save(work.evaluation, found["eval"].numpy())
     save_file({"input_ids": found["calib"]}, work.calibration)
@@ -295,6 +301,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--eval-samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--eval-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
@@ -307,8 +314,11 @@ def main() -> None:
     os.environ.update(ONE_THREAD, LLAMA_CPP_ROOT=str(arguments.llama_cpp))
     work.folder.mkdir(parents=True, exist_ok=True)
     if not work.calibration.exists():
-        sizes = arguments.samples, arguments.eval_samples, arguments.length
-        save_tokens(work, arguments.text, *sizes)
+        sizes = {
+            "calib": (arguments.samples, arguments.length),
+            "eval": (arguments.eval_samples, arguments.eval_length),
+        }
+        save_tokens(work, arguments.text, sizes)
     if not work.original.exists():
         convert(work, arguments.llama_cpp)
     pythons = {"llama": arguments.llama_cpp_python, "auto_round": arguments.auto_round_python}
