@@ -19,6 +19,7 @@ __all__ = [
     "GGUF",
     "GGUF_SCHEMES",
     "GGUF_TYPES",
+    "K_QUANTS",
     "GGUFType",
     "ModelFacts",
     "fitting_type",

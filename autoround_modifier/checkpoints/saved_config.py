@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["COMPRESSED_TENSORS", "changed_fields", "quantization_of", "text_part", "with_changes"]
+__all__ = [
+    "COMPRESSED_TENSORS",
+    "QUANTIZED_CACHE",
+    "beside_weights",
+    "changed_fields",
+    "quantization_of",
+    "text_part",
+    "with_changes",
+]
 
 COMPRESSED_TENSORS = "compressed-tensors"
+QUANTIZED_CACHE = "the key-value cache is quantized"
 
 # Fields that are LLM-Compressor's to write, or that say nothing of the model
 NOT_OF_THE_MODEL = frozenset(
@@ -76,3 +85,18 @@ def with_changes(
         else:
             result[key] = value
     return result
+
+
+def beside_weights(quantization: Mapping[str, Any]) -> dict[str, str]:
+    """
+    :param quantization: `quantization_of` a config
+    :return: what it asks for beside quantized layers, in words -> the field that does
+    """
+    found = {}
+    if quantization.get("kv_cache_scheme"):
+        found[QUANTIZED_CACHE] = "kv_cache_scheme"
+    if quantization.get("transform_config"):
+        found["weights are rotated while the model runs"] = "transform_config"
+    if (quantization.get("sparsity_config") or {}).get("format") not in (None, "dense"):
+        found["weights are stored sparsely"] = "sparsity_config"
+    return found

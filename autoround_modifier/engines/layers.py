@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from autoround_modifier.engines.config_names import NUMBER
 from autoround_modifier.engines.fused import fused_parts
 from autoround_modifier.engines.scheme import Scheme
 
 __all__ = ["AlikeLayers", "ShapedLayer", "alike_layers", "fused_layers"]
-
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a name that is a number
 
 
 @dataclass(frozen=True)

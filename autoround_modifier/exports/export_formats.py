@@ -12,6 +12,7 @@ from autoround_modifier.errors import ExportError, listed
 from autoround_modifier.exports.awq import misread_names
 from autoround_modifier.exports.integer_specs import IntegerSpec
 from autoround_modifier.exports.layer_names import in_block
+from autoround_modifier.gguf_schemes import GGUF
 
 __all__ = [
     "AUTO",
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 BITS = (2, 3, 4, 8)
-GGUF, AUTO = "gguf:", "auto"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ from autoround_modifier.exports.model_source import (
 )
 from autoround_modifier.exports.written_files import copy_others, write_weights
 from autoround_modifier.gguf_schemes import gguf_scheme
-from autoround_modifier.host.saving import UNFINISHED_PREFIX, written_at_once
+from autoround_modifier.host.saving import written_at_once
+from autoround_modifier.runs.output_folder import holds_files
 
 __all__ = ["Exported", "export"]
 
@@ -163,13 +164,12 @@ def _export_folder(
     :param source: folder of a compressed-tensors checkpoint, or of one with blocks of GGUF
     :param name: of the format; for the others see `export`
     """
-    words = None if vocabulary is None else Path(vocabulary)
-    if gguf_scheme(name) is not None or find_blocks_file(source) is not None:
-        return _tuned(source, name, output, llama_cpp, words, embeddings)
+    is_tuned = gguf_scheme(name) is not None or find_blocks_file(source) is not None
+    if is_tuned or name.startswith(GGUF):
+        words = None if vocabulary is None else Path(vocabulary)
+        rounding = None if embeddings is None else Rounding(embeddings)
+        return _export_gguf(source, name, output, llama_cpp, words, rounding, is_tuned)
     chosen = find_format(name)
-    kind = chosen.name.removeprefix(GGUF) if chosen.name.startswith(GGUF) else None
-    if kind is not None:
-        return _gguf(source, kind, output, llama_cpp, words, embeddings)
     if embeddings is not None:
         raise ExportError(f"`embeddings` is for GGUF; {chosen.name} keeps them as they are")
     checkpoint = IntegerCheckpoint(source)
@@ -198,42 +198,28 @@ def _export_folder(
     return Exported(output, chosen.name, len(specs), size, plan.notes)
 
 
-def _tuned(
+def _export_gguf(
     source: Path,
-    format: str,
+    name: str,
     output: Path,
     llama_cpp: str | os.PathLike[str] | None,
     vocabulary: Path | None,
-    embeddings: str | None,
+    rounding: Rounding | None,
+    is_tuned: bool,
 ) -> Exported:
-    """Write the blocks of a checkpoint that was tuned in types of GGUF."""
-    rounding = None if embeddings is None else Rounding(embeddings)
-    checkpoint = TunedCheckpoint(source, format)
-    script = converter_script(llama_cpp)
-    size = write_gguf(checkpoint.source(), output, script, vocabulary, rounding)
-    types = checkpoint.saved.types
-    notes = rounding_notes(checkpoint.layout.tensors, types, rounding, size)
-    return Exported(output, checkpoint.scheme, len(types), size, tuple(notes))
-
-
-def _gguf(
-    source: Path,
-    kind: str,
-    output: Path,
-    llama_cpp: str | os.PathLike[str] | None,
-    vocabulary: Path | None,
-    embeddings: str | None,
-) -> Exported:
-    """:param kind: name of a type, or ``auto``"""
-    rounding = None if embeddings is None else Rounding(embeddings)
-    checkpoint = WeightCheckpoint(source)
-    choice = choose_types(checkpoint, kind)
-    script = converter_script(llama_cpp)
-    made = checkpoint_source(checkpoint, choice.kinds)
-    size = write_gguf(made, output, script, vocabulary, rounding)
-    rounded = rounding_notes(checkpoint.tensors, checkpoint.quantized, rounding, size)
-    notes = (*choice.notes, *rounded)
-    return Exported(output, f"{GGUF}{kind}", len(choice.kinds), size, notes)
+    """:param is_tuned: whether the source is, or has to be, one with blocks of GGUF"""
+    notes: tuple[str, ...] = ()
+    if is_tuned:  # as it was tuned, whatever type of GGUF is asked for
+        tuned = TunedCheckpoint(source, name)
+        made, tensors, name = tuned.source(), tuned.layout.tensors, tuned.scheme
+    else:
+        checkpoint = WeightCheckpoint(source)
+        choice = choose_types(checkpoint, name.removeprefix(GGUF))
+        made, tensors = checkpoint_source(checkpoint, choice.kinds), checkpoint.tensors
+        notes = choice.notes
+    size = write_gguf(made, output, converter_script(llama_cpp), vocabulary, rounding)
+    rounded = rounding_notes(tensors, made.layers, rounding, size)
+    return Exported(output, name, len(made.layers), size, (*notes, *rounded))
 
 
 def _gptq(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> _Plan:
@@ -293,15 +279,8 @@ def _check_output(output: Path, sources: Iterable[Path], overwrite: bool, is_fil
     if here.is_dir() if is_file else here.is_file():
         kinds = ("folder", "file") if is_file else ("file", "folder")
         raise OutputExistsError(f"{output} is a {kinds[0]}; choose a {kinds[1]}")
-    if not overwrite and _exists(here):
+    if not overwrite and (holds_files(here) if here.is_dir() else here.exists()):
         raise OutputExistsError(
             f"{output} is there already; choose another, or write over it with `overwrite` "
             "(`--overwrite`)"
         )
-
-
-def _exists(path: Path) -> bool:
-    """:return: whether there is such a file, or a folder that holds files"""
-    if not path.is_dir():
-        return path.exists()
-    return any(not inside.name.startswith(UNFINISHED_PREFIX) for inside in path.iterdir())

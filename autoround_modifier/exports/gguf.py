@@ -7,8 +7,6 @@ dequantized weights, and weights that differ in more are refused.
 
 from __future__ import annotations
 
-import os
-import secrets
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,10 +16,9 @@ from typing import Any
 from autoround_modifier.exports.gguf_rounding import Rounding
 from autoround_modifier.exports.gguf_template import convert, dtype_of_config
 from autoround_modifier.exports.gguf_writing import PackedLayer, graft
+from autoround_modifier.runs.files import TEMPORARY_PREFIX, atomic_file
 
 __all__ = ["GGUFSource", "write_gguf"]
-
-TEMPORARY_PREFIX = ".unfinished-"
 
 
 @dataclass(frozen=True)
@@ -66,12 +63,11 @@ def write_gguf(
     :raises OSError: if the file cannot be written
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=output.parent) as temporary:
         template, empty = Path(temporary) / "dense.gguf", Path(temporary) / "dense"
         empty.mkdir()
         convert(source.dense(empty), template, dtype_of_config(source.config), script)
-        try:
+        with atomic_file(output) as unfinished:
             graft(
                 template,
                 source.layers,
@@ -82,9 +78,4 @@ def write_gguf(
                 vocabulary=vocabulary,
                 rounding=rounding,
             )
-            with unfinished.open("rb+") as file:
-                os.fsync(file.fileno())
-            unfinished.replace(output)
-        finally:
-            unfinished.unlink(missing_ok=True)
     return output.stat().st_size

@@ -24,7 +24,7 @@ from autoround_modifier.exports.gguf_names import stacked
 from autoround_modifier.exports.gguf_types import BLOCK_TYPES, BlockType
 from autoround_modifier.readable import percent_text
 
-__all__ = ["Choice", "choose_types"]
+__all__ = ["TYPES", "Choice", "choose_types"]
 
 # From the smallest on
 TYPES = tuple(

@@ -19,6 +19,7 @@ from autoround_modifier.exports.gguf_types import BLOCK_TYPES
 from autoround_modifier.exports.integer_layers import IntegerLayer, IntegerSpec
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.formats.super_block import SUPER_BLOCK
+from autoround_modifier.gguf_schemes import GGUF_TYPES
 
 __all__ = ["SUPER_BLOCK_BYTES", "pack_super_blocks", "pack_weight"]
 
@@ -35,7 +36,7 @@ def pack_weight(weight: QuantizedWeight, kind: str) -> Tensor:
         return pack_super_blocks(weight.parts, kind)
     values, scale = weight.values.cpu(), weight.scale.cpu()
     rows, columns = values.shape
-    bits = BITS_OF_SYMMETRIC[kind]
+    bits = GGUF_TYPES[kind].num_bits
     offset = 2 ** (bits - 1)
     layer = IntegerLayer(
         IntegerSpec("", rows, columns, bits, True, weight.grouping.group_size, "linear"),
@@ -148,6 +149,5 @@ _PACKERS: dict[str, Callable[[Parts], Tensor]] = {
     "q6_k": _q6_k,
 }
 # Types whose values are a float16 scale times an integer
-BITS_OF_SYMMETRIC = {"q4_0": 4, "q5_0": 5, "q8_0": 8}
 # Bytes of a super-block
-SUPER_BLOCK_BYTES = {"q2_k": 84, "q3_k": 110, "q4_k": 144, "q5_k": 176, "q6_k": 210}
+SUPER_BLOCK_BYTES = {kind: BLOCK_TYPES[kind].size for kind in _PACKERS}

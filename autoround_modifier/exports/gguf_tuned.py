@@ -16,20 +16,13 @@ from autoround_modifier.exports.export_formats import AUTO, GGUF
 from autoround_modifier.exports.gguf import GGUFSource
 from autoround_modifier.exports.gguf_types import BLOCK_TYPES, Bytes
 from autoround_modifier.exports.gguf_writing import PackedLayer
-from autoround_modifier.gguf_schemes import gguf_scheme
+from autoround_modifier.gguf_schemes import K_QUANTS, gguf_scheme
 
 __all__ = ["TunedCheckpoint"]
 
-# `LlamaFileType` of gguf-py. Files of a single type have that of the smallest mixture
-FILE_TYPES = {
-    "gguf:q2_k": 10,
-    "gguf:q2_k_s": 21,
-    "gguf:q3_k": 11,
-    "gguf:q3_k_m": 12,
-    "gguf:q4_k": 14,
-    "gguf:q4_k_m": 15,
-    "gguf:q5_k": 16,
-    "gguf:q6_k": 18,
+# `LlamaFileType` of gguf-py, of mixtures. Files of a single type have that of the smallest one
+FILE_TYPES = {"gguf:q2_k_s": 21, "gguf:q3_k_m": 12, "gguf:q4_k_m": 15} | {
+    f"{GGUF}{kind}": BLOCK_TYPES[kind].file_type for kind in K_QUANTS
 }
 
 

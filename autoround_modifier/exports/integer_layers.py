@@ -69,11 +69,8 @@ class IntegerCheckpoint:
         self._files = tensor_files(folder)
         schemes = {name: self._weights.scheme(name, layout.tensors) for name in self._weights}
         check_integers(str(folder), layout, schemes, self.floats)
-        self.float_families = {
-            name: family_of(scheme)
-            for name, scheme in schemes.items()
-            if family_of(scheme) in self.floats
-        }
+        families = {name: family_of(scheme) for name, scheme in schemes.items() if self.floats}
+        self.float_families = {name: x for name, x in families.items() if x in self.floats}
         self.specs = {
             name: self._spec(name, scheme)
             for name, scheme in schemes.items()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from autoround_modifier.checkpoints.saved_config import QUANTIZED_CACHE, beside_weights
 from autoround_modifier.checkpoints.saved_layers import EMBEDDINGS, HEADS
 from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout
@@ -133,14 +133,10 @@ def check_integers(
         reason = _not_integers(name, scheme, layout.tensors, floats)
         if reason is not None:
             found.setdefault(reason, []).append(name)
-    quantization: dict[str, Any] = layout.quantization
+    found |= {reason: [field] for reason, field in beside_weights(layout.quantization).items()}
     caches = [name for name in layout.tensors if name.endswith((".k_scale", ".v_scale"))]
-    if quantization.get("kv_cache_scheme") or caches:
-        found["the key-value cache is quantized"] = caches or ["kv_cache_scheme"]
-    if quantization.get("transform_config"):
-        found["weights are rotated while the model runs"] = ["transform_config"]
-    if (quantization.get("sparsity_config") or {}).get("format") not in (None, "dense"):
-        found["weights are stored sparsely"] = ["sparsity_config"]
+    if caches:
+        found[QUANTIZED_CACHE] = caches
     if found:
         reasons = [f"{reason}: {listed(names)}" for reason, names in found.items()]
         raise ExportError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autoround_modifier.exports.export_formats import AUTO, FORMATS, GGUF, layer_problems
+from autoround_modifier.exports.gguf_choice import TYPES
 from autoround_modifier.exports.gguf_types import BLOCK_TYPES, BlockType
 from autoround_modifier.exports.integer_specs import IntegerSpec
 from autoround_modifier.exports.predicted import PredictedLayers
@@ -27,9 +28,8 @@ def exported_bytes(name: str, layers: PredictedLayers) -> int:
     """
     if not name.startswith(GGUF):
         return layers.others + sum(_layer_bytes(name, spec) for spec in layers.specs)
-    types = sorted(BLOCK_TYPES.values(), key=lambda kind: kind.bits)
     kind = name.removeprefix(GGUF)
-    order = types if kind == AUTO else [BLOCK_TYPES[kind], *types]
+    order = TYPES if kind == AUTO else (BLOCK_TYPES[kind], *TYPES)
     size = layers.others
     for spec in layers.specs:
         size += _block_bytes(_first_that_holds(spec, order), spec.out_features, spec.in_features)
@@ -40,10 +40,7 @@ def exported_bytes(name: str, layers: PredictedLayers) -> int:
 
 def _first_that_holds(spec: IntegerSpec, order: Sequence[BlockType]) -> BlockType:
     return next(
-        kind
-        for kind in order
-        if f"{GGUF}{kind.name}" in FORMATS
-        and not any(layer_problems(FORMATS[f"{GGUF}{kind.name}"], spec))
+        kind for kind in order if not any(layer_problems(FORMATS[f"{GGUF}{kind.name}"], spec))
     )
 
 

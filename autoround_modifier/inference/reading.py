@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from autoround_modifier.checkpoints.saved_config import COMPRESSED_TENSORS, quantization_of
+from autoround_modifier.checkpoints.saved_config import (
+    COMPRESSED_TENSORS,
+    beside_weights,
+    quantization_of,
+)
 from autoround_modifier.checkpoints.saved_files import (
     CONFIG,
     opened,
@@ -61,7 +65,7 @@ def packed_layers(folder: Path) -> dict[str, PackedSpec]:
     layout = read_layout(folder)
     weights, shapes = SavedWeights(folder), _shapes(folder)
     specs: dict[str, PackedSpec] = {}
-    reasons: dict[str, list[str]] = {reason: [] for reason in _beside_weights(quantization)}
+    reasons: dict[str, list[str]] = {reason: [] for reason in beside_weights(quantization)}
     for name in weights:
         scheme = weights.scheme(name, layout.tensors, shapes.get(name))
         reason = _not_packed(name, scheme, layout.tensors)
@@ -89,12 +93,12 @@ def read_weights(folder: Path, specs: Iterable[PackedSpec]) -> Iterator[PackedWe
     :raises CheckpointError: if a file cannot be read
     """
     files = tensor_files(folder)
-    waiting = sorted(specs, key=lambda spec: files[f"{spec.name}.{PACKED}"].name)
+    waiting = deque(sorted(specs, key=lambda spec: files[f"{spec.name}.{PACKED}"].name))
     while waiting:
         path, size = files[f"{waiting[0].name}.{PACKED}"], 0
         with opened(path) as file:
             while waiting and size < PORTION and files[f"{waiting[0].name}.{PACKED}"] == path:
-                spec = waiting.pop(0)
+                spec = waiting.popleft()
                 tensors = {}
                 for part in (PACKED, SCALE, ZERO_POINT):
                     name = f"{spec.name}.{part}"
@@ -136,16 +140,6 @@ def _not_packed(
     if found.strategy not in ("group", "channel"):
         return f"{found.label} has scales by {found.strategy}"
     return None
-
-
-def _beside_weights(quantization: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a checkpoint asks for beside packed weights."""
-    if quantization.get("kv_cache_scheme"):
-        yield "the key-value cache is quantized"
-    if quantization.get("transform_config"):
-        yield "weights are rotated while the model runs"
-    if (quantization.get("sparsity_config") or {}).get("format") not in (None, "dense"):
-        yield "weights are stored sparsely"
 
 
 def _spec(name: str, scheme: QuantizationScheme, shape: Tensor) -> PackedSpec:

@@ -8,7 +8,7 @@ that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -113,7 +113,7 @@ def load_skeleton(
     if device.type != "cpu":
         arguments["device_map"] = {"": device}
     model, info = loader.from_pretrained(folder, output_loading_info=True, **arguments)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = _tied(model)
     missing = sorted(name for name in info["missing_keys"] if name not in tied)
     if missing:
         raise CheckpointError(f"{folder} lacks tensors of the model: {listed(missing)}")
@@ -164,7 +164,7 @@ def _modules_of(model: PreTrainedModel, specs: Mapping[str, PackedSpec]) -> dict
         raise NotPackedError(
             f"the model has no linear layers or embeddings of their shape for {listed(refused, 2)}"
         )
-    for key, source in _tied(model):
+    for key, source in _tied(model).items():
         if key.removesuffix(".weight") in found or source.removesuffix(".weight") in found:
             raise NotPackedError(f"{key} is tied to {source}, which is quantized")
     return found
@@ -188,5 +188,6 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _tied(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
-    yield from (getattr(model, "all_tied_weights_keys", None) or {}).items()
+def _tied(model: PreTrainedModel) -> Mapping[str, str]:
+    """:return: name of a tensor -> name of the one that it is"""
+    return getattr(model, "all_tied_weights_keys", None) or {}

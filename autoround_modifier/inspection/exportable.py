@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from autoround_modifier.checkpoints.saved_layers import EMBEDDINGS, HEADS
 from autoround_modifier.engines.config_names import NUMBER
 from autoround_modifier.engines.layers import ShapedLayer
 from autoround_modifier.errors import ExportError
-from autoround_modifier.exports.export_formats import FORMATS, check_format
-from autoround_modifier.exports.integer_layers import IntegerSpec
+from autoround_modifier.exports import export_formats
+from autoround_modifier.exports.export_formats import FORMATS, GGUF, check_format
+from autoround_modifier.exports.gguf_types import BLOCK_TYPES
+from autoround_modifier.exports.integer_specs import FOR_GGUF, IntegerSpec, kind_of
 from autoround_modifier.gguf_schemes import GGUF_SCHEMES
 
 __all__ = ["export_problems"]
 
 INTEGERS_ONLY = "integers of weights alone are exported"
-AUTO = "gguf:auto"
+AUTO = f"{GGUF}{export_formats.AUTO}"
 # Families of schemes without integers that GGUF holds
-GGUF_TYPES = {"mxfp4a16": "gguf:mxfp4", "nvfp4a16": "gguf:nvfp4"}
-BLOCKS = {"gguf:mxfp4": 32, "gguf:nvfp4": 64}
+GGUF_TYPES = {family: BLOCK_TYPES[family.removesuffix("a16")] for family in FOR_GGUF}
 
 
 def export_problems(
@@ -38,9 +38,9 @@ def export_problems(
     tuned_in = dict.fromkeys(x.scheme.format for x in alike if x.scheme.family == "gguf")
     names = (*FORMATS, *(name for name in GGUF_SCHEMES if name in tuned_in))
     found = {name: _problem(name, alike, unquantized) for name in names}
-    if AUTO in FORMATS and len({layer.scheme for layer in alike}) > 1:
+    if len({layer.scheme for layer in alike}) > 1:
         for name in FORMATS:
-            if name.startswith("gguf:") and name != AUTO and found[name] is None:
+            if name.startswith(GGUF) and name != AUTO and found[name] is None:
                 found[name] = f"{AUTO} takes fewer bits"
     return found
 
@@ -69,10 +69,10 @@ def _float_problems(format: str, layer: ShapedLayer) -> Iterator[str]:
     if family == "int":
         return
     own = GGUF_TYPES.get(family)
-    if own not in FORMATS or format not in (own, AUTO):
+    if own is None or format not in (f"{GGUF}{own.name}", AUTO):
         yield f"{INTEGERS_ONLY}, not {layer.scheme.label}"
-    elif layer.in_features % BLOCKS[own]:
-        yield f"{layer.in_features} input features, which must be a multiple of {BLOCKS[own]}"
+    elif layer.in_features % own.block:
+        yield f"{layer.in_features} input features, which must be a multiple of {own.block}"
 
 
 def _one_of_each(layers: Iterable[ShapedLayer]) -> list[ShapedLayer]:
@@ -85,13 +85,6 @@ def _one_of_each(layers: Iterable[ShapedLayer]) -> list[ShapedLayer]:
 
 
 def _spec(layer: ShapedLayer) -> IntegerSpec:
-    kind = "linear"
-    if layer.experts:
-        kind = "expert"
-    elif EMBEDDINGS.fullmatch(layer.name):
-        kind = "embedding"
-    elif layer.name.rpartition(".")[2] in HEADS:
-        kind = "head"
     return IntegerSpec(
         name=layer.name,
         out_features=layer.out_features,
@@ -99,5 +92,5 @@ def _spec(layer: ShapedLayer) -> IntegerSpec:
         num_bits=layer.scheme.num_bits,
         symmetric=layer.scheme.symmetric,
         group_size=layer.scheme.group_size,
-        kind=kind,
+        kind="expert" if layer.experts else kind_of(layer.name),
     )

@@ -12,13 +12,13 @@ from autoround_modifier.checkpoints.contents import CheckpointContents
 from autoround_modifier.checkpoints.saved_config import text_part
 from autoround_modifier.engines.answers import EngineSupport
 from autoround_modifier.engines.hardware import Hardware
+from autoround_modifier.exports.gguf_types import BLOCK_TYPES
+from autoround_modifier.gguf_schemes import GGUF
 
 __all__ = ["CacheSize", "MemoryUse", "cache_size", "memory_use"]
 
 UNPACKED_BYTES = 2  # of a weight in 16 bits
 CACHE_BYTES = 2  # of a number in an unquantized cache
-# Bits of a weight in the types of GGUF, scales included
-GGUF_BITS = {"q2_0": 2.25, "tq2_0": 2.0625, "q4_0": 4.5, "q4_1": 5.0, "q5_0": 5.5, "q8_0": 8.5}
 FULL = ("full_attention", "attention", "global_attention", "deepseek_sparse_attention")
 WITHOUT_CACHE = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp")
 WITHOUT = "{} without"
@@ -86,10 +86,10 @@ class MemoryUse:
         """:return: bytes of weights in an engine's memory"""
         if support.unpacks:
             return self.unpacked
-        type_ = support.export_on(hardware).partition("gguf:")[2]
-        if type_ not in GGUF_BITS:
+        kind = BLOCK_TYPES.get(support.export_on(hardware).removeprefix(GGUF))
+        if kind is None:
             return self.packed
-        quantized = int(self.quantized_weights * GGUF_BITS[type_] / 8)
+        quantized = int(self.quantized_weights * kind.bits / 8)
         return self.packed - self.quantized_bytes + quantized
 
     def cache_of(self, support: EngineSupport) -> int | None:

@@ -95,7 +95,7 @@ def say_what_falls_back(model: nn.Module, scheme: str, types: Mapping[str, str])
     :param types: layer -> name of its type
     """
     counts = Counter(types.values())
-    used = ", ".join(f"{GGUF_TYPES[kind].label[5:]} ({count})" for kind, count in counts.items())
+    used = ", ".join(f"{kind.upper()} ({count})" for kind, count in counts.items())
     logger.info(f"{scheme}: the layers are tuned in {used}")
     fallen: dict[str, dict[str, int]] = {}
     for name, kind in types.items():
@@ -105,7 +105,7 @@ def say_what_falls_back(model: nn.Module, scheme: str, types: Mapping[str, str])
     if fallen:
         parts = [
             f"{len(layers)} layers of {' or '.join(map(str, sorted(set(layers.values()))))} input "
-            f"features in {GGUF_TYPES[kind].label[5:]} ({listed(list(layers))})"
+            f"features in {kind.upper()} ({listed(list(layers))})"
             for kind, layers in fallen.items()
         ]
         logger.warning(

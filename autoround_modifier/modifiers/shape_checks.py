@@ -36,7 +36,7 @@ from autoround_modifier.modifiers.validation import (
 )
 from autoround_modifier.schemes import check_budget, resolve_options
 
-__all__ = ["check_formats", "check_shapes", "formats_left_to_check", "predicted_layers"]
+__all__ = ["check_formats", "check_shapes", "checked_exports"]
 
 
 def check_shapes(
@@ -83,7 +83,7 @@ def check_shapes(
             check_layers_in_blocks(find_blocks(model, None), schemes, tuner.iters)
     if tuners and all(x.has_schemes and x.gguf_scheme is None for x in tuners):
         check_before_saving(model, quantization_configs(modifiers), tuners[-1].engine)
-    _check_exports(model, modifiers, formats)
+    checked_exports(model, modifiers, formats)
 
 
 def check_formats(
@@ -105,13 +105,10 @@ def check_formats(
     except RecipeError as error:
         logger.warning(f"formats are not checked before the run: {error}")
         return
-    for tuner in modifiers:
-        if isinstance(tuner, AutoRoundModifier) and tuner.has_schemes:
-            tuner.add_ignored(ignored_layers(model, tuner.resolved_config))
-    _check_exports(model, modifiers, formats)
+    checked_exports(model, modifiers, formats)
 
 
-def predicted_layers(model: PreTrainedModel, modifiers: Sequence[Modifier]) -> PredictedLayers:
+def _predicted_layers(model: PreTrainedModel, modifiers: Sequence[Modifier]) -> PredictedLayers:
     """
     :param model: made of its configuration
     :param modifiers: of a recipe
@@ -119,9 +116,12 @@ def predicted_layers(model: PreTrainedModel, modifiers: Sequence[Modifier]) -> P
     :raises ExportError: if nothing is quantized, or something that no format holds
     """
     name_experts_as_released(model)
-    fixed = quantization_configs(modifiers)
     choosers = [x for x in modifiers if isinstance(x, AutoSchemeModifier)]
     tuners = [x for x in modifiers if isinstance(x, AutoRoundModifier)]
+    for tuner in tuners:
+        if tuner.has_schemes:
+            tuner.add_ignored(ignored_layers(model, tuner.resolved_config))
+    fixed = quantization_configs(modifiers)
     ignore = [name for x in choosers for name in x.ignore]
     ignore += [name for x in tuners for name in x.ignore]
     options = [config for x in choosers for config in _option_configs(model, x, ignore)]
@@ -136,18 +136,26 @@ def predicted_layers(model: PreTrainedModel, modifiers: Sequence[Modifier]) -> P
     return replace(found[-1], specs=specs, floats=floats)
 
 
-def _check_exports(
+def checked_exports(
     model: PreTrainedModel, modifiers: Sequence[Modifier], formats: Sequence[str]
-) -> None:
-    """:raises ExportError: see `check_shapes`"""
-    left = formats_left_to_check(modifiers, formats)
-    if left:
-        layers = predicted_layers(model, modifiers)
-        for name in left:
-            check_predicted(name, layers)
+) -> dict[str, PredictedLayers]:
+    """
+    :param model: made of its configuration
+    :param modifiers: of a recipe, made for this check alone: they are changed
+    :return: format -> what it will hold; without formats that need no check, as those in which a
+        recipe tunes
+    :raises ExportError: if a format cannot hold what will be saved
+    """
+    left = _formats_left_to_check(modifiers, formats)
+    if not left:
+        return {}
+    layers = _predicted_layers(model, modifiers)
+    for name in left:
+        check_predicted(name, layers)
+    return dict.fromkeys(left, layers)
 
 
-def formats_left_to_check(modifiers: Sequence[Modifier], formats: Sequence[str]) -> list[str]:
+def _formats_left_to_check(modifiers: Sequence[Modifier], formats: Sequence[str]) -> list[str]:
     """
     What is tuned in a scheme of GGUF is written as that, and as nothing else.
 

@@ -7,11 +7,9 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedConfig
 
 from autoround_modifier.exports.export_formats import GGUF
-from autoround_modifier.exports.predicted import check_predicted
 from autoround_modifier.exports.sizes import exported_bytes
 from autoround_modifier.host.empty_model import empty_model
-from autoround_modifier.modifiers.routers import ignored_layers
-from autoround_modifier.modifiers.shape_checks import formats_left_to_check, predicted_layers
+from autoround_modifier.modifiers.shape_checks import checked_exports
 from autoround_modifier.planning.quantities import Quantity
 from autoround_modifier.planning.settings import RecipeParts
 
@@ -36,16 +34,9 @@ def export_parts(
     if not formats:
         return
     model = empty_model(config, trust_remote_code=trust_remote_code, all_experts=True).model
-    for tuner in recipe.tuners:
-        if tuner.has_schemes:
-            tuner.add_ignored(ignored_layers(model, tuner.resolved_config))
     modifiers = [*([] if recipe.chooser is None else [recipe.chooser]), *recipe.tuners]
-    left = formats_left_to_check(modifiers, formats)
-    if left:
-        layers = predicted_layers(model, modifiers)
-        for name in left:
-            check_predicted(name, layers)
-            if recipe.chooser is None:
-                yield Quantity(f"exported to {name}", exported_bytes(name, layers))
+    for name, layers in checked_exports(model, modifiers, formats).items():
+        if recipe.chooser is None:
+            yield Quantity(f"exported to {name}", exported_bytes(name, layers))
     if any(name.startswith(GGUF) for name in formats):
         yield Quantity("the model in 16 bits, twice, while GGUF is written", 2 * size)

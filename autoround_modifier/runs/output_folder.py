@@ -9,7 +9,7 @@ from pathlib import Path
 from autoround_modifier.errors import OutputExistsError
 from autoround_modifier.runs.files import TEMPORARY_PREFIX
 
-__all__ = ["check_output_folder"]
+__all__ = ["check_output_folder", "holds_files"]
 
 
 def check_output_folder(folder: Path, overwrite: bool, sources: Iterable[Path]) -> None:
@@ -39,7 +39,7 @@ def check_output_folder(folder: Path, overwrite: bool, sources: Iterable[Path]) 
             )
     if resolved.is_file():
         raise OutputExistsError(f"`output_dir` {folder} is a file; choose another `output_dir`")
-    if resolved.is_dir() and not overwrite and _holds_files(resolved):
+    if resolved.is_dir() and not overwrite and holds_files(resolved):
         raise OutputExistsError(
             f"{folder} exists and is not empty; choose another `output_dir`, or pass "
             "`overwrite_output_dir=True`"
@@ -55,5 +55,6 @@ def check_output_folder(folder: Path, overwrite: bool, sources: Iterable[Path]) 
         )
 
 
-def _holds_files(folder: Path) -> bool:
+def holds_files(folder: Path) -> bool:
+    """:return: whether there are others than those that a process left which was killed"""
     return any(not path.name.startswith(TEMPORARY_PREFIX) for path in folder.iterdir())
