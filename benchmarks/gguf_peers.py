@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from autoround_modifier import AutoRoundModifier, export, oneshot, text_dataset
+from autoround_modifier.gguf_schemes import GGUF_TYPES
 from autoround_modifier.runs.files import write_atomically
 
 FOLDER = Path(__file__).parent
@@ -47,12 +49,14 @@ METHODS = {
     "auto_round": "auto-round, tuned, `enable_alg_ext`",
     "ours_0": "this package, `iters: 0`",
     "ours": "this package, tuned",
+    "ours_q5_0": "this package, tuned, Q5_0 where Q2_K falls back",
 }
 SETTINGS = {
     "auto_round_0": {"iters": 0},
     "auto_round": {"iters": 50, "enable_alg_ext": True},
     "ours_0": {"iters": 0},
     "ours": {"iters": 50},
+    "ours_q5_0": {"iters": 50},
 }
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -202,6 +206,8 @@ def run_ours(work: Work, scheme: str, method: str) -> dict[str, Any]:
     name = f"gguf:{scheme}"
     settings = {"preset": "default", "batch_size": work.batch_size, "seed": work.seed}
     settings |= SETTINGS[method]
+    if method == "ours_q5_0":  # as auto-round chooses
+        GGUF_TYPES["q2_k"] = replace(GGUF_TYPES["q2_k"], fallback="q5_0")
     torch.manual_seed(work.seed)
     ids = load_file(work.calibration)["input_ids"]
     mask = torch.ones_like(ids).tolist()
@@ -325,6 +331,8 @@ def main() -> None:
     results = [measure(work, "", "F16", work.original, pythons["llama"])]
     for scheme in arguments.schemes:
         for method in arguments.methods:
+            if method == "ours_q5_0" and scheme != "q2_k_s":
+                continue
             if not work.facts(scheme, method).exists():
                 try:
                     make(work, scheme, method, pythons)
