@@ -150,7 +150,7 @@ EXPORT_TESTS = -m pytest -c tests/exports/pytest.ini --confcutdir tests/exports 
 $(EXPORTED)/exports.json: $(wildcard autoround_modifier/exports/*.py) \
 		tests/exports/rows.py tests/exports/make_checkpoints.py | install
 	rm -rf $(EXPORTED)
-	$(RUN) tests/exports/make_checkpoints.py $(EXPORTED)
+	TORCHDYNAMO_DISABLE=1 $(RUN) tests/exports/make_checkpoints.py $(EXPORTED)
 
 # SmolLM2 with 4 and 2 bits, tuned for a few iterations, converted by llama.cpp's own converter.
 $(EXPORTED)/.smollm2: $(EXPORTED)/exports.json $(LLAMA_CPP_VENV)/.installed

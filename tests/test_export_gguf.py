@@ -195,7 +195,8 @@ def test_the_converter(tmp_path, monkeypatch):
 def test_a_converter_that_changes_weights(in_process, tmp_path):
     script = (CONVERTER / "convert_hf_to_gguf.py").read_text()
     changing = script.replace(
-        " in tensors.items():", " in tensors.items():\n    tensor = 2 * tensor"
+        " in self.tensors().items():",
+        " in self.tensors().items():\n            tensor = 2 * tensor",
     )
     assert changing != script
     (tmp_path / "convert_hf_to_gguf.py").write_text(changing)
@@ -210,10 +211,10 @@ def converter_of_words(folder: Path, model: str, count: int) -> Path:
     """:return: folder with a converter that writes a vocabulary"""
     script = (CONVERTER / "convert_hf_to_gguf.py").read_text()
     words = (
-        f'writer.add_tokenizer_model("{model}")\n'
-        f"writer.add_token_list([str(i) for i in range({count})])"
+        f'add_tokenizer_model("{model}")\n'
+        f"        self.gguf_writer.add_token_list([str(i) for i in range({count})])"
     )
-    changed_script = script.replace('writer.add_tokenizer_model("none")', words)
+    changed_script = script.replace('add_tokenizer_model("none")', words)
     assert changed_script != script
     folder.mkdir()
     (folder / "convert_hf_to_gguf.py").write_text(changed_script)
@@ -247,9 +248,20 @@ def test_a_vocabulary_that_the_converter_mistakes(in_process, tmp_path):
     assert fields["tokenizer.ggml.model"].contents() == "gpt2"
     assert len(fields["tokenizer.ggml.tokens"].contents()) == 128
 
-    fewer = converter_of_words(tmp_path / "fewer", "llama", 100)
-    with pytest.raises(ExportError, match="has 128 tokens, and the model 100"):
-        export(checkpoint, "gguf:q4_0", file, **{**words, "llama_cpp": fewer})
+    failing = converter_of_words(tmp_path / "failing", "llama", 128)
+    script = failing / "convert_hf_to_gguf.py"
+    text = script.read_text().replace("add_tokenizer_model", "of_no_such_kind")
+    script.write_text(text)
+    export(checkpoint, "gguf:q4_0", file, **{**words, "llama_cpp": failing})
+    assert gguf.GGUFReader(file).fields["tokenizer.ggml.model"].contents() == "gpt2"
+    with pytest.raises(AttributeError, match="of_no_such_kind"):
+        export(checkpoint, "gguf:q4_0", file, llama_cpp=failing, overwrite=True)
+
+    fewer = converter_of_words(tmp_path / "fewer", "gpt2", 100)
+    export(checkpoint, "gguf:q4_0", tmp_path / "fewer.gguf", llama_cpp=fewer)
+    words["vocabulary"] = tmp_path / "fewer.gguf"
+    with pytest.raises(ExportError, match="has 100 tokens, and the model 128"):
+        export(checkpoint, "gguf:q4_0", file, **words)
     with pytest.raises(ExportError, match="cannot be read as GGUF"):
         export(checkpoint, "gguf:q4_0", file, **{**words, "vocabulary": source / "config.json"})
 

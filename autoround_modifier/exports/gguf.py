@@ -66,7 +66,13 @@ def write_gguf(
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=output.parent) as temporary:
         template, empty = Path(temporary) / "dense.gguf", Path(temporary) / "dense"
         empty.mkdir()
-        convert(source.dense(empty), template, dtype_of_config(source.config), script)
+        convert(
+            source.dense(empty),
+            template,
+            dtype_of_config(source.config),
+            script,
+            vocabulary=vocabulary is None,
+        )
         with atomic_file(output) as unfinished:
             graft(
                 template,

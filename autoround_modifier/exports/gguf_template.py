@@ -20,6 +20,7 @@ __all__ = ["LLAMA_CPP", "convert", "converter_script", "dtype_of_config"]
 
 LLAMA_CPP = "LLAMA_CPP_ROOT"
 SCRIPT = "convert_hf_to_gguf.py"
+WITHOUT_VOCABULARY = Path(__file__).parent / "convert_without_vocabulary.py"
 # What the converter calls the dtypes of matrices that it leaves as they are
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 MESSAGE_END = 1500
@@ -62,18 +63,25 @@ def dtype_of_config(config: Mapping[str, Any]) -> torch.dtype:
     return dtype_named(next((x[key] for x in parts for key in keys if x.get(key)), None))
 
 
-def convert(folder: Path, output: Path, dtype: torch.dtype, script: Path) -> None:
+def convert(
+    folder: Path, output: Path, dtype: torch.dtype, script: Path, *, vocabulary: bool = True
+) -> None:
     """
     :param folder: of a checkpoint whose weights are not quantized
     :param output: GGUF file to write
     :param dtype: of its matrices
     :param script: see `converter_script`
+    :param vocabulary: whether the file has one
     :raises ExportError: if llama.cpp's converter does not convert the model
     """
     logger.info(f"{script.name} converts the dequantized model")
-    command = [sys.executable, str(script), str(folder), "--outfile", str(output)]
+    program = [str(script)] if vocabulary else [str(WITHOUT_VOCABULARY), str(script)]
+    options = ["--outfile", str(output), "--outtype", DTYPES[dtype]]
     done = subprocess.run(
-        [*command, "--outtype", DTYPES[dtype]], capture_output=True, text=True, check=False
+        [sys.executable, *program, str(folder), *options],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0 or not output.is_file():
         raise ExportError(

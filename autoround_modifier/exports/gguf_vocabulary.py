@@ -15,6 +15,7 @@ from autoround_modifier.errors import ExportError
 __all__ = ["VOCABULARY_KEYS", "check_vocabulary", "vocabulary_fields"]
 
 VOCABULARY_KEYS = "tokenizer."
+EMBEDDINGS = "token_embd.weight"
 MODEL, TOKENS = "tokenizer.ggml.model", "tokenizer.ggml.tokens"
 
 
@@ -23,7 +24,8 @@ def vocabulary_fields(template: Any, vocabulary: Path | None) -> dict[str, Any]:
     :param template: reader of the converter's file
     :param vocabulary: GGUF file of the same model; None for the template itself
     :return: the fields about its vocabulary, by key
-    :raises ExportError: if the file cannot be read, or has another number of tokens
+    :raises ExportError: if the file cannot be read, or has another number of tokens than the model
+        has embeddings
     """
     import gguf
 
@@ -33,13 +35,12 @@ def vocabulary_fields(template: Any, vocabulary: Path | None) -> dict[str, Any]:
             reader = gguf.GGUFReader(vocabulary)
         except (OSError, ValueError) as error:
             raise ExportError(f"{vocabulary} cannot be read as GGUF: {error}") from error
-        counts = [
-            len(x.fields[TOKENS].data) if TOKENS in x.fields else 0 for x in (reader, template)
-        ]
-        if counts[0] == 0 or counts[1] not in (0, counts[0]):
+        count = len(reader.fields[TOKENS].data) if TOKENS in reader.fields else 0
+        rows = next(len(x.data) for x in template.tensors if x.name == EMBEDDINGS)
+        if count != rows:
             raise ExportError(
-                f"{vocabulary} has {counts[0]} tokens, and the model {counts[1]}; name a GGUF file "
-                "of the same model"
+                f"{vocabulary} has {count} tokens, and the model {rows}; name a GGUF file of the "
+                "same model"
             )
     return {key: field for key, field in reader.fields.items() if key.startswith(VOCABULARY_KEYS)}
 

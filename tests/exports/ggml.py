@@ -53,24 +53,32 @@ def _library() -> ctypes.CDLL:
 
 
 def quantized_tensors(path: Path) -> Iterator[tuple[str, str, NDArray[np.float32]]]:
-    """:return: of each quantized tensor its name, its type, and its numbers in one row"""
+    """
+    :return: of each quantized tensor its name, its type, and its numbers in one row: times the one
+        number by which llama.cpp multiplies a product with it, if the file has one (NVFP4)
+    """
     library = _library()
     context = library.gguf_init_from_file(str(path).encode(), InitParameters(True, None))
     if not context:
         raise ValueError(f"ggml does not read {path}")
     start = library.gguf_get_data_offset(context)
     file = np.memmap(path, dtype=np.uint8, mode="r")
-    for number in range(library.gguf_get_n_tensors(context)):
+    numbers = range(library.gguf_get_n_tensors(context))
+    names = [library.gguf_get_tensor_name(context, number).decode() for number in numbers]
+
+    def stored(number: int) -> NDArray[np.uint8]:
+        first = start + library.gguf_get_tensor_offset(context, number)
+        return np.array(file[first : first + library.gguf_get_tensor_size(context, number)])
+
+    for number, name in zip(numbers, names, strict=True):
         traits = library.ggml_get_type_traits(library.gguf_get_tensor_type(context, number))[0]
         if not traits.quantized:
             continue
-        first = start + library.gguf_get_tensor_offset(context, number)
-        stored = np.array(file[first : first + library.gguf_get_tensor_size(context, number)])
-        values = np.empty(len(stored) // traits.size * traits.block, np.float32)
-        traits.to_float(stored.ctypes.data, values.ctypes.data, len(values))
-        yield (
-            library.gguf_get_tensor_name(context, number).decode(),
-            traits.name.decode(),
-            values,
-        )
+        blocks = stored(number)
+        values = np.empty(len(blocks) // traits.size * traits.block, np.float32)
+        traits.to_float(blocks.ctypes.data, values.ctypes.data, len(values))
+        factor = name.removesuffix(".weight") + ".scale"
+        if factor in names:
+            values *= stored(names.index(factor)).view(np.float32)
+        yield name, traits.name.decode(), values
     library.gguf_free(context)

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from autoround_modifier import (
@@ -30,11 +32,12 @@ from autoround_modifier import (
     quantized_weights,
     self_generated,
 )
+from autoround_modifier.checkpoints.gguf_blocks import SavedBlocks, find_blocks_file
 from autoround_modifier.exports.export_formats import FORMATS
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from conftest import VOCABULARY, quantize, tiny_llama, tiny_tokenizer, weight_scheme
+from conftest import VOCABULARY, quantize, tiny_llama, weight_scheme
 from names import name_cases
 from rows import ALL_LINEARS, ROWS, Row
 from smollm2 import packaged_gguf
@@ -49,32 +52,48 @@ CALIBRATION = {"num_samples": 32, "max_seq_length": 128}
 
 
 def modifier(row: Row, iters: int) -> AutoRoundModifier:
+    if row.preset:
+        return AutoRoundModifier(scheme=row.preset, ignore=["lm_head", *row.ignored], iters=iters)
     groups = {
         f"group_{number}": weight_scheme(*scheme) for number, scheme in enumerate(row.schemes)
     }
     return AutoRoundModifier(config_groups=groups, ignore=["lm_head", *row.ignored], iters=iters)
 
 
+def dequantized_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """:return: of the quantized layers, float32"""
+    if find_blocks_file(checkpoint):
+        saved = load_file(checkpoint / "model.safetensors")  # float32, as the model was
+        return {f"{name}.weight": saved[f"{name}.weight"] for name in SavedBlocks(checkpoint).types}
+    weights = {}
+    for name, weight in quantized_weights(checkpoint).items():
+        repeats = weight.values.shape[1] // weight.scale.shape[1]
+        values, scale = weight.values.float(), weight.scale.float().repeat_interleave(repeats, 1)
+        if "zero_point" in weight.parts:
+            values -= weight.zero_point.float().repeat_interleave(repeats, 1)
+        found = scale * values
+        if weight.global_scale is not None:
+            found *= 1 / weight.global_scale
+        weights[f"{name}.weight"] = found
+    return weights
+
+
 def save_dense(checkpoint: Path, folder: Path, model: PreTrainedModel) -> None:
     """
     :param model: the same before it was quantized, in float32
     """
-    weights = {}
-    for name, weight in quantized_weights(checkpoint).items():
-        repeats = weight.values.shape[1] // weight.scale.shape[1]
-        scale, zero_point = (
-            part.float().repeat_interleave(repeats, 1) for part in (weight.scale, weight.zero_point)
-        )
-        weights[f"{name}.weight"] = scale * (weight.values.float() - zero_point)
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(dequantized_weights(checkpoint), strict=False)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
 
 
-def save_reference(folder: Path) -> None:
-    """Write the dequantized model of a tiny checkpoint, and its logits of random tokens."""
-    dense = tiny_llama(dtype=torch.float32, hidden_size=256)
-    dense.load_state_dict(tiny_llama(hidden_size=256).state_dict())
+def save_reference(folder: Path, dtype: torch.dtype) -> None:
+    """
+    Write the dequantized model of a tiny checkpoint, and its logits of random tokens.
+
+    :param dtype: of the model before it was quantized
+    """
+    dense = tiny_llama(dtype, hidden_size=256).float()
     save_dense(folder / "checkpoint", folder / "dense", dense)
     ids = torch.randint(3, VOCABULARY, TOKENS, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -108,11 +127,13 @@ def export_all(
 
 def make_tiny(row: Row, output: Path) -> list[dict]:
     folder = output / row.name
-    model = quantize(tiny_llama(hidden_size=256), modifier(row, iters=2))
-    model.save_pretrained(folder / "checkpoint")
-    tiny_tokenizer().save_pretrained(folder / "checkpoint")
-    save_reference(folder)
-    return export_all(folder, TINY_CONVERTER)
+    # Weights tuned in types of GGUF are saved in the model's dtype.
+    dtype = torch.float32 if row.preset.startswith("gguf:") else torch.bfloat16
+    model = tiny_llama(dtype, hidden_size=256)
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    quantize(model, modifier(row, iters=2), output_dir=str(folder / "checkpoint"))
+    save_reference(folder, dtype)
+    return export_all(folder, TINY_CONVERTER, (f"gguf:{row.name}",) if row.preset else FORMATS)
 
 
 def make_smollm2(row: Row, source: Path, output: Path, llama_cpp: Path) -> list[dict]:

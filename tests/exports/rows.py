@@ -19,11 +19,14 @@ class Row:
     :param name: the folder that it is saved in
     :param schemes: bits, symmetric, group size (None for one scale per channel), targets
     :param ignored: targets that stay unquantized, beside the head
+    :param preset: name of a scheme, in place of ``schemes``: of a type of GGUF that has the name of
+        the row and holds no integers of compressed-tensors
     """
 
     name: str
-    schemes: tuple[tuple[int, bool, int | None, tuple[str, ...]], ...]
+    schemes: tuple[tuple[int, bool, int | None, tuple[str, ...]], ...] = ()
     ignored: tuple[str, ...] = field(default=())
+    preset: str = ""
 
 
 def _row(bits: int, symmetric: bool, group_size: int | None) -> Row:
@@ -44,4 +47,10 @@ ROWS = [
     Row("w4_groups_mixed", ((4, True, 64, ATTENTION), (4, True, 32, MLP))),
     Row("w4_without_down", ((4, True, 64, ALL_LINEARS),), (r"re:.*mlp\.down_proj$",)),
     Row("w4_without_block_0", ((4, True, 64, ALL_LINEARS),), (r"re:model\.layers\.0\..*",)),
+    Row("mxfp4", preset="MXFP4A16"),
+    Row("nvfp4", preset="NVFP4A16"),
+    *(
+        Row(name, preset=f"gguf:{name}")
+        for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q2_k_s", "q3_k_m", "q4_k_m")
+    ),
 ]

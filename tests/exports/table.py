@@ -31,6 +31,8 @@ COLUMNS = [
 
 def label(row: Row) -> str:
     """:return: such as ``W4 asymmetric, channel``"""
+    if row.preset:
+        return row.preset.upper().removeprefix("GGUF:").removesuffix("A16")
     bits = {scheme[0] for scheme in row.schemes}
     text = " and ".join(f"W{number}" for number in sorted(bits, reverse=True))
     if not row.schemes[0][1]:
