@@ -14,10 +14,10 @@ from helpers import saved_tensors
 from llmcompressor.core import reset_session
 from test_export_gguf import CONVERTER, in_process
 from test_gguf_tuning import tuner, weights_of_blocks
-from tiny_mixtures import tiny_mixture
-from transformers import AutoModelForCausalLM
+from tiny_mixtures import DEEPSEEK, tiny_mixture
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from autoround_modifier import export, inspect_checkpoint, plan
+from autoround_modifier import AutoRoundModifier, export, inspect_checkpoint, plan
 from autoround_modifier.checkpoints.gguf_blocks import SavedBlocks
 from autoround_modifier.errors import RecipeError, SchemeError
 from autoround_modifier.gguf_schemes import ModelFacts, layer_types
@@ -199,6 +199,16 @@ def test_experts_that_no_converter_would_find_are_refused(tmp_path, monkeypatch)
     with pytest.raises(RecipeError, match="experts of this architecture from one tensor") as error:
         quantize(model, tuner("gguf:q4_k"))
     assert "engine" not in str(error.value)
+
+
+def test_latent_attention_is_refused_where_the_converter_splits_it():
+    config = DeepseekV3Config(**DEEPSEEK)
+    ignore = ["lm_head"]
+    with pytest.raises(SchemeError, match=r"splits them.*: model.layers.0.self_attn.kv_b_proj"):
+        plan(config, AutoRoundModifier(scheme="gguf:q4_k_m", ignore=ignore))
+    ignore.append("re:.*kv_b_proj")
+    planned = plan(config, AutoRoundModifier(scheme="gguf:q4_k_m", ignore=ignore))
+    assert any(part.name == "routed experts" for part in planned.counts.parts)
 
 
 # ------------------------------------------------------------------------------- what is said

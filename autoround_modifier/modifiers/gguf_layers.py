@@ -29,6 +29,8 @@ from autoround_modifier.modifiers.validation import Schemes
 __all__ = ["check_alone", "choose_gguf_types", "saved_configs", "say_what_falls_back"]
 
 LLAMA_70B_LAYERS = 80
+# Of latent attention; in mixtures llama.cpp's converter makes two tensors of it, one transposed
+SPLIT = "kv_b_proj"
 
 
 def check_alone(modifier: Modifier, modifiers: Iterable[Modifier]) -> None:
@@ -63,7 +65,8 @@ def choose_gguf_types(
         for name, module in parent.named_modules()
         if isinstance(module, nn.Linear)
     }
-    wanted = layer_types(scheme, list(inside), _facts(model))
+    facts = _facts(model)
+    wanted = layer_types(scheme, list(inside), facts)
     stacks = (set(layers) for layers in stacked(inside).values())
     incomplete = {name for layers in stacks if layers - targeted.keys() for name in layers}
     types: dict[str, str] = {}
@@ -73,6 +76,8 @@ def choose_gguf_types(
         reason, kind = None, None
         if name in incomplete:
             reason = "experts of a block are one tensor in GGUF, and others of it are left out"
+        elif facts.experts > 1 and name.rpartition(".")[2] == SPLIT:
+            reason = "llama.cpp's converter splits them and transposes a part"
         elif not isinstance(layer, nn.Linear) or name not in inside:
             reason = "outside of the decoder blocks; `export` writes embeddings and head"
         else:
