@@ -10,6 +10,7 @@ from loguru import logger
 from torch import nn
 from transformers import PreTrainedConfig
 
+from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.errors import RecipeError, SchemeError, listed
 from autoround_modifier.exports.gguf_names import stacked
 from autoround_modifier.fields import AutoSchemeFields, DistillationFields
@@ -65,7 +66,7 @@ def choose_gguf_types(
         for name, module in parent.named_modules()
         if isinstance(module, nn.Linear)
     }
-    facts = _facts(model)
+    facts = _facts(model, inside)
     wanted = layer_types(scheme, list(inside), facts)
     stacks = (set(layers) for layers in stacked(inside).values())
     incomplete = {name for layers in stacks if layers - targeted.keys() for name in layers}
@@ -135,13 +136,16 @@ def saved_configs(modifiers: Iterable[Modifier]) -> list[QuantizationConfig]:
     return quantization_configs(modifiers)
 
 
-def _facts(model: nn.Module) -> ModelFacts:
+def _facts(model: nn.Module, names: Iterable[str]) -> ModelFacts:
+    """:param names: of the layers in the decoder blocks"""
     config: Any = getattr(model, "config", None)
+    found = (EXPERT.search(name) for name in names)
+    experts = max((int(number[0]) + 1 for number in found if number), default=0)
     if not isinstance(config, PreTrainedConfig):
-        return ModelFacts()
+        return ModelFacts(experts=experts)
     text = config.get_text_config()
     numbers = (getattr(text, field, None) for field in NUM_EXPERTS)
-    experts = next((x for x in numbers if isinstance(x, int)), 0)
+    experts = next((x for x in numbers if isinstance(x, int)), experts)
     heads = getattr(text, "num_attention_heads", None)
     keys = getattr(text, "num_key_value_heads", None) or heads
     if not isinstance(heads, int) or not isinstance(keys, int):
