@@ -3,9 +3,9 @@ The schemes of GGUF that weights are tuned in: types of llama.cpp, and mixtures 
 PyTorch.
 
 Types and mixtures are those of ``llama_tensor_get_type_impl`` and ``tensor_type_fallback`` in
-llama.cpp's ``src/llama-quant.cpp``, for models without experts and other than Falcon. A row that is
-no multiple of a type's block gets the type that llama.cpp falls back to; but Q5_0 where that is
-Q5_1, whose minima are not tuned here.
+llama.cpp's ``src/llama-quant.cpp``, for models other than Falcon. A row that is no multiple of a
+type's block gets the type that llama.cpp falls back to; but Q5_0 where that is Q5_1, whose minima
+are not tuned here. Experts of a block are one tensor in GGUF and have one type.
 """
 
 from __future__ import annotations
@@ -104,10 +104,12 @@ class ModelFacts:
     :ivar queries_per_key: attention heads for each head of keys and values
     :ivar is_70b: whether llama.cpp calls the model one of 70 billion parameters: a Llama or Qwen2
         of 80 layers with fewer heads of keys than of queries
+    :ivar experts: of each mixture, without shared ones; 0 where there are none
     """
 
     queries_per_key: float = 1.0
     is_70b: bool = False
+    experts: int = 0
 
 
 def gguf_scheme(name: object) -> str | None:
@@ -144,14 +146,16 @@ def type_of_carrier(weights: Any) -> str:
 
 # ------------------------------------------------------------------------------- mixtures
 
-# What llama.cpp tells apart by the names of tensors: attn_v and attn_qkv, attn_output, ffn_down
+# What llama.cpp tells apart by the names of tensors: attn_k, attn_v and attn_qkv, attn_output, and
+# ffn_down, ffn_down_exps and ffn_down_shexp
 ROLES = {
+    "k": re.compile(r"k_proj"),
     "v": re.compile(r"v_proj|qkv_proj|query_key_value|Wqkv|kv_b_proj"),
     "o": re.compile(r"o_proj|out_proj|wo|dense"),
     "down": re.compile(r"down_proj|fc2|w2|dense_4h_to_h|c_proj"),
 }
 ATTENTION = re.compile(r"attn|attention")
-NUMBER = re.compile(r"\.\d+\.")
+NUMBER = re.compile(r"\.(\d+)\.")
 
 
 def layer_types(scheme: str, names: Sequence[str], facts: ModelFacts) -> dict[str, str]:
@@ -164,14 +168,27 @@ def layer_types(scheme: str, names: Sequence[str], facts: ModelFacts) -> dict[st
     general, rule = GGUF_SCHEMES[scheme], _MIXTURES.get(scheme)
     if rule is None:
         return dict.fromkeys(names, general)
+    fixed = _WITH_8_EXPERTS[scheme] if facts.experts == 8 else {}
     members: dict[tuple[str, str], list[str]] = {}
+    blocks: dict[str, int] = {}
     for name in names:
-        members.setdefault((_role(name), NUMBER.split(name)[0]), []).append(name)
-    return {
-        name: rule(role, index, len(alike), facts) or general
-        for (role, _), alike in members.items()
-        for index, name in enumerate(alike)
-    }
+        parent, number = _place(name)
+        members.setdefault((_role(name), parent), []).append(name)
+        blocks[parent] = max(blocks.get(parent, 0), number + 1)
+    types: dict[str, str] = {}
+    for (role, parent), alike in members.items():
+        for index, name in enumerate(alike):
+            # Of mixtures, llama.cpp goes by the number of the block
+            by_block = role == "down" and facts.experts > 1
+            place = (_place(name)[1], blocks[parent]) if by_block else (index, len(alike))
+            types[name] = fixed.get(role) or rule(role, *place, facts) or general
+    return types
+
+
+def _place(name: str) -> tuple[str, int]:
+    """:return: the list of blocks that a layer is in, and the number of its block"""
+    found = NUMBER.search(name)
+    return (name, 0) if found is None else (name[: found.start()], int(found[1]))
 
 
 def _role(name: str) -> str:
@@ -216,4 +233,10 @@ _MIXTURES: dict[str, Callable[[str, int, int, ModelFacts], str | None]] = {
     f"{GGUF}q2_k_s": _q2_k_s,
     f"{GGUF}q3_k_m": _q3_k_m,
     f"{GGUF}q4_k_m": _q4_k_m,
+}
+# Of models with eight experts, in which attention has few of the weights
+_WITH_8_EXPERTS: dict[str, dict[str, str]] = {
+    f"{GGUF}q2_k_s": {"k": "q8_0", "v": "q8_0"},
+    f"{GGUF}q3_k_m": {"k": "q8_0", "v": "q8_0", "o": "q5_k"},
+    f"{GGUF}q4_k_m": {"k": "q8_0", "v": "q8_0", "o": "q5_k"},
 }

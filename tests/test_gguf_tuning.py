@@ -11,7 +11,6 @@ from conftest import quantize, tiny_llama, tiny_llama_folder
 from helpers import quantized_layers, saved_tensors
 from llmcompressor.core import reset_session
 from safetensors.torch import save_file
-from tiny_mixtures import tiny_mixture
 from transformers import AutoModelForCausalLM
 
 from autoround_modifier import (
@@ -306,11 +305,6 @@ def test_rows_of_no_whole_blocks_are_refused():
     model = tiny_llama(hidden_size=48)
     with pytest.raises(SchemeError, match="48 input features, no multiple of 32"):
         quantize(model, tuner("gguf:q4_k", iters=0))
-
-
-def test_experts_are_refused(tmp_path):
-    with pytest.raises(SchemeError, match="experts of a mixture"):
-        quantize(tiny_mixture(tmp_path), tuner("gguf:q4_k"))
 
 
 def test_a_tuned_model_is_not_quantized_again():

@@ -208,6 +208,18 @@ def test_a_target_of_their_own_quantizes_them(tmp_path):
     assert "mtp.norm" not in quantization["ignore"]
 
 
+def test_a_scheme_of_gguf_leaves_them_in_16_bits(log, tmp_path):
+    extra = qwen(tmp_path / "original", mtp_num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    targets = ["Linear", r"re:^mtp\..*_proj$"]
+    tuner = AutoRoundModifier(scheme="gguf:q4_k", preset="rtn", ignore=["lm_head"], targets=targets)
+    quantize(model, tuner, output_dir=tmp_path / "quantized")
+    tensors, config = saved(tmp_path / "quantized")
+    assert "quantization_config" not in config
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in extra.items())
+    assert any("mtp" in line and "match" in line for line in log)
+
+
 def test_a_scheme_that_does_not_fit_is_refused(tmp_path):
     extra = {**QWEN_MTP, "mtp.odd_proj.weight": (64, 40)}
     qwen(tmp_path / "original")

@@ -25,6 +25,7 @@ COMMON = {
 # Beside `COMMON`, by the prefix of the classes
 FIELDS = {
     "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 128, "head_dim": 32},
+    "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 128},
     "Mixtral": {"num_local_experts": 4},
     "MiniMaxM2": {"num_local_experts": 4, "head_dim": 32},
     "Phimoe": {"num_local_experts": 4},
@@ -60,14 +61,16 @@ def tiny_mixture(
     prefix: str = "Qwen3Moe",
     split: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    **fields: int,
 ) -> PreTrainedModel:
     """
     :param folder: where the model is written first
     :param prefix: of the names of Transformers' classes
     :param split: give each expert linear layers of its own, as `oneshot` does
+    :param fields: of the configuration, in place of those here
     :return: a model with random weights
     """
-    config = getattr(transformers, f"{prefix}Config")(**{**COMMON, **FIELDS[prefix]})
+    config = getattr(transformers, f"{prefix}Config")(**{**COMMON, **FIELDS[prefix], **fields})
     model_class = getattr(transformers, f"{prefix}ForCausalLM")
     torch.manual_seed(0)
     model = model_class(config).to(dtype)

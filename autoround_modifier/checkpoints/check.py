@@ -67,13 +67,15 @@ def check_before_saving(
     engine will make of them.
 
     :param model: before it is quantized; experts are given the names under which they are saved
-    :param configs: of the modifiers of the recipe that quantize, in their order
+    :param configs: of the modifiers of the recipe that quantize, in their order; none where
+        dequantized weights are saved, beside blocks of GGUF
     :param engine: which must load the checkpoint; problems of others are logged
     :raises RecipeError: if it will not, or will read another model
     """
     if not isinstance(model, PreTrainedModel):
         return
     name_experts_as_released(model)
+    configs = list(configs)
     try:
         problems = _expected_problems(model, configs)
     except RecipeError:
@@ -86,6 +88,8 @@ def check_before_saving(
         return
     required = required_engines(engine)
     refused = [x for name in required for x in problems[name] if x.fatal]
+    if not configs:  # no engine is the remedy: llama.cpp's converter reads the release's form alone
+        refused = [replace(x, remedy="") for x in refused]
     if refused:
         raise RecipeError(
             "this recipe would save a checkpoint that does not load, or loads as another model:\n  "

@@ -237,7 +237,8 @@ def _gguf_layers(layers: Iterable[SavedLayer], blocks: SavedBlocks) -> Iterator[
             scheme = Scheme(
                 "gguf", GGUF_TYPES[blocks.types[layer.name]].num_bits, format=blocks.scheme
             )
-            yield ShapedLayer(layer.name, scheme, layer.shape[-2], layer.shape[-1])
+            experts = layer.kind == "experts"
+            yield ShapedLayer(layer.name, scheme, layer.shape[-2], layer.shape[-1], experts)
 
 
 def _format(quantization: Mapping[str, Any], blocks: SavedBlocks | None) -> str:

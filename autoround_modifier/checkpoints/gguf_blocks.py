@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +28,8 @@ SCHEME, TYPES = "scheme", "types"
 
 class SavedBlocks:
     """
-    Only the header is read until blocks are asked for.
+    Only the header is read until blocks are asked for. From then on the file stays open: the header
+    of a mixture has so many layers that reading it for each of them would take most of the time.
 
     :param folder: of a checkpoint that has them
     :ivar scheme: that the layers were tuned in, such as ``gguf:q4_k_m``
@@ -36,6 +39,7 @@ class SavedBlocks:
 
     def __init__(self, folder: Path):
         self.path = folder / BLOCKS_FILE
+        self._file: Any = None
         with opened(self.path) as file:
             metadata = file.metadata() or {}
             names = set(file.keys())
@@ -58,8 +62,12 @@ class SavedBlocks:
         :return: (out_features, bytes of a row), uint8; rows in the order of the checkpoint
         :raises CheckpointError: if the file cannot be read
         """
-        with opened(self.path) as file:
-            return file.get_tensor(layer)
+        try:
+            if self._file is None:
+                self._file = safe_open(self.path, framework="pt")
+            return cast(Tensor, self._file.get_tensor(layer))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
 
 
 def find_blocks_file(folder: Path) -> Path | None:

@@ -17,10 +17,10 @@ from autoround_modifier.errors import RecipeError
 from autoround_modifier.host.experts import LinearExperts2D
 from autoround_modifier.host.loading import auto_class
 
-__all__ = ["EmptyModel", "empty_model", "split_experts"]
+__all__ = ["NUM_EXPERTS", "EmptyModel", "empty_model", "split_experts"]
 
 # Fields of configurations that hold the number of experts, as LLM-Compressor looks for them
-_NUM_EXPERTS = ("num_local_experts", "moe_num_experts", "num_experts", "n_routed_experts")
+NUM_EXPERTS = ("num_local_experts", "moe_num_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _split(model: PreTrainedModel, name: str, module: nn.Module, all_experts: bo
 def _with_one_expert(config: PreTrainedConfig) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config()):
-        for field in _NUM_EXPERTS:
+        for field in NUM_EXPERTS:
             if hasattr(part, field):
                 setattr(part, field, 1)
     return config

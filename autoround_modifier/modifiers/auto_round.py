@@ -37,7 +37,6 @@ from autoround_modifier.host.lifecycle import (
     State,
     apply_calibration_status,
     disable_quantization,
-    quantization_configs,
     recipe_modifiers,
     targets_embeddings,
     untie_word_embeddings,
@@ -52,6 +51,7 @@ from autoround_modifier.modifiers.gguf_blocks import TunedBlocks
 from autoround_modifier.modifiers.gguf_layers import (
     check_alone,
     choose_gguf_types,
+    saved_configs,
     say_what_falls_back,
 )
 from autoround_modifier.modifiers.preparation import PreparedModel, prepare_model
@@ -376,8 +376,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         """By all modifiers of the recipe; the last one of this class knows the schemes of all."""
         modifiers = recipe_modifiers()
         tuners = [x for x in modifiers if isinstance(x, AutoRoundModifier)]
-        if self.gguf_scheme is None and (not tuners or tuners[-1] is self):
-            check_before_saving(model, quantization_configs(modifiers), self.engine)
+        if not tuners or tuners[-1] is self:
+            check_before_saving(model, saved_configs(modifiers), self.engine)
 
     def _find_shared_scales(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         layers = self._prepared.quantizer.waiting(modules)

@@ -12,21 +12,26 @@ from transformers import PreTrainedConfig
 
 from autoround_modifier.engines.config_names import EXPERT
 from autoround_modifier.errors import RecipeError, SchemeError, listed
+from autoround_modifier.exports.gguf_names import stacked
 from autoround_modifier.fields import AutoSchemeFields, DistillationFields
 from autoround_modifier.formats.super_block import SUPER_BLOCK
 from autoround_modifier.gguf_schemes import (
-    GGUF_TYPES,
     ModelFacts,
     fitting_type,
     layer_types,
 )
+from autoround_modifier.host.empty_model import NUM_EXPERTS
 from autoround_modifier.host.layers import stored_weight
-from autoround_modifier.host.lifecycle import Modifier, QuantizationMixin
+from autoround_modifier.host.lifecycle import Modifier, QuantizationMixin, quantization_configs
+from autoround_modifier.host.schemes import QuantizationConfig
+from autoround_modifier.modifiers.settings import SchemeSettings
 from autoround_modifier.modifiers.validation import Schemes
 
-__all__ = ["check_alone", "choose_gguf_types", "say_what_falls_back"]
+__all__ = ["check_alone", "choose_gguf_types", "saved_configs", "say_what_falls_back"]
 
 LLAMA_70B_LAYERS = 80
+# Of latent attention; in mixtures llama.cpp's converter makes two tensors of it, one transposed
+SPLIT = "kv_b_proj"
 
 
 def check_alone(modifier: Modifier, modifiers: Iterable[Modifier]) -> None:
@@ -61,14 +66,19 @@ def choose_gguf_types(
         for name, module in parent.named_modules()
         if isinstance(module, nn.Linear)
     }
-    wanted = layer_types(scheme, list(inside), _facts(model))
+    facts = _facts(model, inside)
+    wanted = layer_types(scheme, list(inside), facts)
+    stacks = (set(layers) for layers in stacked(inside).values())
+    incomplete = {name for layers in stacks if layers - targeted.keys() for name in layers}
     types: dict[str, str] = {}
     refused: dict[str, list[str]] = {}
     for name, (layer, _) in targeted.items():
         columns = stored_weight(layer).shape[-1]
         reason, kind = None, None
-        if EXPERT.search(name):
-            reason = "experts of a mixture, which are not tuned in types of GGUF yet"
+        if name in incomplete:
+            reason = "experts of a block are one tensor in GGUF, and others of it are left out"
+        elif facts.experts > 1 and name.rpartition(".")[2] == SPLIT:
+            reason = "llama.cpp's converter splits them and transposes a part"
         elif not isinstance(layer, nn.Linear) or name not in inside:
             reason = "outside of the decoder blocks; `export` writes embeddings and head"
         else:
@@ -99,9 +109,9 @@ def say_what_falls_back(model: nn.Module, scheme: str, types: Mapping[str, str])
     logger.info(f"{scheme}: the layers are tuned in {used}")
     fallen: dict[str, dict[str, int]] = {}
     for name, kind in types.items():
-        if GGUF_TYPES[kind].block != SUPER_BLOCK:
-            weight = stored_weight(cast(nn.Linear, model.get_submodule(name)))
-            fallen.setdefault(kind, {})[name] = weight.shape[-1]
+        columns = stored_weight(cast(nn.Linear, model.get_submodule(name))).shape[-1]
+        if columns % SUPER_BLOCK:
+            fallen.setdefault(kind, {})[name] = columns
     if fallen:
         parts = [
             f"{len(layers)} layers of {' or '.join(map(str, sorted(set(layers.values()))))} input "
@@ -114,15 +124,33 @@ def say_what_falls_back(model: nn.Module, scheme: str, types: Mapping[str, str])
         )
 
 
-def _facts(model: nn.Module) -> ModelFacts:
+def saved_configs(modifiers: Iterable[Modifier]) -> list[QuantizationConfig]:
+    """
+    :param modifiers: of a recipe
+    :return: how they quantize what compressed-tensors saves: of a GGUF scheme nothing, since the
+        weights beside its blocks are dequantized
+    """
+    modifiers = list(modifiers)
+    if any(isinstance(x, SchemeSettings) and x.gguf_scheme is not None for x in modifiers):
+        return []
+    return quantization_configs(modifiers)
+
+
+def _facts(model: nn.Module, names: Iterable[str]) -> ModelFacts:
+    """:param names: of the layers in the decoder blocks"""
     config: Any = getattr(model, "config", None)
+    found = (EXPERT.search(name) for name in names)
+    experts = max((int(number[0]) + 1 for number in found if number), default=0)
     if not isinstance(config, PreTrainedConfig):
-        return ModelFacts()
+        return ModelFacts(experts=experts)
     text = config.get_text_config()
+    numbers = (getattr(text, field, None) for field in NUM_EXPERTS)
+    experts = next((x for x in numbers if isinstance(x, int)), experts)
     heads = getattr(text, "num_attention_heads", None)
     keys = getattr(text, "num_key_value_heads", None) or heads
     if not isinstance(heads, int) or not isinstance(keys, int):
-        return ModelFacts()
+        return ModelFacts(experts=experts)
     layers = getattr(text, "num_hidden_layers", 0)
     known = text.model_type in ("llama", "mistral", "qwen2")
-    return ModelFacts(heads / keys, known and layers == LLAMA_70B_LAYERS and heads != keys)
+    is_70b = known and layers == LLAMA_70B_LAYERS and heads != keys
+    return ModelFacts(heads / keys, is_70b, experts)

@@ -68,7 +68,7 @@ def find_mtp_layers(model: PreTrainedModel, modifiers: Iterable[Modifier]) -> Mt
     """
     :param model: as it was loaded
     :param modifiers: of the recipe. One with ``mtp: drop`` drops the layers. A target that matches
-        names of these layers, and of no layer of the model, quantizes them
+        names of these layers, and of no layer of the model, quantizes them, but not to GGUF
     :raises SchemeError: if their scheme does not fit, or needs calibration
     """
     modifiers = list(modifiers)
@@ -148,6 +148,8 @@ def _targeted(
     schemes: dict[str, QuantizationScheme] = {}
     for modifier in modifiers:
         if not isinstance(modifier, SchemeSettings) or not modifier.has_schemes:
+            continue
+        if modifier.gguf_scheme is not None:  # its schemes are carriers, in which nothing is saved
             continue
         for scheme in modifier.resolved_config.config_groups.values():
             targets = [

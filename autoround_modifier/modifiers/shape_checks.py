@@ -25,7 +25,7 @@ from autoround_modifier.host.saved_names import name_experts_as_released
 from autoround_modifier.host.schemes import QuantizationConfig
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
 from autoround_modifier.modifiers.auto_scheme import AutoSchemeModifier
-from autoround_modifier.modifiers.gguf_layers import check_alone, choose_gguf_types
+from autoround_modifier.modifiers.gguf_layers import check_alone, choose_gguf_types, saved_configs
 from autoround_modifier.modifiers.routers import ignored_layers
 from autoround_modifier.modifiers.validation import (
     check_fit,
@@ -81,8 +81,8 @@ def check_shapes(
         check_kv_cache(model, tuner.kv_cache_scheme)
         if tuner.iters:
             check_layers_in_blocks(find_blocks(model, None), schemes, tuner.iters)
-    if tuners and all(x.has_schemes and x.gguf_scheme is None for x in tuners):
-        check_before_saving(model, quantization_configs(modifiers), tuners[-1].engine)
+    if tuners and all(x.has_schemes for x in tuners):
+        check_before_saving(model, saved_configs(modifiers), tuners[-1].engine)
     checked_exports(model, modifiers, formats)
 
 

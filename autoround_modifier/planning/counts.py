@@ -76,6 +76,7 @@ class ModelCounts:
     :ivar layers: that are quantized, as engines see them; where a choice is open, with each option
     :ivar unquantized_layers: names of linear layers that are not
     :ivar single_group: whether the checkpoint has one config group, that targets ``Linear``
+    :ivar gguf_blocks: bytes of the blocks of layers that are tuned in types of GGUF
     """
 
     architecture: str
@@ -97,6 +98,7 @@ class ModelCounts:
     layers: tuple[ShapedLayer, ...] = ()
     unquantized_layers: tuple[str, ...] = ()
     single_group: bool = False
+    gguf_blocks: int = 0
 
     @property
     def saved(self) -> int:
@@ -141,10 +143,9 @@ def count_model(
         check_kv_cache(model, own.kv_cache_scheme)
         schemes |= resolved
     schemes = {name: found for name, found in schemes.items() if found[1].weights is not None}
-    if types:  # dequantized weights, and blocks beside them
-        tensors = predict_tensors(model, []) | _blocks(schemes, types)
-    else:
-        tensors = predict_tensors(model, configs)
+    # With types of GGUF, dequantized weights, and blocks beside them
+    beside = _blocks(schemes, types)
+    tensors = predict_tensors(model, [] if types else configs) | beside
     chosen = _chosen(built, recipe, configs, schemes)
     blocks = count_blocks(built, schemes, loss, notes)
     in_blocks = {x for block in find_blocks(model, None) for x in block.modules()}
@@ -179,6 +180,7 @@ def count_model(
             if isinstance(module, nn.Linear) and name not in schemes
         ),
         single_group=recipe.chooser is None and _one_group(configs),
+        gguf_blocks=sum(x.nbytes * built.copies(name) for name, x in beside.items()),
     )
 
 
@@ -241,8 +243,8 @@ def _gguf_types(model: nn.Module, recipe: RecipeParts) -> dict[str, str]:
 def _blocks(schemes: Schemes, types: Mapping[str, str]) -> dict[str, Tensor]:
     """:return: of each layer the blocks that are saved beside the model, on the meta device"""
     found = {}
-    for name, (layer, _) in schemes.items():
-        kind, (rows, columns) = GGUF_TYPES[types[name]], layer.weight.shape
+    for name, type_name in types.items():
+        kind, (rows, columns) = GGUF_TYPES[type_name], schemes[name][0].weight.shape
         size = (rows, columns // kind.block * kind.block_bytes)
         found[f"{name}.blocks"] = torch.empty(size, dtype=torch.uint8, device="meta")
     return found

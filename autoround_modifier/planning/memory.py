@@ -169,6 +169,7 @@ def host_parts(
     parts = [Quantity("the process and its libraries", process, "assumed")]
     if not run.model_on_disk:
         parts.append(Quantity("the model", counts.size))
+    parts.append(Quantity("blocks of GGUF, until they are saved", counts.gguf_blocks))
     if tokens:
         parts.append(Quantity("outputs in the pipeline's cache", states))
         if run.iters:
