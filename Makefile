@@ -250,9 +250,12 @@ $(AUTO_ROUND_VENV)/.installed:
 bench-accuracy: install auto-round
 	$(RUN) benchmarks/accuracy.py --text "$(TEXT)" --output $(OUTPUT)/accuracy.json $(ARGS)
 
+# What each ingredient does, on SmolLM2 and on each of MODELS, over TEXTS, with standard errors.
+TEXTS ?= $(TEXT)
+
 bench-ablation: install
-	$(RUN) benchmarks/accuracy.py --suite ablation --schemes w2 w4 --length 128 --batch-size 2 \
-		--text "$(TEXT)" --output $(OUTPUT)/ablation.json $(ARGS)
+	$(RUN) benchmarks/ablation.py --models $(MODELS) --texts $(TEXTS) --output $(OUTPUT)/ablation \
+		--schemes w2 w4 --length 128 --batch-size 2 $(ARGS)
 
 # Every format by its shipped recipe: rounded, searched, tuned.
 FORMATS = w8a8_autoround w8a8_static_autoround w4a8_autoround w4afp8_autoround fp8a16_autoround \

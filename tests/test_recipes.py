@@ -24,6 +24,7 @@ EXPECTED = {
     "w2a16_autoround",
     "w2a16_asym_autoround",
     "w2a16_distilled_autoround",
+    "w2a16_g128_autoround",
     "w2a16_g256_autoround",
     "w3a16_autoround",
     "w3a16_asym_autoround",
