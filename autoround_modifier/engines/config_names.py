@@ -3,9 +3,10 @@ Writes ``ignore`` and ``targets`` of ``config.json`` so that every engine finds 
 
 Transformers matches module paths; vLLM matches names of its own, into which it translates names of
 the files, but not expressions. compressed-tensors and vLLM differ where several targets match a
-layer. And Transformers reads all experts by the first group with an expression that has ``experts``
-in it. So layers are named under both spellings, expressions hold under any prefix, no two groups
-match one layer, and the group of the experts comes first.
+layer. Transformers reads all experts by the first group with an expression that has ``experts`` in
+it. And SGLang looks for layers that it fuses by their own names, as `qkv_proj`. So layers are named
+under both spellings, fused ones are matched with their parts, expressions hold under any prefix, no
+two groups match one layer, and the group of the experts comes first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from autoround_modifier.engines.fused import fused_names
+from autoround_modifier.engines.fused import LOOKED_UP, fused_names, fused_parts
 from autoround_modifier.engines.matching import Groups, Names, Targets, groups_of
 
 __all__ = ["EXPERT", "HEADS", "NUMBER", "NamedLayer", "complete_config"]
@@ -67,17 +68,21 @@ def complete_config(quantization: dict[str, Any], layers: Sequence[NamedLayer]) 
         they hold already
     """
     groups = _experts_first(groups_of(quantization), layers)
+    fused = list(_fused_layers(layers))
     quantized = [layer for layer in layers if layer.group is not None]
-    if not _all_hold(quantized, groups, True) or not _experts_found(groups, layers):
-        written = dict(_written_targets(quantized, groups))
-        if not _all_hold(quantized, written):
-            written = {name: _exact(quantized, name, groups) for name in groups}
-        groups = written
+    with_fused = [*quantized, *(layer for layer in fused if layer.group is not None)]
+    if not _all_hold(with_fused, groups, True) or not _experts_found(groups, layers):
+        exact = {name: _exact(quantized, name, groups) for name in groups}
+        tried = ((x, dict(_written_targets(x, groups))) for x in (with_fused, quantized))
+        groups = next(
+            (found for x, found in tried if _all_hold(x, found) and _all_match(found, quantized)),
+            exact,
+        )
     named = {
         f"group_{index}": {**quantization["config_groups"][name], "targets": targets}
         for index, (name, targets) in enumerate(groups.items())
     }
-    own = dict.fromkeys(_ignored(layers))
+    own = dict.fromkeys(_ignored([*layers, *fused]))
     of_experts = Names(x for x in own if x.startswith("re:"))
     ignore = [
         entry
@@ -87,6 +92,19 @@ def complete_config(quantization: dict[str, Any], layers: Sequence[NamedLayer]) 
     known = Names(ignore)
     ignore += [entry for entry in own if entry not in known]
     return {**quantization, "config_groups": named, "ignore": list(dict.fromkeys(ignore))}
+
+
+def _fused_layers(layers: Iterable[NamedLayer]) -> Iterator[NamedLayer]:
+    """Yield what engines make of layers of one scheme that they fuse, under its own name."""
+    by_path = {x.path: x for x in layers if x.kind == "Linear" and not x.is_expert}
+    for fused, paths in fused_parts(by_path):
+        _, _, leaf = fused.rpartition(".")
+        first, *others = (by_path[path] for path in paths)
+        if leaf not in LOOKED_UP or any(x.group != first.group for x in others):
+            continue
+        stem, _, part = first.saved.rpartition(".")
+        saved = f"{stem}.{leaf}" if stem and first.path.endswith(f".{part}") else fused
+        yield NamedLayer(fused, saved, first.group)
 
 
 def _ignored(layers: Sequence[NamedLayer]) -> Iterator[str]:
@@ -131,6 +149,20 @@ def _all_hold(layers: Iterable[NamedLayer], groups: Groups, anywhere: bool = Fal
         if any(rule(name, layer.kind) != layer.group for name, rule in names):
             return False
     return True
+
+
+def _all_match(groups: Groups, layers: Sequence[NamedLayer]) -> bool:
+    """:return: whether each expression matches a layer; compressed-tensors warns of others"""
+    names = [name for layer in layers for name in layer.names]
+    used = {layer.group for layer in layers}
+    expressions = [
+        re.compile(target.removeprefix("re:"))
+        for group, targets in groups.items()
+        if group in used
+        for target in targets
+        if target.startswith("re:")
+    ]
+    return all(any(map(expression.match, names)) for expression in expressions)
 
 
 def _from_blocks(name: str) -> str:
@@ -197,6 +229,7 @@ def _expressions(own: list[str], others: list[str]) -> list[str]:
     """
     shapes, taken = _by_shape(own), _by_shape(others)
     stems: dict[str, list[str]] = {}
+    numbered: dict[tuple[str, str], list[str]] = {}
     expressions: list[str] = []
     single: list[str] = []
     for shape, names in shapes.items():
@@ -210,25 +243,36 @@ def _expressions(own: list[str], others: list[str]) -> list[str]:
         else:
             end = _shortest(shape, [x for x in taken if x != shape])
             numbers = "|".join(sorted(blocks, key=int))
-            expressions.append(_expression(end, numbers))
+            stem, _, leaf = end.rpartition(".")
+            if "#" in stem:
+                numbered.setdefault((stem, numbers), []).append(leaf)
+            else:
+                expressions.append(_expression(end, numbers))
     shared = {x.rpartition(".")[0] for x in taken}
     joined = [
         _expression(*_joined(stem, leaves, any(x.endswith(stem) for x in shared)))
         for stem, leaves in stems.items()
     ]
+    joined += [
+        _expression(*_joined(stem, leaves, True, numbers))
+        for (stem, numbers), leaves in numbered.items()
+    ]
     return [*dict.fromkeys([*joined, *expressions]), *single]
 
 
-def _joined(stem: str, leaves: list[str], shared: bool) -> tuple[str, str | None, str]:
+def _joined(
+    stem: str, leaves: list[str], shared: bool, blocks: str | None = None
+) -> tuple[str, str | None, str]:
     """
     :param shared: whether another group has layers of the same module
+    :param blocks: as in `_expression`
     :return: arguments of `_expression` for several layers of one module
     """
     if stem.endswith("experts.#") and not shared:  # engines know them under several names
-        return stem, None, ".+"
+        return stem, blocks, ".+"
     escaped = dict.fromkeys(r"\d+" if leaf == "#" else re.escape(leaf) for leaf in leaves)
     last = "|".join(escaped)
-    return stem, None, last if len(leaves) == 1 else f"(?:{last})"
+    return stem, blocks, last if len(leaves) == 1 else f"(?:{last})"
 
 
 def _expression(shape: str, blocks: str | None = None, leaf: str | None = None) -> str:
