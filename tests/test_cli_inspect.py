@@ -107,6 +107,43 @@ def test_exit_codes_of_inspect(saved, misread, tmp_path, capsys):
     assert "is no checkpoint: it has no config.json" in output.err
 
 
+@pytest.fixture
+def named(saved, tmp_path) -> Path:
+    """A checkpoint whose layers are named one by one, as other programs write it."""
+    folder = tmp_path / "named"
+    shutil.copytree(saved, folder)
+    config = json.loads((folder / "config.json").read_text())
+    layers = [
+        f"model.layers.{block}.{name}_proj"
+        for block in range(2)
+        for name in (
+            *(f"self_attn.{x}" for x in "qkvo"),
+            *(f"mlp.{x}" for x in ("gate", "up", "down")),
+        )
+    ]
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = layers
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_inspect_knows_that_sglang_looks_for_names_of_fused_layers(saved, named, capsys):
+    device = ("--device", "sm90")
+    assert "python -m sglang.launch_server" in printed(capsys, "inspect", saved, *device)
+    text = printed(capsys, "inspect", named, *device, "--engine", "any")
+    assert "SGLang: looks for layers that it fuses by their own names, which no target" in text
+    assert "model.layers.0.self_attn.qkv_proj" in text
+    assert "Name them beside their parts in `config.json`." in text
+    assert "python -m sglang.launch_server" not in text
+    (row,) = (x for x in text.splitlines() if x.split()[:1] == ["SGLang"])
+    assert "does not load it as it is meant: see below" in row
+    document = json.loads(printed(capsys, "inspect", named, *device, "--json"))
+    assert [problem["checked_for"] for problem in document["problems"]] == ["sglang"]
+    assert "SGLang" not in [choice["engine"] for choice in document["choices"]]
+    (sglang,) = (x for x in document["engines"] if x["engine"] == "SGLang")
+    assert sglang["command"] is None
+    assert document["loads_as_meant"] == {"vllm": True, "transformers": True}
+
+
 # ------------------------------------------------------------------------- schemes
 
 

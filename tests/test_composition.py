@@ -56,13 +56,6 @@ def gptq_last() -> str:
 RECIPES = {"smoothquant": SMOOTHQUANT, "awq": AWQ, "gptq": GPTQ, "gptq last": gptq_last()}
 
 
-@pytest.fixture(autouse=True)
-def _pinning_without_accelerator(monkeypatch):
-    """AWQ of llmcompressor 0.14 pins memory even where no accelerator is; here that is a no-op."""
-    if not torch.accelerator.is_available():
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_runs_saves_and_reloads(name, tmp_path):
     model = quantize(tiny_llama(), RECIPES[name])

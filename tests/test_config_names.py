@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
-from compressed_tensors.utils.match import match_targets
+from compressed_tensors.utils.match import is_match, match_targets
 from torch import nn
 
 from autoround_modifier.engines.config_names import NamedLayer, complete_config
@@ -118,7 +120,8 @@ def test_blocks_with_schemes_of_their_own():
     result = complete_config(quantization, named)
     check(result, named)
     targets = [target for targets in groups_of(result).values() for target in targets]
-    assert r"re:(?:.*\.)?layers\.(?:0|2)\.mlp\.down_proj$" in targets
+    mlp = r"(?:gate_proj|up_proj|down_proj|gate_up_proj)"
+    assert rf"re:(?:.*\.)?layers\.(?:0|2)\.mlp\.{mlp}$" in targets
 
 
 def test_the_same_names_in_two_towers():
@@ -216,6 +219,78 @@ def test_fused_layers():
         "a.qkv_proj": ["a.q_proj", "a.k_proj", "a.v_proj"],
         "b.gate_up_proj": ["b.gate_proj", "b.up_proj"],
     }
+
+
+# ------------------------------------------------------------------------- layers that are fused
+
+
+def test_fused_layers_are_named_with_their_parts():
+    """SGLang looks for `qkv_proj`; vLLM, compressed-tensors and Transformers for its parts too."""
+    named = layers({x: "b" if "o_proj" in x else "a" for x in DENSE})
+    quantization = section({g: [x.path for x in named if x.group == g] for g in "ab"})
+    result = complete_config(quantization, named)
+    check(result, named)
+    first, second = groups_of(result).values()
+    assert first == [
+        r"re:(?:.*\.)?layers\.\d+\.self_attn\.(?:q_proj|k_proj|v_proj|qkv_proj)$",
+        r"re:(?:.*\.)?layers\.\d+\.mlp\.(?:gate_proj|up_proj|down_proj|gate_up_proj)$",
+    ]
+    assert second == [r"re:(?:.*\.)?layers\.\d+\.self_attn\.o_proj$"]
+
+
+def test_fused_layers_in_16_bits_are_ignored_by_their_names():
+    plain = {x: None if "self_attn" in x else "a" for x in DENSE}
+    host = tuple(x for x, group in plain.items() if group is None)
+    result = complete_config(section({"a": ["Linear"]}, host), layers(plain))
+    assert groups_of(result) == {"group_0": ["Linear"]}
+    fused = [f"model.layers.{block}.self_attn.qkv_proj" for block in range(3)]
+    assert result["ignore"] == [*host, *fused]
+
+
+def test_fused_layers_of_several_schemes_are_not_named():
+    mixed = {x: "b" if "k_proj" in x else "a" for x in DENSE if "self_attn" in x}
+    named = layers({**mixed, "model.layers.0.mlp.up_proj": None})
+    quantization = section({g: [x.path for x in named if x.group == g] for g in "ab"})
+    result = complete_config(quantization, named)
+    assert not any("qkv_proj" in x for targets in groups_of(result).values() for x in targets)
+    assert not any("qkv_proj" in x for x in result["ignore"])
+
+
+def test_fused_layers_are_named_as_the_files_name_them():
+    named = layers(dict.fromkeys(DENSE, None), ("model.", "language_model."))
+    named += layers({"model.visual.fc1": "a"})
+    ignore = complete_config(section({"a": ["Linear"]}), named)["ignore"]
+    assert "model.layers.0.self_attn.qkv_proj" in ignore
+    assert "language_model.layers.0.self_attn.qkv_proj" in ignore
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_choice_of_schemes_holds_for_fused_layers_and_their_parts(seed):
+    """As `AutoSchemeModifier` chooses, for each block: no target is without a layer."""
+    chance = random.Random(seed)
+    units = ("qkv", "o_proj", "gate_up", "down_proj")
+    chosen = {(b, unit): chance.choice(["a", "b", "c", None]) for b in range(3) for unit in units}
+    own, fused = {}, {}
+    for path in DENSE:
+        block, leaf = int(path.split(".")[2]), path.rpartition(".")[2]
+        unit = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+        own[path] = chosen[block, unit.get(leaf.removesuffix("_proj"), leaf)]
+    for block in range(3):
+        fused[f"model.layers.{block}.self_attn.qkv_proj"] = chosen[block, "qkv"]
+        fused[f"model.layers.{block}.mlp.gate_up_proj"] = chosen[block, "gate_up"]
+    named = layers(own)
+    groups = {g: [x for x, group in own.items() if group == g] for g in "abc" if g in own.values()}
+    result = complete_config(section(groups), named)
+    check(result, named)
+    found = Targets(groups_of(result))
+    ignore = Names(result["ignore"])
+    by_group = {found.vllm(x, "Linear"): group for x, group in own.items() if group is not None}
+    for name, group in fused.items():
+        assert (name in ignore) == (group is None)
+        if group is not None:
+            assert by_group[found.vllm(name, "Linear")] == group
+    for target in (x for targets in groups_of(result).values() for x in targets):
+        assert any(is_match(name, nn.Linear(1, 1), target) for name in own)
 
 
 # ------------------------------------------------------------------------- what went wrong once

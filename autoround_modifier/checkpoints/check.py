@@ -13,10 +13,13 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from autoround_modifier.checkpoints.saved_files import read_layout
-from autoround_modifier.engines.check import find_problems, required_engines
+from autoround_modifier.engines.check import (
+    find_problems,
+    problems_of_names,
+    required_engines,
+)
 from autoround_modifier.engines.layout import CheckpointLayout
 from autoround_modifier.engines.problem import Problem
-from autoround_modifier.engines.vllm_loader import vllm_problems
 from autoround_modifier.errors import RecipeError
 from autoround_modifier.host.layers import as_single_threaded
 from autoround_modifier.host.prediction import predict_layout
@@ -55,7 +58,7 @@ def problems_of_layout(folder: Path, layout: CheckpointLayout) -> dict[str, list
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # code of its own, or a type that is not known here
         logger.warning(f"not checked for Transformers: {error}")
-        return {"vllm": vllm_problems(layout)}
+        return problems_of_names(layout)
     return find_problems(layout, config=config)
 
 

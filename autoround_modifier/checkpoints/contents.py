@@ -17,10 +17,10 @@ from autoround_modifier.checkpoints.saved_config import (
 )
 from autoround_modifier.checkpoints.saved_files import CONFIG, read_json, read_layout, tensor_files
 from autoround_modifier.checkpoints.saved_layers import SavedLayer, saved_layers, tensor_bytes
-from autoround_modifier.engines.config_names import NUMBER
 from autoround_modifier.engines.layers import ShapedLayer
 from autoround_modifier.engines.layout import CheckpointLayout
 from autoround_modifier.engines.matching import groups_of
+from autoround_modifier.engines.name_expressions import NUMBER
 from autoround_modifier.engines.scheme import Scheme
 from autoround_modifier.errors import CheckpointError
 from autoround_modifier.gguf_schemes import GGUF_TYPES

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from autoround_modifier.checkpoints.saved_files import opened, tensor_files
-from autoround_modifier.engines.config_names import EXPERT, HEADS, NUMBER
+from autoround_modifier.engines.config_names import EXPERT, HEADS
 from autoround_modifier.engines.layout import CheckpointLayout, TensorLayout
 from autoround_modifier.engines.matching import Names, Targets, groups_of
+from autoround_modifier.engines.name_expressions import NUMBER
 from autoround_modifier.engines.scheme import Scheme
 
 __all__ = ["SavedLayer", "saved_layers", "tensor_bytes"]

@@ -57,8 +57,8 @@ def inspect(
     Reads the headers of its files and its configuration, no weights: bits per weight, layers by
     kind, what is not quantized; for each engine the kernel of each scheme on the device, or why
     there is none, the best choice first, with the commands that install, export and serve; memory
-    for weights and key-value cache; and what vLLM and Transformers refuse or misread, with what to
-    change.
+    for weights and key-value cache; and what vLLM, SGLang and Transformers refuse or misread, with
+    what to change.
     """
     if engine is not None and engine not in ENGINES:
         raise UsageError(f"--engine is `{engine}`; use one of {', '.join(ENGINES)}")
@@ -117,7 +117,11 @@ def _document(inspection: CheckpointInspection) -> dict[str, Any]:
                 "here": kernels_as_json(here),
                 "known_version": elsewhere.version,
                 "elsewhere": kernels_as_json(elsewhere),
-                "command": elsewhere.command if elsewhere.loads else None,
+                "command": (
+                    elsewhere.command
+                    if elsewhere.loads and not inspection.misread_by(elsewhere.engine)
+                    else None
+                ),
             }
             for here, elsewhere in zip(inspection.here, inspection.elsewhere, strict=True)
         ],

@@ -175,10 +175,12 @@ def _print_memory(inspection: CheckpointInspection) -> None:
 
 
 def _print_problems(inspection: CheckpointInspection) -> None:
-    for engine in ("vllm", "transformers"):
+    for engine in ("vllm", "sglang", "transformers"):
         problems = inspection.problems.get(engine)
         if problems is None:
             typer.echo(f"Not checked for {engine}, which does not know the model here.")
+        elif not problems and engine == "sglang":
+            continue  # names of fused layers alone are checked
         elif not problems:
             typer.echo(f"Checked for {engine}: no problem with names, shapes and schemes.")
         for problem in problems or ():

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from autoround_modifier.engines.layout import CheckpointLayout
 from autoround_modifier.engines.problem import Problem
+from autoround_modifier.engines.sglang_loader import sglang_problems
 from autoround_modifier.engines.transformers_loader import (
     transformers_experts,
     transformers_problems,
@@ -16,7 +17,7 @@ from autoround_modifier.engines.transformers_loader import (
 from autoround_modifier.engines.vllm_loader import vllm_experts, vllm_problems
 from autoround_modifier.fields import ENGINES
 
-__all__ = ["find_problems", "required_engines", "unreadable_experts"]
+__all__ = ["find_problems", "problems_of_names", "required_engines", "unreadable_experts"]
 
 
 def required_engines(engine: str) -> tuple[str, ...]:
@@ -54,5 +55,13 @@ def find_problems(
     """
     return {
         "transformers": transformers_problems(layout, model_class, config),
-        "vllm": vllm_problems(layout),
+        **problems_of_names(layout),
     }
+
+
+def problems_of_names(layout: CheckpointLayout) -> dict[str, list[Problem]]:
+    """
+    :param layout: of a checkpoint that was or will be saved
+    :return: engine -> what is wrong, of engines whose rules need no code of the model
+    """
+    return {"vllm": vllm_problems(layout), "sglang": sglang_problems(layout)}

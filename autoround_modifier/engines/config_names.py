@@ -3,9 +3,10 @@ Writes ``ignore`` and ``targets`` of ``config.json`` so that every engine finds 
 
 Transformers matches module paths; vLLM matches names of its own, into which it translates names of
 the files, but not expressions. compressed-tensors and vLLM differ where several targets match a
-layer. And Transformers reads all experts by the first group with an expression that has ``experts``
-in it. So layers are named under both spellings, expressions hold under any prefix, no two groups
-match one layer, and the group of the experts comes first.
+layer. Transformers reads all experts by the first group with an expression that has ``experts`` in
+it. And SGLang looks for layers that it fuses by their own names, as `qkv_proj`. So layers are named
+under both spellings, fused ones are matched with their parts, expressions hold under any prefix, no
+two groups match one layer, and the group of the experts comes first.
 """
 
 from __future__ import annotations
@@ -15,18 +16,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from autoround_modifier.engines.fused import fused_names
+from autoround_modifier.engines.fused import LOOKED_UP, fused_names, fused_parts
 from autoround_modifier.engines.matching import Groups, Names, Targets, groups_of
+from autoround_modifier.engines.name_expressions import (
+    NUMBER,
+    block_of,
+    by_shape,
+    expression_for,
+    expressions_for,
+    shortest,
+)
 
-__all__ = ["EXPERT", "HEADS", "NUMBER", "NamedLayer", "complete_config"]
+__all__ = ["EXPERT", "HEADS", "NamedLayer", "complete_config"]
 
 # The number of an expert in the name of one of its layers
 EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
-SEPARATOR = r"\."
 # A name below another one, without the number of a block
 _OUTSIDE_BLOCKS = re.compile(r"(?!.*\.\d+\.).*\..*")
-# A part of a name that is a number
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # What the linear layer that predicts tokens is called
 HEADS = ("lm_head", "embed_out")
 
@@ -67,17 +73,21 @@ def complete_config(quantization: dict[str, Any], layers: Sequence[NamedLayer]) 
         they hold already
     """
     groups = _experts_first(groups_of(quantization), layers)
+    fused = list(_fused_layers(layers))
     quantized = [layer for layer in layers if layer.group is not None]
-    if not _all_hold(quantized, groups, True) or not _experts_found(groups, layers):
-        written = dict(_written_targets(quantized, groups))
-        if not _all_hold(quantized, written):
-            written = {name: _exact(quantized, name, groups) for name in groups}
-        groups = written
+    with_fused = [*quantized, *(layer for layer in fused if layer.group is not None)]
+    if not _all_hold(with_fused, groups, True) or not _experts_found(groups, layers):
+        exact = {name: _exact(quantized, name, groups) for name in groups}
+        tried = ((x, dict(_written_targets(x, groups))) for x in (with_fused, quantized))
+        groups = next(
+            (found for x, found in tried if _all_hold(x, found) and _all_match(found, quantized)),
+            exact,
+        )
     named = {
         f"group_{index}": {**quantization["config_groups"][name], "targets": targets}
         for index, (name, targets) in enumerate(groups.items())
     }
-    own = dict.fromkeys(_ignored(layers))
+    own = dict.fromkeys(_ignored([*layers, *fused]))
     of_experts = Names(x for x in own if x.startswith("re:"))
     ignore = [
         entry
@@ -89,13 +99,26 @@ def complete_config(quantization: dict[str, Any], layers: Sequence[NamedLayer]) 
     return {**quantization, "config_groups": named, "ignore": list(dict.fromkeys(ignore))}
 
 
+def _fused_layers(layers: Iterable[NamedLayer]) -> Iterator[NamedLayer]:
+    """Yield what engines make of layers of one scheme that they fuse, under its own name."""
+    by_path = {x.path: x for x in layers if x.kind == "Linear" and not x.is_expert}
+    for fused, paths in fused_parts(by_path):
+        _, _, leaf = fused.rpartition(".")
+        first, *others = (by_path[path] for path in paths)
+        if leaf not in LOOKED_UP or any(x.group != first.group for x in others):
+            continue
+        stem, _, part = first.saved.rpartition(".")
+        saved = f"{stem}.{leaf}" if stem and first.path.endswith(f".{part}") else fused
+        yield NamedLayer(fused, saved, first.group)
+
+
 def _ignored(layers: Sequence[NamedLayer]) -> Iterator[str]:
     """
     Yield names of the layers that are not quantized; for experts one expression for all of a block,
     if it matches no layer that is quantized.
     """
     quantized = [name for layer in layers if layer.group is not None for name in layer.names]
-    shapes = _by_shape(quantized)
+    shapes = by_shape(quantized)
     # one for all experts of a module, and the names under which vLLM fuses them
     taken = {EXPERT.sub("0", name) for name in quantized}
     taken |= {fused for name in taken for fused in fused_names(name)}
@@ -108,7 +131,7 @@ def _ignored(layers: Sequence[NamedLayer]) -> Iterator[str]:
             if not outside and not layer.is_expert:
                 yield name
                 continue
-            expression = _expression(_shortest(NUMBER.sub("#", name), shapes), _block(name))
+            expression = expression_for(shortest(NUMBER.sub("#", name), shapes), block_of(name))
             if expression not in usable:
                 matches = re.compile(expression.removeprefix("re:")).match
                 usable[expression] = not any(matches(other) for other in taken)
@@ -131,6 +154,20 @@ def _all_hold(layers: Iterable[NamedLayer], groups: Groups, anywhere: bool = Fal
         if any(rule(name, layer.kind) != layer.group for name, rule in names):
             return False
     return True
+
+
+def _all_match(groups: Groups, layers: Sequence[NamedLayer]) -> bool:
+    """:return: whether each expression matches a layer; compressed-tensors warns of others"""
+    names = [name for layer in layers for name in layer.names]
+    used = {layer.group for layer in layers}
+    expressions = [
+        re.compile(target.removeprefix("re:"))
+        for group, targets in groups.items()
+        if group in used
+        for target in targets
+        if target.startswith("re:")
+    ]
+    return all(any(map(expression.match, names)) for expression in expressions)
 
 
 def _from_blocks(name: str) -> str:
@@ -183,92 +220,6 @@ def _written_targets(
         others = [name for name, owner in owners.items() if owner != group]
         if own:
             classes = [x for x in groups[group] if x in ("Linear", "Embedding")]
-            yield group, [*_expressions(own, others), *classes]
+            yield group, [*expressions_for(own, others), *classes]
         else:  # of attention
             yield group, list(groups[group])
-
-
-def _expressions(own: list[str], others: list[str]) -> list[str]:
-    """
-    :param own: names to match
-    :param others: names that must not match
-    :return: targets: for all blocks or experts at once where that is possible, else by the number
-        of the block, else the names
-    """
-    shapes, taken = _by_shape(own), _by_shape(others)
-    stems: dict[str, list[str]] = {}
-    expressions: list[str] = []
-    single: list[str] = []
-    for shape, names in shapes.items():
-        if shape not in taken:
-            stem, _, leaf = _shortest(shape, taken).rpartition(".")
-            stems.setdefault(stem, []).append(leaf)
-            continue
-        blocks = {_block(name) for name in names}
-        if blocks & {_block(name) for name in taken[shape]}:
-            single += names
-        else:
-            end = _shortest(shape, [x for x in taken if x != shape])
-            numbers = "|".join(sorted(blocks, key=int))
-            expressions.append(_expression(end, numbers))
-    shared = {x.rpartition(".")[0] for x in taken}
-    joined = [
-        _expression(*_joined(stem, leaves, any(x.endswith(stem) for x in shared)))
-        for stem, leaves in stems.items()
-    ]
-    return [*dict.fromkeys([*joined, *expressions]), *single]
-
-
-def _joined(stem: str, leaves: list[str], shared: bool) -> tuple[str, str | None, str]:
-    """
-    :param shared: whether another group has layers of the same module
-    :return: arguments of `_expression` for several layers of one module
-    """
-    if stem.endswith("experts.#") and not shared:  # engines know them under several names
-        return stem, None, ".+"
-    escaped = dict.fromkeys(r"\d+" if leaf == "#" else re.escape(leaf) for leaf in leaves)
-    last = "|".join(escaped)
-    return stem, None, last if len(leaves) == 1 else f"(?:{last})"
-
-
-def _expression(shape: str, blocks: str | None = None, leaf: str | None = None) -> str:
-    """
-    :param shape: end of a name, with ``#`` for numbers
-    :param blocks: the first number, as an expression; None for any
-    :param leaf: what follows, as an expression
-    :return: a target that matches it under any prefix
-    """
-    first, *rest = [re.escape(part) for part in shape.split("#")]
-    number = r"\d+" if blocks is None else f"(?:{blocks})"
-    name = first + "".join((number if i == 0 else r"\d+") + x for i, x in enumerate(rest))
-    parts = [part for part in (name, leaf) if part]
-    return rf"re:(?:.*\.)?{SEPARATOR.join(parts)}$"
-
-
-def _by_shape(names: Iterable[str]) -> dict[str, list[str]]:
-    """:return: names with ``#`` for their numbers -> the names"""
-    shapes: dict[str, list[str]] = {}
-    for name in names:
-        shapes.setdefault(NUMBER.sub("#", name), []).append(name)
-    return shapes
-
-
-def _block(name: str) -> str:
-    """:return: the first number of a name, or nothing"""
-    match = NUMBER.search(name)
-    return match[0] if match else ""
-
-
-def _shortest(shape: str, others: Iterable[str]) -> str:
-    """
-    :param shape: a name with ``#`` for numbers
-    :return: its end, from the list of its blocks on, that no other shape ends with: engines may
-        know the model under another prefix
-    """
-    parts = shape.split(".")
-    first = parts.index("#") if "#" in parts else len(parts)
-    for start in range(max(first - 1, 0), -1, -1):
-        end = ".".join(parts[start:])
-        if not any(other == end or other.endswith(f".{end}") for other in others):
-            return end
-    return shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-__all__ = ["FUSED_NAMES", "fused_names", "fused_parts"]
+__all__ = ["FUSED_NAMES", "LOOKED_UP", "fused_names", "fused_parts"]
 
 # What vLLM 0.32 calls the fused layer, and its parts: `packed_modules_mapping` of its models.
 FUSED_NAMES: dict[str, tuple[str, ...]] = {
@@ -23,6 +23,8 @@ FUSED_NAMES: dict[str, tuple[str, ...]] = {
     "c_fc": ("c_fc_0", "c_fc_1"),
     "fused_wqa_wkv": ("wq_a", "wkv"),
 }
+# Which of them SGLang 0.5.23 looks for by this name, where its class says nothing of the parts
+LOOKED_UP = ("qkv_proj", "gate_up_proj")
 # Which of them a module that has the parts does not always fuse
 _SOMETIMES = ("qkvb_proj", "in_proj_qkvg", "wk_weights_proj", "fc13", "fused_wqa_wkv")
 

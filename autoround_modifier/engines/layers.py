@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from autoround_modifier.engines.config_names import NUMBER
 from autoround_modifier.engines.fused import fused_parts
+from autoround_modifier.engines.name_expressions import NUMBER
 from autoround_modifier.engines.scheme import Scheme
 
 __all__ = ["AlikeLayers", "ShapedLayer", "alike_layers", "fused_layers"]

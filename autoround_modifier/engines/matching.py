@@ -5,7 +5,7 @@ A target is a name, an expression after ``re:`` that must match from the beginni
 name of a class. Both prefer names and expressions to classes. Where several match,
 compressed-tensors 0.19 takes an exact name, else the alphabetically first expression; vLLM 0.32
 takes the first in the order of ``config.json``, and the name of a fused layer before those of its
-parts.
+parts. So does SGLang 0.5.23, which may know the name of a fused layer alone: `sglang_loader`.
 """
 
 from __future__ import annotations

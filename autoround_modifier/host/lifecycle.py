@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from compressed_tensors.quantization import QuantizationConfig, disable_quantization
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import patch_attr
@@ -24,6 +25,7 @@ from llmcompressor.modifiers import Modifier, ModifierFactory
 from llmcompressor.modifiers.quantization.calibration import apply_calibration_status
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
 from llmcompressor.recipe import Recipe
 from llmcompressor.utils import targets_embeddings, untie_word_embeddings
@@ -63,6 +65,7 @@ __all__ = [
 # The name by which the sequential pipeline recognises AutoRound.
 AUTOROUND_CLASS_NAME = "AutoRoundModifier"
 PATCH_FOR_TRACING = HFTracer.patch_for_tracing
+PIN_MEMORY = IntermediatesCache.pin_memory
 
 
 def host_oneshot(**kwargs: Any) -> PreTrainedModel:
@@ -74,9 +77,16 @@ def host_oneshot(**kwargs: Any) -> PreTrainedModel:
     with (
         patch_attr(Oneshot, "validate_model", lambda self, model: None),
         patch_attr(HFTracer, "patch_for_tracing", _restored_after_tracing),
+        patch_attr(IntermediatesCache, "pin_memory", _pinned_for_an_accelerator),
         _wraps_forgotten(),
     ):
         return _oneshot(**kwargs)
+
+
+def _pinned_for_an_accelerator(cache: IntermediatesCache, *arguments: Any, **options: Any) -> None:
+    """`AWQModifier` pins memory even where there is no accelerator, and PyTorch then fails."""
+    if torch.accelerator.is_available():
+        PIN_MEMORY(cache, *arguments, **options)
 
 
 @contextmanager

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from autoround_modifier.errors import BackendError
 from autoround_modifier.exports.bit_stream import pack_rows
-from autoround_modifier.inference.packed_weight import PackedWeight
+from autoround_modifier.inference.packed_weight import PackedSpec, PackedWeight
 
 __all__ = ["finish_gptqmodel", "gptqmodel_linear"]
 
-# Of GPTQModel 7.7, on CPUs: off by half of the result with one scale and zero point per row
-WRONG_WITH_ZERO_POINTS = "TorchFusedLinear"
+# Of GPTQModel 7.7. On CPUs its `transform_cpu` puts zeros in the place of zero points, and
+# `_weight_int4pack_mm_for_cpu` of PyTorch refuses other features per scale in the forward pass
+FUSED = "TorchFusedLinear"
+FUSED_FEATURES_PER_SCALE = (32, 64, 128, 256)
 
 
 def gptqmodel_linear(weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
@@ -59,7 +61,8 @@ def gptqmodel_linear(weight: PackedWeight, bias: Tensor | None, dtype: torch.dty
         raise BackendError(f"GPTQModel has no kernel for {spec.label}: {error}") from error
     reasons = []
     for kind in kinds:
-        if kind.__name__ == WRONG_WITH_ZERO_POINTS and not spec.symmetric:
+        if kind.__name__ == FUSED and not _fused_runs(spec, weight.packed.device):
+            reasons.append(f"{FUSED}: fails with zero points, or with these features per scale")
             continue
         try:
             layer = kind(
@@ -80,6 +83,13 @@ def gptqmodel_linear(weight: PackedWeight, bias: Tensor | None, dtype: torch.dty
         _fill(layer, weight, bias, dtype, second)
         return layer
     raise BackendError(f"GPTQModel has no kernel for {spec.name}: {'; '.join(reasons)}")
+
+
+def _fused_runs(spec: PackedSpec, device: torch.device) -> bool:
+    """:return: whether `FUSED` computes what the weight says"""
+    if not spec.symmetric:
+        return False
+    return device.type != "cpu" or spec.features_per_scale in FUSED_FEATURES_PER_SCALE
 
 
 def _fill(

@@ -40,9 +40,9 @@ class CheckpointInspection:
     :param here: what each engine makes of the checkpoint on the device; if that is this machine's,
         by the version that is installed, or by the one that is known where it is not
     :param elsewhere: the same on all hardware, by the version that is known
-    :param problems: of each engine that is checked, ``vllm`` and ``transformers``: names, shapes
-        and schemes that it refuses or misreads; without those of Transformers if it does not know
-        the model
+    :param problems: of each engine that is checked, ``vllm``, ``sglang`` and ``transformers``:
+        names, shapes and schemes that it refuses or misreads, of SGLang those of layers that it
+        fuses; without those of Transformers if it does not know the model
     :param memory: what weights and key-value cache take
     """
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from autoround_modifier.engines.config_names import NUMBER
 from autoround_modifier.engines.layers import ShapedLayer
+from autoround_modifier.engines.name_expressions import NUMBER
 from autoround_modifier.errors import ExportError
 from autoround_modifier.exports import export_formats
 from autoround_modifier.exports.export_formats import FORMATS, GGUF, check_format

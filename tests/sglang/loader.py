@@ -155,7 +155,9 @@ def _load_layer(
     tensors: Mapping[str, torch.Tensor],
 ) -> Loaded:
     layer = _make(config, settings, name)
-    if isinstance(layer.quant_method, UnquantizedLinearMethod):
+    names = [f"{BLOCK}.{source}" for source in shards.values()]
+    plain = all(f"{x}.weight" in tensors and f"{x}.weight_scale" not in tensors for x in names)
+    if not plain and isinstance(layer.quant_method, UnquantizedLinearMethod):
         raise Refused(f"{name}: SGLang takes the layer for one that is not quantized")
     parameters = dict(layer.named_parameters())
     loaded: dict[str, list[torch.Tensor]] = {}
@@ -172,7 +174,7 @@ def _load_layer(
             parameter.weight_loader(parameter, *arguments)
             loaded.setdefault(part, []).append(tensor)
     _compare(name, parameters, loaded)
-    scheme, method = layer.scheme, layer.quant_method
+    scheme, method = getattr(layer, "scheme", None), layer.quant_method
     if isinstance(scheme, CompressedTensorsWNA16):
         marlin_utils.verify_marlin_supported(
             scheme.quant_type, scheme.group_size, not scheme.symmetric
