@@ -50,13 +50,15 @@ def llama_cpp(path: Path, tokens: NDArray[np.int64]) -> Logits:
 
 
 def mlx(path: Path, tokens: NDArray[np.int64]) -> Logits:
+    """In float32: in bfloat16 its CPU package adds up products in bfloat16 as well."""
     import mlx.core as mx
     from mlx_lm import load
 
     mx.set_default_device(mx.cpu)
     model, _ = load(str(path))
+    model.set_dtype(mx.float32)
     for ids in tokens:
-        yield np.array(model(mx.array(ids)[None])[0].astype(mx.float32))
+        yield np.array(model(mx.array(ids)[None])[0])
 
 
 def vllm(path: Path, tokens: NDArray[np.int64]) -> Logits:

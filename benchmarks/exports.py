@@ -59,7 +59,7 @@ HEADER = (
 COMPUTED = {
     "transformers": "float32",
     "llama_cpp": "8-bit activations",
-    "mlx": "bfloat16",
+    "mlx": "float32",
     "vllm": "bfloat16",
 }
 
