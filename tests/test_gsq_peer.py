@@ -187,14 +187,15 @@ def test_schedules():
     assert settings.sharpness(49, 50) == pytest.approx((0.05, 500.0))
     published = settings.optimization(0, 3200, 640, cosine=True)
     assert (published.lr, published.scales_lr) == (2e-4, 1e-4)
-    # Fewer steps go as far; the cosine ends at a tenth.
-    assert settings.optimization(0, 64, 640, cosine=True).lr == pytest.approx(2e-3)
-    assert settings.optimization(63, 64, 640, cosine=True).lr == pytest.approx(2e-4)
-    assert settings.optimization(63, 64, 640, cosine=False).lr == pytest.approx(2e-3)
+    # Fewer steps go as far, up to a limit; the cosine ends at a tenth.
+    assert settings.optimization(0, 320, 640, cosine=True).lr == pytest.approx(4e-4)
+    assert settings.optimization(319, 320, 640, cosine=True).lr == pytest.approx(4e-5)
+    assert settings.optimization(319, 320, 640, cosine=False).lr == pytest.approx(4e-4)
+    assert settings.optimization(0, 10, 640, cosine=True).lr == 1e-3
     assert GSQSettings(lr=1e-3).optimization(32, 65, 640, True).lr == pytest.approx(
         1e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi / 2)))
     )
-    with pytest.raises(ValueError, match="unknown"):
+    with pytest.raises(ValueError, match="stages must be one of halves, joint"):
         GSQSettings(stages="all")
 
 
@@ -207,7 +208,7 @@ def tuned(model, num_bits: int = 2, **settings) -> AutoRoundModifier:
         ignore=["lm_head"],
         preset="light",
         iters=settings["steps"],
-        scale_search=False,
+        scale_search=settings.get("start") == "search",
         holdout_fraction=0.0,
         loss="mse",
         batch_size=4,
@@ -228,6 +229,12 @@ def test_the_loss_of_blocks_falls_below_that_of_gptq(stages, targets):
     assert len(modifier.block_reports) == 2
     for report in modifier.block_reports:
         assert report.best_loss < 0.85 * report.initial_loss
+
+
+def test_another_start_and_loss():
+    modifier = tuned(tiny_llama(), steps=40, start="search", loss="balanced")
+    for report in modifier.block_reports:
+        assert report.best_loss < 0.95 * report.initial_loss
 
 
 def test_three_bits():
