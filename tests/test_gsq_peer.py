@@ -191,7 +191,7 @@ def test_schedules():
     assert settings.optimization(0, 320, 640, cosine=True).lr == pytest.approx(4e-4)
     assert settings.optimization(319, 320, 640, cosine=True).lr == pytest.approx(4e-5)
     assert settings.optimization(319, 320, 640, cosine=False).lr == pytest.approx(4e-4)
-    assert settings.optimization(0, 10, 640, cosine=True).lr == 1e-3
+    assert settings.optimization(0, 10, 640, cosine=True).lr == 5e-4
     assert GSQSettings(lr=1e-3).optimization(32, 65, 640, True).lr == pytest.approx(
         1e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi / 2)))
     )
