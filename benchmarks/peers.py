@@ -18,6 +18,7 @@ from typing import Any
 import llmcompressor
 import torch
 from datasets import Dataset
+from gsq import gsq
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.autoround import AutoRoundModifier as BuiltInAutoRoundModifier
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -130,6 +131,7 @@ def _oneshot(task: Task, *recipe: Modifier) -> None:
 
 PEERS: dict[str, Callable[..., dict[str, Any]]] = {
     "auto-round": auto_round,
+    "gsq": gsq,
     "llmcompressor-autoround": built_in_auto_round,
     "llmcompressor-gptq": gptq,
     "llmcompressor-awq": awq,
