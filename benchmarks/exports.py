@@ -56,6 +56,7 @@ HEADER = (
     *("checkpoint", "format", "engine", "computed in", "KL from unquantized"),
     *("KL from the tuned weights", "size, MB"),
 )
+NAMES = {"transformers": "Transformers", "llama_cpp": "llama.cpp", "mlx": "MLX", "vllm": "vLLM"}
 COMPUTED = {
     "transformers": "float32",
     "llama_cpp": "8-bit activations",
@@ -90,14 +91,24 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def format_of(name: str) -> str:
+    """
+    :param name: of a folder or file of ``make_checkpoints.py``
+    :return: such as ``gguf:q4_0``
+    """
+    if name == "checkpoint":
+        return "compressed-tensors"
+    return name.removesuffix(".gguf").replace("gguf_", "gguf:")
+
+
 def table(results: list[dict]) -> str:
     lines = [HEADER, ("---",) * len(HEADER)]
     for row in results:
         lines.append(
             (
                 row["checkpoint"].removeprefix("smollm2_").upper(),
-                row["format"],
-                row["engine"],
+                format_of(row["format"]),
+                NAMES[row["engine"]],
                 COMPUTED[row["engine"]],
                 f"{row['unquantized']:.4f}",
                 f"{max(row['dequantized'], 0.0):.6f}",

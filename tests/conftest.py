@@ -36,7 +36,12 @@ VOCABULARY = 128
 
 @functools.cache
 def tiny_llama_folder(
-    dtype: torch.dtype, num_layers: int, seed: int, tied: bool, hidden_size: int = 64
+    dtype: torch.dtype,
+    num_layers: int,
+    seed: int,
+    tied: bool,
+    hidden_size: int = 64,
+    rope_theta: float = 10_000.0,
 ) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="tiny_llama_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -50,6 +55,7 @@ def tiny_llama_folder(
         num_key_value_heads=2,
         max_position_embeddings=64,
         initializer_range=0.2,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
         tie_word_embeddings=tied,
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
@@ -63,9 +69,10 @@ def tiny_llama(
     seed: int = 0,
     tied: bool = False,
     hidden_size: int = 64,
+    rope_theta: float = 10_000.0,
 ) -> PreTrainedModel:
     """A random Llama whose linear layers have 64 or 128 input features, loaded from disk."""
-    folder = tiny_llama_folder(dtype, num_layers, seed, tied, hidden_size)
+    folder = tiny_llama_folder(dtype, num_layers, seed, tied, hidden_size, rope_theta)
     return LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
 
 

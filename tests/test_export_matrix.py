@@ -19,7 +19,7 @@ from autoround_modifier.exports.awq import awq_config, awq_tensors
 from autoround_modifier.exports.export_formats import FORMATS, check_format, check_scales
 from autoround_modifier.exports.gptq import gptq_config, gptq_tensors, gptq_v1
 from autoround_modifier.exports.integer_layers import IntegerLayer, IntegerSpec
-from autoround_modifier.exports.mlx import mlx_config, mlx_tensors
+from autoround_modifier.exports.mlx import mlx_config, mlx_fields, mlx_tensors
 
 NAME = "model.layers.0.mlp.down_proj"
 SIZES = (-1, 16, 32, 64, 128)
@@ -80,3 +80,41 @@ def test_what_is_read_is_what_was_written(format, tmp_path):
         assert torch.equal(found.zero_point.double(), expected.zero_point.double()), label
         assert torch.equal(found.dequantize(), expected.dequantize()), label
     assert held == {"gptq": 80, "awq": 20, "auto_round": 80, "mlx": 48}[format]
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+BY_KIND = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, {"rope_theta": 1e5}),
+        (
+            {"rope_parameters": {**SCALED, "rope_theta": 5e5, "partial_rotary_factor": 0.5}},
+            {"rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_scaling": SCALED},
+        ),
+        (
+            {
+                "rope_parameters": BY_KIND,
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            },
+            {
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                "sliding_window_pattern": 3,
+            },
+        ),
+        ({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 7.0}}, {}),
+        ({"model_type": "gpt2"}, {}),
+    ],
+)
+def test_names_that_mlx_lm_reads(config, expected):
+    """It takes its defaults for fields that it does not find."""
+    assert mlx_fields(config) == {**config, **expected}
+    inside = {"text_config": config}
+    assert mlx_fields(inside) == {"text_config": {**config, **expected}}

@@ -36,7 +36,7 @@ from autoround_modifier.exports.gguf_template import converter_script
 from autoround_modifier.exports.gguf_tuned import TunedCheckpoint
 from autoround_modifier.exports.gptq import gptq_config, gptq_notes, gptq_tensors, gptq_v1
 from autoround_modifier.exports.integer_layers import IntegerCheckpoint, IntegerLayer, IntegerSpec
-from autoround_modifier.exports.mlx import mlx_config, mlx_notes, mlx_tensors
+from autoround_modifier.exports.mlx import mlx_config, mlx_fields, mlx_notes, mlx_tensors
 from autoround_modifier.exports.model_source import (
     Tokenizer,
     check_model,
@@ -77,12 +77,14 @@ class _Plan:
     :ivar config_keys: of ``config.json``, under which the format's section stands
     :ivar section: that section
     :ivar tensors: makes the tensors of a layer, by the last parts of their names
+    :ivar fields: makes ``config.json`` of that of the checkpoint, without the section
     """
 
     config_keys: tuple[str, ...]
     section: dict[str, Any]
     tensors: Callable[[IntegerLayer], dict[str, Tensor]]
     notes: tuple[str, ...] = ()
+    fields: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
 def export(
@@ -190,7 +192,7 @@ def _export_folder(
         config = {
             key: value for key, value in checkpoint.config.items() if key != "quantization_config"
         }
-        config |= dict.fromkeys(plan.config_keys, plan.section)
+        config = plan.fields(config) | dict.fromkeys(plan.config_keys, plan.section)
         write_json(unfinished.path / CONFIG, config)
         unfinished.complete = True
     if chosen.name != "gptq":
@@ -248,7 +250,7 @@ def _auto_round(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> _Plan:
 
 def _mlx(specs: Sequence[IntegerSpec], skipped: Sequence[str]) -> _Plan:
     keys = ("quantization", "quantization_config")  # as mlx-lm writes it
-    return _Plan(keys, mlx_config(specs), mlx_tensors, tuple(mlx_notes(specs)))
+    return _Plan(keys, mlx_config(specs), mlx_tensors, tuple(mlx_notes(specs)), mlx_fields)
 
 
 _PLANS: dict[str, Callable[[Sequence[IntegerSpec], Sequence[str]], _Plan]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from autoround_modifier.exports.bit_stream import pack_rows
 from autoround_modifier.exports.integer_layers import IntegerLayer, IntegerSpec
 from autoround_modifier.exports.layer_names import most_common_scheme
 
-__all__ = ["mlx_config", "mlx_notes", "mlx_tensors"]
+__all__ = ["mlx_config", "mlx_fields", "mlx_notes", "mlx_tensors"]
 
 
 def mlx_tensors(layer: IntegerLayer) -> dict[str, Tensor]:
@@ -46,6 +46,43 @@ def mlx_config(specs: Sequence[IntegerSpec]) -> dict[str, Any]:
         if (spec.num_bits, spec.group_size) != (bits, group_size)
     }
     return {"bits": bits, "group_size": group_size, "mode": "affine", **others}
+
+
+def mlx_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What Transformers 5 keeps in ``rope_parameters`` and ``layer_types``, under the names of older
+    releases: most models of mlx-lm 0.32 know no others, and take their defaults instead.
+
+    :param config: ``config.json``
+    :return: the same, with these fields where it lacks them
+    """
+    found = dict(config)
+    if isinstance(config.get("text_config"), dict):
+        found["text_config"] = mlx_fields(config["text_config"])
+    for name, value in _older_fields(config).items():
+        if found.get(name) is None:
+            found[name] = value
+    return found
+
+
+def _older_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = config.get("rope_parameters") or {}
+    found: dict[str, Any] = {}
+    if any(isinstance(value, dict) for value in parameters.values()):  # by the type of a layer
+        local, parameters = (
+            parameters.get(kind) or {} for kind in ("sliding_attention", "full_attention")
+        )
+        if "rope_theta" in local:
+            found["rope_local_base_freq"] = local["rope_theta"]
+    own = ("rope_theta", "partial_rotary_factor")
+    found |= {name: parameters[name] for name in own if name in parameters}
+    scaling = {name: value for name, value in parameters.items() if name not in own}
+    if scaling.get("rope_type", "default") != "default":
+        found["rope_scaling"] = scaling
+    layer_types = config.get("layer_types") or []
+    if "full_attention" in layer_types and "sliding_attention" in layer_types:
+        found["sliding_window_pattern"] = layer_types.index("full_attention") + 1
+    return found
 
 
 def mlx_notes(specs: Sequence[IntegerSpec]) -> list[str]:

@@ -45,6 +45,7 @@ from smollm2 import packaged_gguf
 # Writes GGUF without vocabulary; SmolLM2 goes through llama.cpp's own converter.
 TINY_CONVERTER = Path(__file__).parent.parent / "fake_llama_cpp"
 TOKENS = (4, 48)
+ROPE_THETA = 500.0  # no engine's default
 SMOLLM2_FORMATS = ("gptq", "awq", "auto_round", "mlx", "gguf:q2_0", "gguf:q4_0")
 SMOLLM2 = [Row(f"smollm2_w{bits}", ((bits, True, 64, ALL_LINEARS),)) for bits in (4, 2)]
 TEXT = "The capital of France is Paris. In 1969, people walked on the moon; naïve, café — 你好"
@@ -93,7 +94,7 @@ def save_reference(folder: Path, dtype: torch.dtype) -> None:
 
     :param dtype: of the model before it was quantized
     """
-    dense = tiny_llama(dtype, hidden_size=256).float()
+    dense = tiny_llama(dtype, hidden_size=256, rope_theta=ROPE_THETA).float()
     save_dense(folder / "checkpoint", folder / "dense", dense)
     ids = torch.randint(3, VOCABULARY, TOKENS, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -129,7 +130,7 @@ def make_tiny(row: Row, output: Path) -> list[dict]:
     folder = output / row.name
     # Weights tuned in types of GGUF are saved in the model's dtype.
     dtype = torch.float32 if row.preset.startswith("gguf:") else torch.bfloat16
-    model = tiny_llama(dtype, hidden_size=256)
+    model = tiny_llama(dtype, hidden_size=256, rope_theta=ROPE_THETA)
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     quantize(model, modifier(row, iters=2), output_dir=str(folder / "checkpoint"))
     save_reference(folder, dtype)
