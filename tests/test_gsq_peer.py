@@ -21,7 +21,8 @@ from autoround_modifier.modifiers import block_quantizer
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from gptq_start import gptq, signed_scales
-from gsq import GSQSettings, GSQTuner, gsq
+from gsq import GSQTuner, gsq
+from gsq_settings import GSQSettings
 from gsq_weight import GumbelNoise, Optimization, RelaxedWeight, lion
 from peers import PEERS, Task
 
