@@ -39,7 +39,7 @@ class GSQSettings:
     :param start: ``gptq``, or ``search``: rounding to nearest with this package's searched scales
     :param damping: of GPTQ
     :param scale_candidates: of `signed_scales`
-    :param stages: ``halves`` as described above, or ``joint``
+    :param stages: ``halves``, described in ``gsq.py``, or ``joint``
     :param targets: ``block``, outputs of the full-precision block on the quantized blocks' inputs;
         ``model``, those of the full-precision model, as this package's own tuner has
     :param loss: of stages that run samples, a name in `tuning.loss.LOSSES`; GSQ's is ``mse``
