@@ -169,18 +169,18 @@ def layer_types(scheme: str, names: Sequence[str], facts: ModelFacts) -> dict[st
     if rule is None:
         return dict.fromkeys(names, general)
     fixed = _WITH_8_EXPERTS[scheme] if facts.experts == 8 else {}
-    members: dict[tuple[str, str], list[str]] = {}
+    members: dict[tuple[str, str], list[tuple[str, int]]] = {}
     blocks: dict[str, int] = {}
     for name in names:
         parent, number = _place(name)
-        members.setdefault((_role(name), parent), []).append(name)
+        members.setdefault((_role(name), parent), []).append((name, number))
         blocks[parent] = max(blocks.get(parent, 0), number + 1)
     types: dict[str, str] = {}
     for (role, parent), alike in members.items():
-        for index, name in enumerate(alike):
-            # Of mixtures, llama.cpp goes by the number of the block
-            by_block = role == "down" and facts.experts > 1
-            place = (_place(name)[1], blocks[parent]) if by_block else (index, len(alike))
+        # Of mixtures, llama.cpp goes by the number of the block
+        by_block = role == "down" and facts.experts > 1
+        for index, (name, number) in enumerate(alike):
+            place = (number, blocks[parent]) if by_block else (index, len(alike))
             types[name] = fixed.get(role) or rule(role, *place, facts) or general
     return types
 

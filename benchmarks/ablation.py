@@ -68,16 +68,15 @@ def table(rows: list[Row], whole: str) -> str:
     ]
     for scheme in dict.fromkeys(row["scheme"] for row in rows):
         of_whole = [
-            mean(
+            [
                 row["kl"]
                 for row in rows
                 if (row["model"], row["scheme"], row["method"]) == (model, scheme, whole)
-            )
+            ]
             for model in models
-            if (model, scheme) in {(r["model"], r["scheme"]) for r in rows if r["method"] == whole}
         ]
-        if len(of_whole) == len(models):
-            cells = " | ".join(f"KL {kl:.3f}" for kl in of_whole)
+        if all(of_whole):
+            cells = " | ".join(f"KL {mean(kls):.3f}" for kls in of_whole)
             lines.append(f"| {scheme} | nothing | {cells} |")
         for method in dict.fromkeys(row["method"] for row in rows if row["method"] != whole):
             values = [found.get((model, scheme, method)) for model in models]

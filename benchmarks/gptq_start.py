@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from autoround_modifier.formats.integer import integer_range
+
 __all__ = ["gptq", "signed_scales"]
 
 # As in GSQ's source: errors count by this power, and scales shrink down to a fifth.
@@ -36,7 +38,7 @@ def gptq(
     :return: integers, (out_features, in_features), and scales, (out_features, groups), float32
     """
     columns = weight.shape[1]
-    low, high = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+    low, high = integer_range(num_bits)
     hessian = hessian.float().clone()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
@@ -80,7 +82,7 @@ def signed_scales(groups: Tensor, num_bits: int, candidates: int = 25) -> Tensor
         100, of which four fifths are tried
     :return: (groups,), float32, not zero
     """
-    low, high = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+    low, high = integer_range(num_bits)
     reach = groups.abs().amax(1)
     reach = torch.where(reach == 0, torch.ones_like(reach), reach)
     best = torch.full_like(reach, torch.inf)

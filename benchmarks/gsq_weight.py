@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autoround_modifier.formats.integer import integer_range
+
 __all__ = ["GumbelNoise", "Optimization", "RelaxedWeight", "lion"]
 
 # Numbers that pass through the caches together
@@ -80,7 +82,7 @@ class RelaxedWeight:
         std: float = 0.01,
         strength: float = 6.0,
     ):
-        low, high = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+        low, high = integer_range(num_bits)
         if num_bits == 2:
             levels = torch.arange(low, high + 1)
             self._base = torch.zeros_like(integers)
