@@ -22,6 +22,8 @@ __all__ = [
 
 # Rows of logits that are float32 at a time
 ROWS = 256
+# Samples in a forward pass
+LOGITS_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,24 @@ class TokenStatistics(NamedTuple):
 
 
 @torch.no_grad()
-def next_token_logits(model: nn.Module, samples: Tensor, batch_size: int = 8) -> list[Tensor]:
+def next_token_logits(
+    model: nn.Module, samples: Tensor, batch_size: int = LOGITS_BATCH
+) -> list[Tensor]:
     """
     :param samples: (samples, tokens), token ids
     :param batch_size: samples in each forward pass
     :return: one (tokens - 1, vocabulary) tensor per sample in the model's dtype, on the CPU
     """
+    return [logits.cpu() for batch in samples.split(batch_size) for logits in _logits(model, batch)]
+
+
+def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+    """
+    :param batch: (samples, tokens), token ids
+    :return: (samples, tokens - 1, vocabulary), on the model's device
+    """
     device = next(model.parameters()).device
-    return [
-        logits[:-1].cpu()
-        for batch in samples.split(batch_size)
-        for logits in model(input_ids=batch.to(device), use_cache=False).logits
-    ]
+    return model(input_ids=batch.to(device), use_cache=False).logits[:, :-1]
 
 
 @torch.no_grad()
@@ -119,13 +127,18 @@ def mean_divergence(samples: Sequence[TokenStatistics]) -> Divergence:
     )
 
 
+@torch.no_grad()
 def compare(reference: nn.Module | list[Tensor], model: nn.Module, samples: Tensor) -> Divergence:
     """
     :param reference: the original model, or its `next_token_logits` of these samples
     :param model: the quantized model
     :param samples: (samples, tokens), token ids of text that calibration never saw
     """
-    if isinstance(reference, nn.Module):
-        reference = next_token_logits(reference, samples)
-    rows = zip(reference, next_token_logits(model, samples), samples, strict=True)
-    return mean_divergence([token_statistics(*row) for row in rows])
+    if not isinstance(reference, nn.Module):
+        rows = zip(reference, next_token_logits(model, samples), samples, strict=True)
+        return mean_divergence([token_statistics(*row) for row in rows])
+    found = []
+    for batch in samples.split(LOGITS_BATCH):  # no more logits exist than those of one batch
+        expected, got = (_logits(one, batch) for one in (reference, model))
+        found += [token_statistics(*row) for row in zip(expected, got, batch, strict=True)]
+    return mean_divergence(found)

@@ -122,7 +122,7 @@ def test_saved_is_what_was_tuned_of_a_mixture(
     recipe, loaded_on, device, written, attention, tmp_path
 ):
     model = mixture("cpu" if loaded_on == "the CPU" else device, tmp_path / "original")
-    model = run(model, recipe)
+    model = run(model, recipe, engine="vllm")
     assert attention["sdpa"] > 0
     assert attention["eager"] == 0
     assert len(written) == 2 * (4 + 4 * 3)
