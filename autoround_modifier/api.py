@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autoround_modifier.calibration import check_samples
+from autoround_modifier.calibration import sample_batches
 from autoround_modifier.checkpoints.saved_weights import SavedWeights, dtype_named
 from autoround_modifier.distillation import (
     DistillationConfig,
@@ -24,7 +24,7 @@ from autoround_modifier.distillation import (
 )
 from autoround_modifier.engines.check import required_engines
 from autoround_modifier.entrypoint import oneshot
-from autoround_modifier.errors import CalibrationError, RecipeError
+from autoround_modifier.errors import RecipeError
 from autoround_modifier.evaluation import Divergence, compare
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.blocks import find_blocks
@@ -134,7 +134,7 @@ def choose_schemes(
         find_blocks(model, sequential_targets),
         layers,
         schemes,
-        _batches(dataset),
+        sample_batches(dataset),
         avg_bits,
         SensitivityConfig(score, scale_search, batch_size, seed),
         whole_model,
@@ -176,7 +176,7 @@ def distill(
     """
     check_one_process("distill")
     trainable_layers(model)  # refuses before anything runs
-    batches = _batches(dataset)
+    batches = sample_batches(dataset)
     with disable_offloading(), eval_context(original):
         teacher = record_teacher(original, batches)
     with disable_offloading():
@@ -235,16 +235,3 @@ def quantized_weights(
     if not found:
         raise RecipeError("the model has no quantized linear layer or embedding")
     return found
-
-
-def _batches(dataset: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """:return: the samples as batches, (batch, length); single samples become batches of one"""
-    batches = []
-    for sample in dataset:
-        batch = {key: torch.as_tensor(value) for key, value in sample.items()}
-        single = batch["input_ids"].ndim == 1
-        batches.append({key: value[None] for key, value in batch.items()} if single else batch)
-    if not batches:
-        raise CalibrationError("the calibration dataset is empty")
-    check_samples(batches)
-    return batches

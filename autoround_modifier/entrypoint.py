@@ -58,6 +58,7 @@ from autoround_modifier.host.shared_state import (
     config_shares_state,
 )
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
+from autoround_modifier.modifiers.samples import samples_of_the_pass
 from autoround_modifier.modifiers.shape_checks import check_formats
 from autoround_modifier.modifiers.validation import check_not_quantized
 from autoround_modifier.parallel import (
@@ -171,6 +172,7 @@ def oneshot(
     if is_distributed() and isinstance(dataset, Dataset):
         dataset = _own_share(dataset, kwargs.get("num_calibration_samples", 512))
     kwargs.setdefault("shuffle_calibration_samples", False)
+    dataset = samples_of_the_pass(dataset, recipe.modifiers, kwargs)
     if any(modifier.requires_calibration_data for modifier in recipe.modifiers):
         _choose_pipeline(model, kwargs)
     if stored is not None:

@@ -18,6 +18,7 @@ from autoround_modifier import AutoRoundModifier, ScaleDistillationModifier, one
 from autoround_modifier.distillation import TeacherBatch, TrainedScale, distiller, teacher
 from autoround_modifier.errors import CalibrationError, NonFiniteError, RecipeError, SchemeError
 from autoround_modifier.evaluation import compare
+from autoround_modifier.modifiers import scale_distillation
 
 UNSEEN = torch.tensor(token_samples(8, 12, seed=99)["input_ids"])
 
@@ -30,6 +31,21 @@ def rounded(num_bits: int = 2, symmetric: bool = True, group_size: int | None = 
         config_groups={"group_0": weight_scheme(num_bits, symmetric, group_size)},
         **fields,
     )
+
+
+def tuned(**fields):
+    return AutoRoundModifier(
+        preset="light",
+        iters=2,
+        ignore=["lm_head"],
+        config_groups={"group_0": weight_scheme(2, True, 32)},
+        **fields,
+    )
+
+
+def rtn_of_the_host():
+    group = weight_scheme(2, True, 32)
+    return QuantizationModifier(ignore=["lm_head"], config_groups={"group_0": group})
 
 
 def distilled(*modifiers, data=None, **fields):
@@ -308,6 +324,35 @@ def test_a_seed_fixes_the_result():
     first, again, other = (scales(distilled(seed=seed)[0]) for seed in (1, 1, 2))
     assert all(torch.equal(scale, again[name]) for name, scale in first.items())
     assert any(not torch.equal(scale, other[name]) for name, scale in first.items())
+
+
+@pytest.mark.parametrize(
+    ("first", "iters", "passed", "taught"),
+    [
+        (tuned(num_calibration_samples=6), 20, 6, 16),
+        (tuned(num_calibration_samples=6), 2, 6, 11),  # two steps of four, and those set aside
+        (rounded(), 20, 16, 16),  # the scale search uses all samples
+        (rtn_of_the_host(), 20, 16, 16),
+    ],
+)
+def test_distillation_has_samples_of_its_own(first, iters, passed, taught, monkeypatch):
+    found = {}
+    record, initialize = scale_distillation.record_teacher, ScaleDistillationModifier.on_initialize
+
+    def recorded(model, batches):
+        found["taught"] = len(batches := list(batches))
+        return record(model, batches)
+
+    def initialized(self, state, **kwargs):
+        found["passed"] = len(state.data.calib)
+        return initialize(self, state, **kwargs)
+
+    monkeypatch.setattr(scale_distillation, "record_teacher", recorded)
+    monkeypatch.setattr(ScaleDistillationModifier, "on_initialize", initialized)
+    first = first.model_copy(deep=True)
+    _, modifier = distilled(first, iters=iters)
+    assert found == {"passed": passed, "taught": taught}
+    assert modifier.result.judged_on == "held-out samples"
 
 
 def test_samples_of_different_lengths():

@@ -1,6 +1,6 @@
 """Where calibration samples come from, and which are refused."""
 
-from autoround_modifier.calibration.batches import PaddedBatch
+from autoround_modifier.calibration.batches import PaddedBatch, sample_batches
 from autoround_modifier.calibration.checks import check_loss_masks, check_samples, model_columns
 from autoround_modifier.calibration.generated import self_generated
 from autoround_modifier.calibration.sources import HubAccess
@@ -20,6 +20,7 @@ __all__ = [
     "is_text_source",
     "model_columns",
     "read_samples",
+    "sample_batches",
     "self_generated",
     "text_dataset",
 ]

@@ -1,15 +1,35 @@
-"""Batches of samples of different lengths."""
+"""Batches of calibration samples."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["PaddedBatch"]
+from autoround_modifier.calibration.checks import check_samples
+from autoround_modifier.errors import CalibrationError
+
+__all__ = ["PaddedBatch", "sample_batches"]
+
+
+def sample_batches(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """
+    :param samples: columns of each: numbers of one sample, or of a batch, (batch, tokens)
+    :return: the samples as batches, (batch, tokens); single samples become batches of one
+    :raises CalibrationError: if there is none, or one has the wrong columns or shapes
+    """
+    batches = []
+    for sample in samples:
+        batch = {key: torch.as_tensor(value) for key, value in sample.items()}
+        single = batch["input_ids"].ndim == 1
+        batches.append({key: value[None] for key, value in batch.items()} if single else batch)
+    if not batches:
+        raise CalibrationError("the calibration dataset is empty")
+    check_samples(batches)
+    return batches
 
 
 @dataclass(frozen=True)

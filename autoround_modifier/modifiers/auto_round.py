@@ -159,6 +159,16 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
             self.iters or self.scale_search or self.has_static_activations()
         )
 
+    @property
+    def num_samples_used(self) -> int | None:
+        """
+        How many calibration samples the blocks are tuned on; None for all that the pipeline runs,
+        as static scales alone take.
+        """
+        if not self.requires_calibration_data:
+            return 0
+        return self.num_calibration_samples if self.iters else None
+
     def assign_schemes(self, config_groups: dict[str, Any], ignore: list[str]) -> None:
         super().assign_schemes(config_groups, ignore)
         self._find_whether_data_is_needed()
@@ -281,9 +291,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         in_blocks = {module for block in self._blocks for module in block.modules()}
         to_record = [one for one in prepared.activations if not one.calibrated]
         if self.iters or any(one.module in in_blocks for one in to_record):
-            # static scales alone use all samples that the pipeline runs
-            limit = self.num_calibration_samples if self.iters else None
-            self._store = CalibrationStore(self._blocks, limit)
+            self._store = CalibrationStore(self._blocks, self.num_samples_used)
             num_blocks = len(self._blocks)
             steps = num_blocks * (self.iters or 0)
             self._progress = Progress("tuning", steps, num_blocks, title="AutoRound")

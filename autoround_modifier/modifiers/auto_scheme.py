@@ -97,6 +97,11 @@ class AutoSchemeModifier(AutoSchemeFields, PlainDataModifier):
 
     # ------------------------------------------------------------------ lifecycle
 
+    @property
+    def num_samples_used(self) -> int:
+        """How many calibration samples the scores are measured on."""
+        return self.num_calibration_samples
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
         :raises RecipeError: if no `AutoRoundModifier` follows, or no module is targeted

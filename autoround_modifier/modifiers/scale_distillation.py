@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any, cast
 
+from datasets import Dataset
 from loguru import logger
 from pydantic import PrivateAttr
 from torch import nn
 
+from autoround_modifier.calibration import sample_batches
 from autoround_modifier.distillation import (
     DistillationConfig,
     DistillationResult,
@@ -72,6 +75,7 @@ class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
       lowers the divergence on samples set aside
     """
 
+    _samples: Dataset | None = PrivateAttr(default=None)
     _teacher: list[TeacherBatch] = PrivateAttr(default_factory=list)
     _blocks: list[nn.Module] = PrivateAttr(default_factory=list)
     _result: DistillationResult | None = PrivateAttr(default=None)
@@ -80,6 +84,14 @@ class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
     def result(self) -> DistillationResult | None:
         """What training changed; None before it."""
         return self._result
+
+    def take_samples(self, samples: Dataset) -> None:
+        """
+        Train on these, not on those that the modifiers of the pass through the blocks are given.
+
+        :param samples: with ``input_ids``
+        """
+        self._samples = samples
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """
@@ -104,8 +116,7 @@ class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
             eval_context(model),
             say_what_is_left("Scale distillation stopped before anything was quantized."),
         ):
-            batches = islice(cast(Iterable, state.data.calib), self.num_calibration_samples)
-            self._teacher = record_teacher(model, batches)
+            self._teacher = record_teacher(model, self._batches(cast(Iterable, state.data.calib)))
         return True
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
@@ -142,6 +153,18 @@ class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
         if result.moved:
             logger.info(f"{result.moved} integers moved by one step to be saved exactly")
         return True
+
+    def _batches(self, given: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+        """
+        :param given: calibration batches of the pass
+        :return: those to train on, no more than the steps need
+        """
+        drawn = math.ceil(self.iters * self.batch_size / (1 - self.holdout_fraction))
+        number = min(self.num_calibration_samples, drawn + 1)
+        if self._samples is None:
+            return islice(given, number)
+        samples, self._samples = self._samples, None
+        return sample_batches(samples.select(range(min(number, len(samples)))))
 
     def _config(self) -> DistillationConfig:
         return DistillationConfig(
