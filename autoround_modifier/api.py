@@ -154,6 +154,7 @@ def distill(
     lr: float = 0.005,
     norm_lr: float | None = None,
     batch_size: int = 4,
+    position_fraction: float = 1.0,
     gradient_checkpointing: bool = True,
     holdout_fraction: float = 0.125,
     seed: int = 42,
@@ -178,7 +179,7 @@ def distill(
     trainable_layers(model)  # refuses before anything runs
     batches = sample_batches(dataset)
     with disable_offloading(), eval_context(original):
-        teacher = record_teacher(original, batches)
+        teacher = record_teacher(original, batches, position_fraction)
     with disable_offloading():
         scales = [TrainedScale(layer, args) for layer, args in trainable_layers(model).items()]
         return train_scales(

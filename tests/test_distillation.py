@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from autoround_modifier import AutoRoundModifier, ScaleDistillationModifier, oneshot
+from autoround_modifier.blocks.model_pass import model_logits
 from autoround_modifier.distillation import TeacherBatch, TrainedScale, distiller, teacher
 from autoround_modifier.errors import CalibrationError, NonFiniteError, RecipeError, SchemeError
 from autoround_modifier.evaluation import compare
@@ -75,7 +76,7 @@ def batch_of(log_probs: torch.Tensor, kept: int, mask=None) -> TeacherBatch:
 
 @pytest.mark.parametrize("positions_at_once", [1, 2, 100])
 def test_divergence_of_all_tokens_is_exact(positions_at_once, monkeypatch):
-    monkeypatch.setattr(teacher, "POSITIONS", positions_at_once)
+    monkeypatch.setattr(teacher, "CPU_LOGITS", 5 * positions_at_once)
     generator = torch.Generator().manual_seed(0)
     wanted = torch.randn(2, 3, 5, generator=generator).log_softmax(-1)
     logits = torch.randn(2, 3, 5, generator=generator, requires_grad=True)
@@ -94,6 +95,41 @@ def test_tokens_that_are_not_kept_are_one_outcome():
     torch.testing.assert_close(value, merged, rtol=1e-5, atol=1e-6)
     exact = F.kl_div(got[0], wanted, log_target=True, reduction="sum")
     assert value < exact
+
+
+def test_gradient_of_tokens_that_are_not_kept():
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.randn(6, 9, generator=generator).log_softmax(-1)
+    logits = torch.randn(1, 6, 9, generator=generator, requires_grad=True)
+    expected = batch_of(wanted, 4)
+    kept = expected.log_probs
+    student = logits[0].log_softmax(-1).gather(-1, expected.tokens.long())
+    rest, student_rest = (1 - kept.exp().sum(-1)), (1 - student.exp().sum(-1))
+    value = (kept.exp() * (kept - student)).sum() + (rest * (rest / student_rest).log()).sum()
+    (gradient,) = torch.autograd.grad(value, logits)
+    torch.testing.assert_close(teacher.divergence(logits, expected, scale=2.0), value.detach())
+    torch.testing.assert_close(logits.grad, 2 * gradient)
+
+
+@pytest.mark.parametrize("head_selects", [True, False])
+def test_a_share_of_the_positions(head_selects, monkeypatch):
+    model = tiny_llama()
+    ids = torch.randint(3, 100, (2, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 0] = mask[1, :2] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    (whole,) = teacher.record_teacher(model, [batch])
+    if not head_selects:  # of a model that does not know `logits_to_keep`
+        forward = model.forward
+        monkeypatch.setattr(model, "forward", lambda **inputs: forward(**inputs))
+    (part,) = teacher.record_teacher(model, [batch], position_fraction=0.5)
+    assert part.recorded.tolist() == [1, 3, 5, 7]
+    assert part.mask.tolist() == [[True] * 4, [False, True, True, True]]
+    chosen = torch.zeros_like(mask).index_fill_(1, part.recorded, 1).bool()[mask.bool()]
+    torch.testing.assert_close(part.log_probs, whole.log_probs[chosen])
+    logits = model_logits(model, part.inputs, part.recorded)
+    assert logits.shape[:2] == (2, 4)
+    torch.testing.assert_close(teacher.divergence(logits, part), torch.zeros(()), atol=1e-3, rtol=0)
 
 
 def test_positions_without_a_token_do_not_count():

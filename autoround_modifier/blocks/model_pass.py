@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ def forward_arguments(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key not in ("labels", "loss_mask")}
 
 
-def model_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+def model_logits(
+    model: nn.Module, inputs: dict[str, Any], positions: Tensor | None = None
+) -> Tensor:
     """
     :param inputs: `forward_arguments`
-    :return: (batch, length, vocabulary), in the model's dtype, on its device
+    :param positions: of each sample whose logits are wanted, int64; None for all
+    :return: (batch, positions, vocabulary), in the model's dtype, on its device
     :raises RecipeError: if the model has no head that predicts tokens
     """
     device = next(model.parameters()).device
@@ -31,13 +35,18 @@ def model_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         key: value.to(device) if isinstance(value, Tensor) else value
         for key, value in inputs.items()
     }
+    at_once = positions is not None and "logits_to_keep" in signature(model.forward).parameters
+    if at_once and positions is not None:
+        moved["logits_to_keep"] = positions.to(device)  # the head runs on these alone
     output = model(**moved, use_cache=False)
     if getattr(output, "logits", None) is None:
         raise RecipeError(
             f"{type(model).__name__} predicts no tokens (its output has no logits), so no "
             "divergence can be measured; give a model with a head (`...ForCausalLM`)"
         )
-    return output.logits
+    if positions is None or at_once:
+        return output.logits
+    return output.logits[:, positions.to(device)]
 
 
 def counting_positions(batch: dict[str, Any], shape: torch.Size) -> Tensor | None:

@@ -102,9 +102,12 @@ def train_scales(
         trained.append(([TrainedNorm(*norm) for norm in norms], config.norm_lr))
     values = [value for group, _ in trained for value in group]
 
+    def student(batch: TeacherBatch) -> Tensor:
+        return model_logits(model, batch.inputs, batch.recorded)
+
     def holdout_kl() -> float:
         with torch.no_grad():
-            sums = [divergence(model_logits(model, teacher[i].inputs), teacher[i]) for i in holdout]
+            sums = [divergence(student(teacher[i]), teacher[i]) for i in holdout]
         return float(torch.stack(sums).sum()) / sum(teacher[i].num_positions for i in holdout)
 
     with ExitStack() as stack:
@@ -131,9 +134,7 @@ def train_scales(
                 samples = next(batches)
                 positions = sum(teacher[index].num_positions for index in samples)
                 for batch in _stacked([teacher[index] for index in samples]):
-                    divergence(
-                        model_logits(model, batch.inputs), batch, scale=LOSS_SCALE / positions
-                    )
+                    divergence(student(batch), batch, scale=LOSS_SCALE / positions)
                 for value in values:
                     value.pull_gradient()
                 gradients = [v.factor.grad for v in values if v.factor.grad is not None]
@@ -181,6 +182,7 @@ def _stacked(batches: list[TeacherBatch]) -> Iterator[TeacherBatch]:
             torch.cat([batch.tokens for batch in group]),
             torch.cat([batch.log_probs for batch in group]),
             None if masks[0] is None else torch.cat([mask for mask in masks if mask is not None]),
+            group[0].recorded,
         )
 
 

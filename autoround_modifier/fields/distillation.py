@@ -32,6 +32,13 @@ class DistillationFields(BaseModel):
     num_calibration_samples: int = Field(
         default=128, ge=1, description="largest number of those batches to train on"
     )
+    position_fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the positions of each sample whose predictions are compared, evenly "
+        "spaced. The head runs on these alone: with a large vocabulary it is most of the work",
+    )
     gradient_checkpointing: bool = Field(
         default=True,
         description="compute the activations of each block again on the way back, which takes a "

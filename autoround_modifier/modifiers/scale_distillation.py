@@ -116,7 +116,9 @@ class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
             eval_context(model),
             say_what_is_left("Scale distillation stopped before anything was quantized."),
         ):
-            self._teacher = record_teacher(model, self._batches(cast(Iterable, state.data.calib)))
+            self._teacher = record_teacher(
+                model, self._batches(cast(Iterable, state.data.calib)), self.position_fraction
+            )
         return True
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
