@@ -27,7 +27,7 @@ ENGINES ?= $(ALL_ENGINES)
 .PHONY: install auto-round quickstart test lint typecheck test-slow test-browser test-vllm test-vllm-architectures \
 	test-backends test-sglang test-latest test-exports $(addprefix test-exports-,$(ALL_ENGINES)) bench-exports bench-gguf bench-loading \
 	bench-accuracy \
-	bench-ablation bench-formats bench-autoscheme bench-speed bench-memory \
+	bench-ablation bench-curves bench-formats bench-autoscheme bench-speed bench-memory \
 	gpu-wheels gpu-check table-architectures sweep-architectures docs build clean
 
 install: $(VENV)/.installed
@@ -250,12 +250,18 @@ $(AUTO_ROUND_VENV)/.installed:
 bench-accuracy: install auto-round
 	$(RUN) benchmarks/accuracy.py --text "$(TEXT)" --output $(OUTPUT)/accuracy.json $(ARGS)
 
-# What each ingredient does, on SmolLM2 and on each of MODELS, over TEXTS, with standard errors.
+# What each ingredient does, on SmolLM2 and on each of MODELS and BOS_MODELS, over TEXTS, with
+# standard errors.
 TEXTS ?= $(TEXT)
 
 bench-ablation: install
-	$(RUN) benchmarks/ablation.py --models $(MODELS) --texts $(TEXTS) --output $(OUTPUT)/ablation \
-		--schemes w2 w4 --length 128 --batch-size 2 $(ARGS)
+	$(RUN) benchmarks/ablation.py --models $(MODELS) --bos-models $(BOS_MODELS) --texts $(TEXTS) \
+		--output $(OUTPUT)/ablation --schemes w2 w4 --length 128 --batch-size 2 $(ARGS)
+
+# Divergence over seconds, on the same models and texts, beside auto-round and GSQ.
+bench-curves: install auto-round
+	$(RUN) benchmarks/curves.py --models $(MODELS) --bos-models $(BOS_MODELS) --texts $(TEXTS) \
+		--output $(OUTPUT)/curves --plot $(OUTPUT)/curves.png $(ARGS)
 
 # Every format by its shipped recipe: rounded, searched, tuned.
 FORMATS = w8a8_autoround w8a8_static_autoround w4a8_autoround w4afp8_autoround fp8a16_autoround \

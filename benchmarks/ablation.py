@@ -1,7 +1,7 @@
 """
 What each ingredient does on several models and texts, with standard errors.
 
-    make bench-ablation MODELS="path/to/gemma" TEXTS="wiki.jsonl code.jsonl"
+    make bench-ablation BOS_MODELS="path/to/gemma" TEXTS="wiki.jsonl code.jsonl"
 
 SmolLM2-135M is always measured, beside the models that are named. `accuracy.py` runs the methods of
 its suite ``ablation`` on each model and text; what it has measured already is kept. Effects are
@@ -12,22 +12,15 @@ the mean over texts and seeds.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from accuracy import SUITES
+from several import Row, add_arguments, measured, model_name, models_of
 
 from autoround_modifier.runs.files import write_atomically
-
-ACCURACY = Path(__file__).parent / "accuracy.py"
-SMOLLM2 = "SmolLM2-135M"
-Row = Mapping[str, Any]
 
 
 def effects(rows: Iterable[Row], whole: str) -> dict[tuple[str, str, str], list[float]]:
@@ -89,8 +82,7 @@ def table(rows: list[Row], whole: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--models", nargs="*", type=Path, default=[], help="beside SmolLM2")
-    parser.add_argument("--texts", nargs="+", type=Path, required=True)
+    add_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("output/ablation"), help="folder")
     parser.add_argument("--whole", default=SUITES["ablation"][0], help="what nothing is changed in")
     parser.add_argument("--methods", nargs="+", default=SUITES["ablation"])
@@ -99,15 +91,9 @@ def main() -> None:
     methods = list(dict.fromkeys([arguments.whole, *arguments.methods]))
     rows: list[Row] = []
     for text in arguments.texts:
-        for model in (None, *arguments.models):
-            name = SMOLLM2 if model is None else model.name
-            results = arguments.output / f"{name}-{text.stem}.json"
-            command = [sys.executable, str(ACCURACY), "--text", str(text), "--output", str(results)]
-            command += ["--methods", *methods, *others]
-            command += [] if model is None else ["--model", str(model)]
-            subprocess.run(command, check=True)
-            found = json.loads(results.read_text())
-            rows += [{"model": name, "text": text.stem, **row} for row in found]
+        for model in models_of(arguments):
+            results = arguments.output / f"{model_name(model)}-{text.stem}.json"
+            rows += measured(arguments, model, text, results, methods, others)
             write_atomically(arguments.output / "ablation.md", table(rows, arguments.whole))
     print(table(rows, arguments.whole))
 
