@@ -159,7 +159,7 @@ def test_schemes_lists_all(capsys):
 def test_one_scheme_in_detail(capsys):
     text = printed(capsys, "schemes", "W2A16G64")
     assert "bits per weight   2.250" in text
-    assert "w2a16_autoround, w2a16_distilled_autoround" in text
+    assert "w2a16_autoround, w2a16_best_autoround, w2a16_distilled_autoround" in text
     fields = yaml.safe_load(text.partition("spelled out in a recipe:")[2])
     (entry,) = fields["config_groups"].values()
     assert entry["weights"]["group_size"] == 64

@@ -375,9 +375,9 @@ def test_distillation_has_samples_of_its_own(first, iters, passed, taught, monke
     found = {}
     record, initialize = scale_distillation.record_teacher, ScaleDistillationModifier.on_initialize
 
-    def recorded(model, batches):
+    def recorded(model, batches, fraction):
         found["taught"] = len(batches := list(batches))
-        return record(model, batches)
+        return record(model, batches, fraction)
 
     def initialized(self, state, **kwargs):
         found["passed"] = len(state.data.calib)

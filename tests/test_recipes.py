@@ -23,6 +23,7 @@ SHIPPED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 EXPECTED = {
     "w2a16_autoround",
     "w2a16_asym_autoround",
+    "w2a16_best_autoround",
     "w2a16_distilled_autoround",
     "w2a16_g128_autoround",
     "w2a16_g256_autoround",

@@ -85,6 +85,12 @@ class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
         """What training changed; None before it."""
         return self._result
 
+    @property
+    def num_batches_used(self) -> int:
+        """How many calibration batches are recorded, if there are so many."""
+        drawn = math.ceil(self.iters * self.batch_size / (1 - self.holdout_fraction))
+        return min(self.num_calibration_samples, drawn + 1)
+
     def take_samples(self, samples: Dataset) -> None:
         """
         Train on these, not on those that the modifiers of the pass through the blocks are given.
@@ -161,12 +167,10 @@ class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
         :param given: calibration batches of the pass
         :return: those to train on, no more than the steps need
         """
-        drawn = math.ceil(self.iters * self.batch_size / (1 - self.holdout_fraction))
-        number = min(self.num_calibration_samples, drawn + 1)
         if self._samples is None:
-            return islice(given, number)
+            return islice(given, self.num_batches_used)
         samples, self._samples = self._samples, None
-        return sample_batches(samples.select(range(min(number, len(samples)))))
+        return sample_batches(samples.select(range(min(self.num_batches_used, len(samples)))))
 
     def _config(self) -> DistillationConfig:
         return DistillationConfig(

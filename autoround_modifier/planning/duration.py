@@ -95,8 +95,12 @@ def run_seconds(counts: ModelCounts, run: RunSettings, device: Device) -> list[Q
             for x in counts.blocks
         )
         steps = run.distillation_iters * run.distillation_batch
-        recorded = min(run.samples, run.distillation_samples)
-        add("scale distillation", (4 * steps + recorded) * forward / speed.flops)
+        again = 1 if run.distillation_checkpointing else 0
+        positions = run.length * run.distillation_positions
+        head = 2 * positions * counts.hidden * counts.vocabulary
+        operations = (3 * steps + run.distillation_samples) * (forward + head)
+        operations += again * steps * forward
+        add("scale distillation", operations / speed.flops)
     kind: Kind = "extrapolated"
     source = CPU_SOURCE if device.is_cpu else GPU_SOURCE
     result = [Quantity(name, x, kind, source) for name, x in spent.items() if x]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from autoround_modifier.device import slice_elements
+from autoround_modifier.distillation.teacher import ACCELERATOR_LOGITS, CPU_LOGITS
 from autoround_modifier.planning.block_counts import BlockCounts
 from autoround_modifier.planning.counts import ModelCounts
 from autoround_modifier.planning.hardware import Device
@@ -135,6 +136,8 @@ def _tuning(block: BlockCounts, run: RunSettings, itemsize: int, device: Device)
 
 def _distillation(counts: ModelCounts, run: RunSettings, device: Device) -> Phase:
     itemsize, tokens = counts.dtype.itemsize, run.distillation_batch * run.length
+    logits = tokens * run.distillation_positions * counts.vocabulary
+    at_once = CPU_LOGITS if device.is_cpu else ACCELERATOR_LOGITS
     saved = [run.distillation_batch * x.cost.saved.of(run.length) for x in counts.blocks]
     numbers = [block.number for block in counts.blocks]
     if run.distillation_checkpointing:
@@ -148,7 +151,8 @@ def _distillation(counts: ModelCounts, run: RunSettings, device: Device) -> Phas
         Quantity("scales, gradients and moments", TRAINED_SCALE_BYTES * counts.quantized_groups),
         Quantity("inputs of blocks", inputs),
         Quantity("activations", activations),
-        Quantity("logits", tokens * counts.vocabulary * (itemsize + 8), "assumed"),
+        Quantity("logits and their gradients", 2 * itemsize * logits, "assumed"),
+        Quantity("logits in float32", 4 * min(logits, at_once), "assumed"),
     ]
     if not device.is_cpu:
         parts.insert(0, Quantity("the whole model", counts.size))
@@ -178,8 +182,8 @@ def host_parts(
         times = 2 if run.iters else 1
         parts.append(Quantity("attention masks, captured and in the cache", times * masks))
     if run.distillation_iters:
-        teacher = min(run.samples, run.distillation_samples) * run.length * TEACHER_BYTES
-        parts.append(Quantity("predictions of the original", teacher))
+        recorded = run.distillation_samples * run.length * run.distillation_positions
+        parts.append(Quantity("predictions of the original", recorded * TEACHER_BYTES))
     if counts.chosen:
         measured = min(run.samples, run.choosing_samples) * run.length * counts.hidden * itemsize
         parts.append(Quantity("inputs of all blocks, to choose bits", counts.num_blocks * measured))

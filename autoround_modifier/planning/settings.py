@@ -29,6 +29,8 @@ class RunSettings:
     :ivar model_on_disk: weights stay on the disk and are loaded block by block
     :ivar checkpoint_dir: finished blocks are kept
     :ivar distillation_batch: samples in one pass of scale distillation; 0 without it
+    :ivar distillation_samples: that it records
+    :ivar distillation_positions: share of their positions that it records
     :ivar choosing_samples: on which `AutoSchemeModifier` measures; 0 without it
     """
 
@@ -46,6 +48,7 @@ class RunSettings:
     distillation_iters: int = 0
     distillation_batch: int = 0
     distillation_samples: int = 0
+    distillation_positions: float = 1.0
     distillation_checkpointing: bool = True
     choosing_samples: int = 0
 
@@ -95,7 +98,8 @@ class RecipeParts:
             checkpoint_dir=tuner.checkpoint_dir is not None,
             distillation_iters=distiller.iters if distiller else 0,
             distillation_batch=distiller.batch_size if distiller else 0,
-            distillation_samples=distiller.num_calibration_samples if distiller else 0,
+            distillation_samples=distiller.num_batches_used if distiller else 0,
+            distillation_positions=distiller.position_fraction if distiller else 1.0,
             distillation_checkpointing=distiller.gradient_checkpointing if distiller else True,
             choosing_samples=self.chooser.num_calibration_samples if self.chooser else 0,
         )
