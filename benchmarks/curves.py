@@ -25,6 +25,9 @@ from autoround_modifier.runs.files import write_atomically
 # budget -> samples that blocks are tuned on
 SAMPLES = {1: 64, 4: 128, 16: 512, 64: 1024}
 STEPS = 50
+# Of scale distillation, for each unit of the budget: with 50 steps for each block about the time that
+# auto-round takes from a budget of 4 on, and a third more than that at 1
+END_TO_END = 30
 BATCH_SIZE = 4
 
 
@@ -32,7 +35,7 @@ BATCH_SIZE = 4
 class Method:
     """
     :param name: in table and plot
-    :param options: of `accuracy.py`'s method; ``steps`` and ``samples`` are those of the budget
+    :param options: of `accuracy.py`'s method; the names in braces are those of `at`
     :param samples: in all, as a multiple of those that blocks are tuned on
     """
 
@@ -43,7 +46,12 @@ class Method:
     def at(self, budget: int) -> tuple[str, int]:
         """:return: method and number of samples for `accuracy.py`"""
         samples = SAMPLES[budget]
-        values = {"steps": STEPS * budget, "samples": samples, "text": self.samples * samples}
+        values = {
+            "steps": STEPS * budget,
+            "end_to_end": END_TO_END * budget,
+            "samples": samples,
+            "text": self.samples * samples,
+        }
         return self.options.format(**values), self.samples * samples
 
 
@@ -53,8 +61,9 @@ METHODS = {
         Method("block by block", "default+iters={steps}+num_calibration_samples={samples}"),
         Method(
             "then end to end",
-            "default+iters=50+num_calibration_samples=64+distillation.iters={steps}"
-            "+distillation.num_calibration_samples={text}+distillation.gradient_checkpointing=false",
+            "default+iters=50+num_calibration_samples=64+distillation.iters={end_to_end}"
+            "+distillation.num_calibration_samples={text}+distillation.position_fraction=0.5"
+            "+distillation.gradient_checkpointing=false",
             samples=4,
         ),
         Method("auto-round with alg_ext", "auto-round+iters={steps}+enable_alg_ext=true"),
