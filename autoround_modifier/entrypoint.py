@@ -96,9 +96,10 @@ def oneshot(
     (LLM-Compressor shuffles them by an unseeded generator, so that another run may take others).
     Several processes (``torchrun``) that are given the same dataset each take a share of it. A
     model that is released in FP8 or MXFP4 is dequantized as it is loaded. Where blocks of the model
-    share keys and values, ``pipeline`` is ``basic`` unless another is given, which is refused. A
-    run that stops, by Ctrl-C too, leaves no hooks, and says what is kept. What was done is saved
-    beside the model as ``quantization_report.json``.
+    share keys and values, ``pipeline`` is ``basic`` unless another is given, which is refused.
+    Where scale distillation takes more samples than the other modifiers use, the blocks run no more
+    than those. A run that stops, by Ctrl-C too, leaves no hooks, and says what is kept. What was
+    done is saved beside the model as ``quantization_report.json``.
 
     :param model: model, or name or path of one
     :param recipe: path, name of a shipped recipe (``"w2a16_autoround"``), YAML text, `Recipe`,

@@ -25,8 +25,8 @@ from autoround_modifier.runs.files import write_atomically
 # budget -> samples that blocks are tuned on
 SAMPLES = {1: 64, 4: 128, 16: 512, 64: 1024}
 STEPS = 50
-# Of scale distillation, for each unit of the budget: with 50 steps for each block about the time that
-# auto-round takes from a budget of 4 on, and a third more than that at 1
+# Of scale distillation, for each unit of the budget: with 50 steps for each block about the time
+# that auto-round takes from a budget of 4 on, and a third more than that at 1
 END_TO_END = 30
 BATCH_SIZE = 4
 
