@@ -4,9 +4,10 @@ Accuracy of this package and its peers on a model, on text that calibration neve
     make bench-accuracy TEXT=path/to/text.jsonl
 
 ``TEXT`` is a JSON-lines file with a field ``text``; lines with ``"split": "calib"`` calibrate and
-lines with ``"split": "eval"`` evaluate. Each row runs in a process of its own, so that its peak
-memory is its own. Results are written to a JSON file after each row, and as a Markdown table
-beside it; rows that the file already holds do not run again.
+lines with ``"split": "eval"`` evaluate. Models are on the accelerator, if there is one. Each row
+runs in a process of its own, so that its peak memory is its own. Results are written to a JSON file
+after each row, and as a Markdown table beside it; rows that the file already holds do not run
+again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 import yaml
 from child import report, run_child
 from llmcompressor.modifiers import Modifier
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from autoround_modifier import (
     PRESETS,
@@ -148,13 +149,19 @@ ALTERNATIVES = {
 }
 
 
+def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+
+
 def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration: str) -> dict:
     """Quantize once and measure; the only work of a child process."""
     name, *overrides = method.split("+")
     options = {key: yaml.safe_load(value) for key, value in (x.split("=") for x in overrides)}
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = accelerator or torch.device("cpu")
+    original = load_model(arguments.model, device)
     bos = True if arguments.add_bos_token else None
     sizes = {
         "num_samples": arguments.samples,
@@ -176,7 +183,7 @@ def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration
         split="eval",
     )
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    model = load_model(arguments.model, device)
     if name in PRESETS:
         common = {"batch_size": arguments.batch_size, "seed": arguments.seed}
         distillation = {

@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
         model,
         tokenizer=AutoTokenizer.from_pretrained(task["model"]),
         dataset=list(tokens.split(task["settings"]["batch_size"])),
-        device_map="cpu",
+        device_map=str(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
         nsamples=tokens.shape[0],
         seqlen=tokens.shape[1],
         **task["settings"],

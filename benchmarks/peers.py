@@ -20,7 +20,6 @@ import torch
 from datasets import Dataset
 from gsq import gsq
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.autoround import AutoRoundModifier as BuiltInAutoRoundModifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
@@ -86,7 +85,9 @@ def auto_round(task: Task, **options: Any) -> dict[str, Any]:
 
 
 def built_in_auto_round(task: Task, **options: Any) -> dict[str, Any]:
-    """LLM-Compressor's own modifier, a wrapper around Intel's library."""
+    """LLM-Compressor's own modifier, a wrapper around Intel's library, which it imports."""
+    from llmcompressor.modifiers.autoround import AutoRoundModifier as BuiltInAutoRoundModifier
+
     settings = {"batch_size": task.batch_size, **options}
     _oneshot(task, BuiltInAutoRoundModifier(**settings, **_targets(task)))
     return settings
