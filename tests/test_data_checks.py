@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import quantize, tiny_llama, tiny_tokenizer, weight_scheme
+from conftest import quantize, tiny_llama, tiny_tokenizer, token_samples, weight_scheme
 from datasets import Dataset
 from llmcompressor import oneshot as host_oneshot
 from torch.utils.data import DataLoader
@@ -92,6 +92,19 @@ def test_the_other_modifiers(modifier):
         recipe = [AutoRoundModifier(preset="rtn", scheme="W8A8"), modifier(iters=1)]
     with pytest.raises(CalibrationError, match=problem):
         quantize(no_forward(tiny_llama()), recipe, Dataset.from_dict(columns))
+
+
+def test_samples_that_distillation_alone_takes():
+    rows = list(token_samples(8)["input_ids"])
+    rows[-1] = [10**6, *rows[-1][1:]]
+    group = {"group_0": weight_scheme(4)}
+    first = AutoRoundModifier(iters=1, num_calibration_samples=4, config_groups=group)
+    with pytest.raises(CalibrationError, match="1000000"):
+        quantize(
+            no_forward(tiny_llama()),
+            [first, ScaleDistillationModifier(iters=1)],
+            Dataset.from_dict({"input_ids": rows}),
+        )
 
 
 def test_without_a_recipe():

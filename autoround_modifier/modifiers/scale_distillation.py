@@ -110,7 +110,8 @@ class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
         """
         check_one_process("ScaleDistillationModifier")
         model = state.model
-        check_calibration_data(state.data.calib, "ScaleDistillationModifier", model)
+        data = state.data.calib if self._samples is None else self._samples
+        check_calibration_data(data, "ScaleDistillationModifier", model)
         check_not_quantized(model)
         trainable_layers(model)
         prepare_saving(model)
