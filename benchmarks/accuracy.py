@@ -17,8 +17,10 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 import yaml
@@ -245,27 +247,31 @@ def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration
     }
 
 
+# What `figures` fills
+FIGURES = "seeds | KL | KL of the worst text | top-1 | perplexity | seconds | peak MiB"
+
+
+def figures(runs: Sequence[Mapping[str, Any]]) -> str:
+    """:return: cells of a line: means over seeds, in brackets the lowest and highest"""
+    kls = [row["kl"] for row in runs]
+    spread = f" ({min(kls):.3f} to {max(kls):.3f})" if len(runs) > 1 else ""
+    return (
+        f"{len(runs)} | {mean(kls):.3f}{spread} "
+        f"| {mean(max(row['kl_per_sample']) for row in runs):.2f} "
+        f"| {mean(row['top1'] for row in runs):.1%} "
+        f"| {mean(row['perplexity'] for row in runs):.1f} "
+        f"| {mean(row['seconds'] for row in runs):.0f} "
+        f"| {mean(row['peak_mib'] for row in runs):.0f}"
+    )
+
+
 def markdown(results: list[dict]) -> str:
     """One line for each scheme and method: means over seeds, in brackets the lowest and highest."""
-    lines = [
-        "| scheme | method | calibration | seeds | KL | KL of the worst text | top-1 | perplexity "
-        "| seconds | peak MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = [f"| scheme | method | calibration | {FIGURES} |", "| --- " * 10 + "|"]
     rows: dict[tuple, list[dict]] = {}
     for row in results:
         rows.setdefault((row["scheme"], row["method"], row["calibration"]), []).append(row)
-    for key, runs in rows.items():
-        kls = [row["kl"] for row in runs]
-        spread = f" ({min(kls):.3f} to {max(kls):.3f})" if len(runs) > 1 else ""
-        lines.append(
-            f"| {' | '.join(key)} | {len(runs)} | {mean(kls):.3f}{spread} "
-            f"| {mean(max(row['kl_per_sample']) for row in runs):.2f} "
-            f"| {mean(row['top1'] for row in runs):.1%} "
-            f"| {mean(row['perplexity'] for row in runs):.1f} "
-            f"| {mean(row['seconds'] for row in runs):.0f} "
-            f"| {mean(row['peak_mib'] for row in runs):.0f} |"
-        )
+    lines += [f"| {' | '.join(key)} | {figures(runs)} |" for key, runs in rows.items()]
     return "\n".join(lines)
 
 

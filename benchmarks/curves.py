@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from accuracy import FIGURES, figures
 from several import add_arguments, measured, model_name, models_of
 
 from autoround_modifier.runs.files import write_atomically
@@ -74,27 +75,13 @@ METHODS = {
 
 def table(rows: list[dict[str, Any]]) -> str:
     """:return: Markdown: one line for each model, text, scheme, budget and method"""
-    lines = [
-        "| model | text | scheme | budget | method | seeds | KL | KL of the worst text | top-1 "
-        "| perplexity | seconds | peak MiB |",
-        "| --- " * 12 + "|",
-    ]
+    lines = [f"| model | text | scheme | budget | method | {FIGURES} |", "| --- " * 12 + "|"]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         key = (row["model"], row["text"], row["scheme"], row["budget"], row["name"])
         groups.setdefault(key, []).append(row)
-    for key, runs in sorted(groups.items()):
-        kls = [row["kl"] for row in runs]
-        spread = f" ({min(kls):.3f} to {max(kls):.3f})" if len(runs) > 1 else ""
-        model, text, scheme, budget, name = key
-        lines.append(
-            f"| {model} | {text} | {scheme} | {budget}x | {name} | {len(runs)} "
-            f"| {mean(kls):.3f}{spread} | {mean(max(row['kl_per_sample']) for row in runs):.2f} "
-            f"| {mean(row['top1'] for row in runs):.1%} "
-            f"| {mean(row['perplexity'] for row in runs):.1f} "
-            f"| {mean(row['seconds'] for row in runs):.0f} "
-            f"| {mean(row['peak_mib'] for row in runs):.0f} |"
-        )
+    for (model, text, scheme, budget, name), runs in sorted(groups.items()):
+        lines.append(f"| {model} | {text} | {scheme} | {budget}x | {name} | {figures(runs)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -35,18 +35,16 @@ def model_logits(
         key: value.to(device) if isinstance(value, Tensor) else value
         for key, value in inputs.items()
     }
-    at_once = positions is not None and "logits_to_keep" in signature(model.forward).parameters
-    if at_once and positions is not None:
+    if positions is not None and "logits_to_keep" in signature(model.forward).parameters:
         moved["logits_to_keep"] = positions.to(device)  # the head runs on these alone
+        positions = None
     output = model(**moved, use_cache=False)
     if getattr(output, "logits", None) is None:
         raise RecipeError(
             f"{type(model).__name__} predicts no tokens (its output has no logits), so no "
             "divergence can be measured; give a model with a head (`...ForCausalLM`)"
         )
-    if positions is None or at_once:
-        return output.logits
-    return output.logits[:, positions.to(device)]
+    return output.logits if positions is None else output.logits[:, positions.to(device)]
 
 
 def counting_positions(batch: dict[str, Any], shape: torch.Size) -> Tensor | None:
