@@ -94,6 +94,20 @@ def integer_weights(scheme: str, group_size: int) -> dict:
     }
 
 
+def weights_of(scheme: str, group_size: int) -> dict:
+    """
+    :param scheme: a key of `SCHEMES`, or the name of a shipped recipe with one group of layers
+    :return: fields of `QuantizationArgs`
+    """
+    if scheme in SCHEMES:
+        return integer_weights(scheme, group_size)
+    (shipped,) = load_recipe(scheme).modifiers
+    (group,) = shipped.resolved_config.model_dump()["config_groups"].values()
+    if group["input_activations"]:
+        raise SystemExit(f"{scheme}: the peers are compared without quantized activations")
+    return group["weights"]
+
+
 def autoround(scheme: str, group_size: int, settings: dict) -> AutoRoundModifier:
     """
     :param scheme: a key of `SCHEMES`, or the name of a shipped recipe with one modifier
@@ -212,7 +226,7 @@ def run_row(arguments: argparse.Namespace, scheme: str, method: str, calibration
     else:
         from peers import PEERS, Task  # imports much that our own rows shall not be charged with
 
-        weights = integer_weights(scheme, arguments.group_size)
+        weights = weights_of(scheme, arguments.group_size)
         task = Task(
             arguments.model,
             model,

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PEERS", "Task"]
+__all__ = ["PEERS", "Task", "auto_round_scheme"]
 
 ROOT = Path(__file__).parent.parent
 CHILD = str(ROOT / "benchmarks" / "auto_round_child.py")
@@ -61,10 +61,7 @@ def auto_round(task: Task, **options: Any) -> dict[str, Any]:
     its own arguments.
     """
     settings = {
-        "scheme": "W4A16",  # the fields below override all of it
-        "bits": task.weights["num_bits"],
-        "sym": task.weights["symmetric"],
-        "group_size": task.weights["group_size"],
+        **auto_round_scheme(task.weights),
         "batch_size": task.batch_size,
         "seed": task.seed,
         **options,
@@ -82,6 +79,20 @@ def auto_round(task: Task, **options: Any) -> dict[str, Any]:
         raise RuntimeError("auto-round changed no weight")
     task.model.load_state_dict(weights, strict=False)
     return {**settings, **result}
+
+
+def auto_round_scheme(weights: dict[str, Any]) -> dict[str, Any]:
+    """:return: arguments of `AutoRound` for these weights, with activations in 16 bits"""
+    if weights["type"] == "float":
+        if weights["num_bits"] != 4:
+            raise SystemExit("auto-round is compared in integers, MXFP4 and NVFP4")
+        return {"scheme": "MXFP4" if weights["group_size"] == 32 else "NVFP4", "act_bits": 16}
+    return {
+        "scheme": "W4A16",  # the fields below override all of it
+        "bits": weights["num_bits"],
+        "sym": weights["symmetric"],
+        "group_size": weights["group_size"],
+    }
 
 
 def built_in_auto_round(task: Task, **options: Any) -> dict[str, Any]:
