@@ -8,6 +8,7 @@ import re
 import sys
 import time
 
+import huggingface_hub.constants
 import pytest
 import torch
 from conftest import ROOT, quantize, tiny_llama, tiny_llama_folder, weight_scheme
@@ -416,3 +417,24 @@ def test_wrong_usage(tmp_path, capsys):
     assert main(["plan", folder, "--scheme", "W4A16G64", "--preset", "fast"]) == 1
     assert "unknown preset" in capsys.readouterr().err
     assert main(["plan", str(tmp_path / "nowhere")]) == 1
+
+
+def test_a_revision_of_the_hub_is_planned(tmp_path, monkeypatch, capsys):
+    """What `quantize --revision` would load, in the cache of the Hub."""
+    cache = tmp_path / "models--some--model"
+    for name, layers in (("main", 2), ("wide", 3)):
+        commit = name[0] * 40
+        (cache / "refs").mkdir(parents=True, exist_ok=True)
+        (cache / "refs" / name).write_text(commit)
+        (cache / "snapshots").mkdir(exist_ok=True)
+        folder_of(cache / "snapshots" / commit, {**LLAMA_3_1_8B, "num_hidden_layers": layers})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    newest, wide = (
+        plan("some/model", machine=LARGE, revision=revision) for revision in (None, "wide")
+    )
+    block = wide.counts.parameters - newest.counts.parameters
+    assert block == pytest.approx(218_112_000, rel=0.01)  # of Llama 3.1 8B
+    machine = ["--gpu", "b200", "--ram", "10TB", "--disk", "10TB"]
+    assert main(["plan", "some/model", "--revision", "wide", *machine, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == wide.counts.parameters

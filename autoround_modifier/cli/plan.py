@@ -56,6 +56,7 @@ def plan(
         ),
     ] = None,
     platform: Platform = None,
+    revision: Annotated[str | None, typer.Option(help="of the model on the hub")] = None,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -109,13 +110,14 @@ def plan(
         except ValueError as error:
             raise UsageError(str(error)) from error
         found = plan(
-            resolve_model(model, platform),
+            resolve_model(model, platform, revision),
             recipe or defaults.RECIPE,
             scheme=scheme,
             max_seq_length=max_seq_length,
             model_on_disk=model_on_disk,
             machine=machine,
             device=device,
+            revision=revision,
             trust_remote_code=trust_remote_code,
             formats=formats,
             **{name: value for name, value in given.items() if value is not None},

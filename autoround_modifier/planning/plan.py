@@ -141,6 +141,7 @@ def plan(
     model_on_disk: bool = False,
     machine: Machine | None = None,
     device: str = AUTO,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     formats: str | Sequence[str] | None = None,
     **fields: Any,
@@ -158,6 +159,7 @@ def plan(
     :param machine: None for this one, with the working folder's disk
     :param device: on which the checkpoint is to run: ``sm90``, ``cpu``, ... as in
         `inspect_checkpoint`; ``auto`` for that of the machine
+    :param revision: of the model on the Hub
     :param trust_remote_code: let a model run its own code
     :param formats: that are written, as in `oneshot`
     :param fields: of `AutoRoundModifier`, such as ``preset`` and ``batch_size``; they replace those
@@ -173,7 +175,7 @@ def plan(
     """
     others = [name for name in read_formats(formats) if name != COMPRESSED_TENSORS]
     asked = None if device == AUTO else device_named(device)
-    source = _source(model, trust_remote_code)
+    source = _source(model, revision, trust_remote_code)
     if scheme is None:
         parts = read_recipe(recipe, fields)
     else:
@@ -228,7 +230,9 @@ def _engines(
     return (*best, *(x for x in supports if x not in best))
 
 
-def _source(model: str | Path | PreTrainedConfig, trust_remote_code: bool) -> _Source:
+def _source(
+    model: str | Path | PreTrainedConfig, revision: str | None, trust_remote_code: bool
+) -> _Source:
     if isinstance(model, PreTrainedConfig):
         raw: dict[str, Any] = model.to_dict()
         config, name, folder = model, model._name_or_path or type(model).__name__, None
@@ -236,14 +240,16 @@ def _source(model: str | Path | PreTrainedConfig, trust_remote_code: bool) -> _S
         path = Path(model)
         folder = path.parent if path.is_file() else path if path.is_dir() else None
         name = str(folder or model)
-        raw = source_config(name)
+        raw = source_config(name, revision)
         if not raw:
             raise FileNotFoundError(f"{name} holds no config.json")
         try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(
+                name, revision=revision or "main", trust_remote_code=trust_remote_code
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"{name}: Transformers cannot read its config: {error}") from error
-    method = stored_format(raw, name)
+    method = stored_format(raw, name, revision)
     check_not_compressed(name, method)
     text = config.get_text_config()
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.bfloat16
