@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import huggingface_hub.constants
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -533,3 +534,20 @@ def test_a_name_that_is_not_there(monkeypatch):
 def test_it_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="not serializable"):
         load(saved("W4"), "torch").save_pretrained(tmp_path)
+
+
+def test_a_revision_of_the_hub(tmp_path, monkeypatch):
+    """Another branch than the one that is there without asking, from the cache of the hub."""
+    cache = tmp_path / "models--some--model"
+    (cache / "refs").mkdir(parents=True)
+    for name, source in (("main", saved("W2")), ("four-bits", saved("W4"))):
+        commit = name[0] * 40
+        (cache / "refs" / name).write_text(commit)
+        shutil.copytree(source, cache / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for revision, source in ((None, saved("W2")), ("four-bits", saved("W4"))):
+        loaded = load("some/model", backend="torch", device="cpu", revision=revision)
+        assert torch.equal(logits(loaded), logits(load(source, backend="torch", device="cpu")))
+    with pytest.raises(HubError, match="some/model"):
+        load("some/model", revision="eight-bits")

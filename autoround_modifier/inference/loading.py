@@ -47,6 +47,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """
@@ -63,6 +64,7 @@ def load(
         CPU kernel; ``torch``, which unpacks a layer whenever it is used; or ``transformers``
     :param device: of the model; None for the accelerator, if there is one
     :param dtype: to compute in; None for that of the checkpoint
+    :param revision: on the hub; None for the newest
     :param trust_remote_code: let a model run its own code
     :return: a model to generate with. It cannot be saved or trained
     :raises BackendError: if there is no such backend or dtype, the backend is not installed, or it
@@ -74,7 +76,7 @@ def load(
     check_backend(backend, place)
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise BackendError(f"`{dtype}` is no dtype to compute in; use one of {', '.join(DTYPES)}")
-    folder = _folder(checkpoint)
+    folder = _folder(checkpoint, revision)
     if backend == TRANSFORMERS:
         return _load_by_transformers(folder, place, dtype, trust_remote_code)
     try:
@@ -154,16 +156,16 @@ def _load_by_transformers(
     return auto_class(config).from_pretrained(folder, **arguments).eval()
 
 
-def _folder(checkpoint: str | os.PathLike[str]) -> Path:
+def _folder(checkpoint: str | os.PathLike[str], revision: str | None) -> Path:
     """
     :return: where it is on this machine
     :raises HubError: if it is not there and cannot be downloaded
     """
-    name = resolve_model(checkpoint)
+    name = resolve_model(checkpoint, revision=revision)
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # of many kinds, by what is missing
         raise HubError(
             f"there is no folder `{name}`, and no such model was found: {error}"
