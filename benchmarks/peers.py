@@ -86,7 +86,10 @@ def auto_round_scheme(weights: dict[str, Any]) -> dict[str, Any]:
     if weights["type"] == "float":
         if weights["num_bits"] != 4:
             raise SystemExit("auto-round is compared in integers, MXFP4 and NVFP4")
-        return {"scheme": "MXFP4" if weights["group_size"] == 32 else "NVFP4", "act_bits": 16}
+        if weights["group_size"] == 32:
+            return {"scheme": "MXFP4", "act_bits": 16}
+        # With the scheme's own type of activations it would go back to 4 bits.
+        return {"scheme": "NVFP4", "act_bits": 16, "act_data_type": "float"}
     return {
         "scheme": "W4A16",  # the fields below override all of it
         "bits": weights["num_bits"],
