@@ -96,13 +96,14 @@ def integer_weights(scheme: str, group_size: int) -> dict:
 
 def weights_of(scheme: str, group_size: int) -> dict:
     """
-    :param scheme: a key of `SCHEMES`, or the name of a shipped recipe with one group of layers
+    :param scheme: as in `autoround`, of a recipe with one group of layers
+    :param group_size: as there
     :return: fields of `QuantizationArgs`
     """
     if scheme in SCHEMES:
         return integer_weights(scheme, group_size)
-    (shipped,) = load_recipe(scheme).modifiers
-    (group,) = shipped.resolved_config.model_dump()["config_groups"].values()
+    quantized = autoround(scheme, group_size, {}).resolved_config.model_dump()
+    (group,) = quantized["config_groups"].values()
     if group["input_activations"]:
         raise SystemExit(f"{scheme}: the peers are compared without quantized activations")
     return group["weights"]

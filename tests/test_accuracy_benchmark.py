@@ -18,6 +18,8 @@ from peers import auto_round_scheme
     [
         ("w2", {"scheme": "W4A16", "bits": 2, "sym": True, "group_size": 64}),
         ("w3-asym", {"scheme": "W4A16", "bits": 3, "sym": False, "group_size": 64}),
+        # the recipe has groups of 128
+        ("w4a16_autoround", {"scheme": "W4A16", "bits": 4, "sym": True, "group_size": 64}),
         ("mxfp4a16_autoround", {"scheme": "MXFP4", "act_bits": 16}),
         (
             "nvfp4a16_autoround",
