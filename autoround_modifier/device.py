@@ -11,10 +11,12 @@ from torch.torch_version import TorchVersion
 
 __all__ = [
     "Compute",
+    "allocated_memory",
     "compilation_pays",
     "compile_options",
     "compiled_rounds_as_plain",
     "device_name",
+    "free_memory",
     "peak_memory",
     "reset_peak_memory",
     "slice_elements",
@@ -173,6 +175,24 @@ def device_name() -> str:
         return f"CPU, threads: {torch.get_num_threads()}"
     module = torch.get_device_module(accelerator)
     return str(getattr(module, "get_device_name", lambda: accelerator)())
+
+
+def free_memory(device: torch.device) -> int:
+    """
+    :param device: an accelerator
+    :return: bytes that PyTorch can still allocate there, those that it has reserved and not given
+        out among them; 0 where the accelerator does not say, or shares the host's memory
+    """
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if ask is None:
+        return 0
+    reserved = torch.accelerator.memory_reserved(device)
+    return int(ask(device)[0] + reserved - torch.accelerator.memory_allocated(device))
+
+
+def allocated_memory() -> int:
+    """:return: bytes of the accelerator that tensors hold now; 0 without one"""
+    return torch.accelerator.memory_allocated() if torch.accelerator.is_available() else 0
 
 
 def peak_memory() -> int:

@@ -36,6 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from autoround_modifier.blocks.experts import ExpertRouting
 from autoround_modifier.blocks.group import BlockGroup
 from autoround_modifier.blocks.importance import Importance
+from autoround_modifier.blocks.placement import SamplePlacement
 from autoround_modifier.blocks.store import BlockSamples, CalibrationStore
 from autoround_modifier.device import Compute
 from autoround_modifier.host.attention import sdpa_computes_the_same, tuning_attention
@@ -73,8 +74,8 @@ def record(
     model: LlamaForCausalLM, block: nn.Module, shape: argparse.Namespace
 ) -> tuple[BlockSamples, Importance]:
     """:return: what the block sees and gives, as a run records it; importance of input channels"""
-    kept_on = model.device if shape.store == "device" else "cpu"
-    store = CalibrationStore({block: "model.layers.0"}, shape.samples, kept_on)
+    placement = SamplePlacement("none" if shape.store == "device" else "cpu")
+    store = CalibrationStore({block: "model.layers.0"}, shape.samples, placement)
     importance = Importance()
     recorder = CalibrationRecorder(
         [block], lambda block: None, ExpertRouting(model), importance, store

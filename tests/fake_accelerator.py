@@ -22,6 +22,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from autoround_modifier.blocks.forwards import quantized_forwards
 from autoround_modifier.blocks.group import BlockGroup
+from autoround_modifier.blocks.placement import SamplePlacement
 from autoround_modifier.blocks.store import CalibrationStore
 from autoround_modifier.tuning import Tuner, TuningConfig
 
@@ -69,7 +70,7 @@ def main(case: str) -> None:
         store = CalibrationStore(
             {block: "model.layers.0"},
             num_samples=None,
-            offload_device=DEVICE if case == "resident" else "cpu",
+            placement=SamplePlacement("none" if case == "resident" else "cpu"),
             sort=False,  # sorting reads the numbers
         )
         for _ in range(4):

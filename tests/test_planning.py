@@ -255,6 +255,37 @@ def test_a_step_on_a_gpu_is_near_the_measured_one():
         assert float(peak) == pytest.approx(gib, rel=0.05)
 
 
+def names_of(parts) -> set[str]:
+    return {part.name for part in parts}
+
+
+def test_samples_are_on_the_device_where_they_fit():
+    """128 samples of 2048 tokens: inputs, outputs, the quantized chain, and a mask each."""
+    config = configuration(SHORT_LLAMA)
+    found = plan(config, machine=H100)
+    (kept,) = (part for part in found.peak.parts if part.name == "calibration samples")
+    assert kept.value == 128 * 2048 * (3 * 4096 + 2048) * 2
+    assert "tuning: copies of samples" not in names_of(found.seconds)
+    on_host = plan(config, machine=H100, offload_device="cpu")
+    assert "calibration samples" not in names_of(on_host.peak.parts)
+    assert on_host.peak.size == found.peak.size - kept.value
+    assert "tuning: copies of samples" in names_of(on_host.seconds)
+    # those of the first block are on the host in both
+    assert total(on_host.host) == total(found.host)
+
+
+def test_a_small_device_keeps_no_samples():
+    machine = find_machine("10GB", "100GB", "1TB")
+    config = configuration(SHORT_LLAMA)
+    found = plan(config, machine=machine)
+    assert found.fits
+    assert "calibration samples" not in names_of(found.peak.parts)
+    forced = plan(config, machine=machine, offload_device="none")
+    assert "calibration samples" in names_of(forced.peak.parts)
+    assert "captured outputs" not in names_of(forced.host)
+    assert "offload_device cpu" in [change.text for change in forced.advice]
+
+
 # ---------------------------------------------------------------------- presets and modifiers
 
 

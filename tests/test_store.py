@@ -17,6 +17,7 @@ from autoround_modifier.blocks.argument_objects import (
 )
 from autoround_modifier.blocks.group import BlockGroup
 from autoround_modifier.blocks.kept_tensors import KeptTensors
+from autoround_modifier.blocks.placement import HOST
 from autoround_modifier.blocks.samples import content_key, fingerprint
 from autoround_modifier.blocks.store import CalibrationStore
 from autoround_modifier.errors import RecipeError
@@ -187,27 +188,29 @@ def test_equal_arguments_of_each_batch_are_kept_once():
 def test_arguments_of_equal_sums_are_not_mistaken_for_each_other():
     order = [torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[3.0, 4.0, 1.0, 2.0]])]
     assert fingerprint(order[0]) == fingerprint(order[1])
-    tensors = KeptTensors("cpu")
-    assert [tensors.keep(x, merge=True).tolist() for x in order] == [x.tolist() for x in order]
+    tensors = KeptTensors()
+    assert [tensors.keep(x, HOST, merge=True).tolist() for x in order] == [
+        x.tolist() for x in order
+    ]
 
 
 def test_a_reused_address_is_not_mistaken_for_the_tensor_that_was_there():
-    tensors = KeptTensors("cpu")
+    tensors = KeptTensors()
     memory, kept = bytearray(8), []
     for value in (1.0, 2.0):
         memory[:4] = memory[4:] = torch.tensor([value]).numpy().tobytes()
-        kept.append(tensors.keep(torch.frombuffer(memory, dtype=torch.float32)[:1]))
+        kept.append(tensors.keep(torch.frombuffer(memory, dtype=torch.float32)[:1], HOST))
     assert [x.tolist() for x in kept] == [[1.0], [2.0]]
 
 
 def test_a_tensor_that_was_written_to_in_place_is_kept_again():
-    tensors = KeptTensors("cpu")
+    tensors = KeptTensors()
     mask = torch.zeros(2, 8)[:, :4]
     tensors.next_call()
-    before = tensors.keep(mask, merge=True)
+    before = tensors.keep(mask, HOST, merge=True)
     mask += 1
     tensors.next_call()
-    after = tensors.keep(mask, merge=True)
+    after = tensors.keep(mask, HOST, merge=True)
     assert before.tolist() == [[0.0] * 4] * 2
     assert after.tolist() == [[1.0] * 4] * 2
 

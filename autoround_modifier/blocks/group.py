@@ -154,14 +154,19 @@ class BlockGroup:
 
     @torch.no_grad()
     def advance(
-        self, hidden: list[Tensor], batch_size: int, forwards: dict[nn.Module, Forward]
+        self,
+        hidden: list[Tensor],
+        batch_size: int,
+        forwards: dict[nn.Module, Forward],
+        device: torch.device | None = None,
     ) -> dict[Tensor, Tensor]:
         """
         Replace the input of the first block by the output of the last one, sample by sample, so
         that only one of the two is in memory.
 
-        :param hidden: (1, tokens, hidden) per sample; the outputs stay on the inputs' devices
+        :param hidden: (1, tokens, hidden) per sample
         :param forwards: what layers compute in place of their own
+        :param device: where the outputs are kept; None for the devices of the inputs
         :return: what the blocks wrote into their arguments, by the tensors that hold the same from
             the full-precision blocks, on the devices of these
         """
@@ -171,7 +176,7 @@ class BlockGroup:
                 outputs, written = self._run(stacked, indices)
                 # copies: a view would keep the whole batch
                 for index, row in zip(indices, outputs, strict=True):
-                    hidden[index] = row.unsqueeze(0).to(hidden[index].device, copy=True)
+                    hidden[index] = row.unsqueeze(0).to(device or hidden[index].device, copy=True)
                 for recorded, tensor in written.items():
                     everything[recorded] = tensor.to(recorded.device, copy=True)
         return everything

@@ -30,18 +30,15 @@ def version_of(tensor: Tensor) -> int | None:
 
 class KeptTensors:
     """
-    Keeps tensors on one device. Of what is given twice, one is kept: the same part of the same
+    Keeps tensors on a device. Of what is given twice, one is kept: the same part of the same
     tensor, as long as the tensor exists and nobody has written into it; and equal content, where
     the caller asks for that.
-
-    :param device: where tensors are kept
     """
 
-    def __init__(self, device: torch.device | str):
-        self.device = torch.device(device)
+    def __init__(self) -> None:
         # All keys and values are weak references, so nothing is kept alive longer than needed, and
         # a new tensor at a freed address is not mistaken for the old one.
-        self._kept: Any = WeakTensorKeyDictionary()  # tensor -> {part and version: kept}
+        self._kept: Any = WeakTensorKeyDictionary()  # tensor -> {part, version, device: kept}
         self._equal: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
         self._shared: Any = WeakTensorKeyDictionary()  # kept -> version
         self._with_owner: Any = WeakTensorKeyDictionary()  # tensor -> [kept]
@@ -64,45 +61,49 @@ class KeptTensors:
         self.next_call()
         self._earlier_backups = {}
 
-    def keep(self, value: Tensor, merge: bool = False, with_owner: bool = False) -> Tensor:
+    def keep(
+        self, value: Tensor, device: torch.device, merge: bool = False, with_owner: bool = False
+    ) -> Tensor:
         """
         :param value: a tensor, or a part of one
+        :param device: where it is kept
         :param merge: return what is kept already if its content is equal
         :param with_owner: keep it at least as long as the tensor that ``value`` is a part of
         :return: same shape and content, without gradients
         """
         if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
-            return value.detach().to(self.device, copy=True)
+            return value.detach().to(device, copy=True)
         if value.is_inference():
-            return value.to(self.device, copy=True)
+            return value.to(device, copy=True)
         owner = value._base if value._base is not None else value
         parts = self._kept.get(owner)
         if parts is None:
             parts = self._kept[owner] = WeakValueDictionary()
-        part = (value.storage_offset(), value.shape, value.stride(), value.dtype, value._version)
+        layout = (value.storage_offset(), value.shape, value.stride(), value.dtype)
+        part = (*layout, value._version, device)
         kept = parts.get(part)
         if kept is None:
-            kept = parts[part] = self._merged(value) if merge else self._new(value)
+            kept = parts[part] = self._merged(value, device) if merge else self._new(value, device)
         if with_owner:
             self._with_owner.setdefault(owner, []).append(kept)
         if kept in self._shared:
             self._back_up(kept)
         return kept
 
-    def _new(self, value: Tensor) -> Tensor:
+    def _new(self, value: Tensor, device: torch.device) -> Tensor:
         whole = value.untyped_storage().nbytes() <= value.nbytes
-        if value.device == self.device and whole:
+        if value.device == device and whole:
             kept = value.detach()  # has the version counter of ``value``
             self._shared[kept] = kept._version
             return kept
         # a copy also of a part, which would keep all of its tensor in memory
-        return value.detach().to(self.device, copy=True)
+        return value.detach().to(device, copy=True)
 
-    def _merged(self, value: Tensor) -> Tensor:
-        content = (value.shape, value.dtype, fingerprint(value))
+    def _merged(self, value: Tensor, device: torch.device) -> Tensor:
+        content = (value.shape, value.dtype, fingerprint(value), device)
         kept = self._equal.get(content)
         if kept is None or not torch.equal(kept, value.to(kept.device)):
-            kept = self._equal[content] = self._new(value)
+            kept = self._equal[content] = self._new(value, device)
         return kept
 
     def _back_up(self, kept: Tensor) -> None:

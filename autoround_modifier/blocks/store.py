@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from autoround_modifier.blocks.argument_objects import take_apart, tensors_by_place
 from autoround_modifier.blocks.kept_tensors import KeptTensors, version_of
+from autoround_modifier.blocks.placement import SamplePlacement
 from autoround_modifier.blocks.samples import (
     BlockCall,
     as_samples,
@@ -121,7 +123,7 @@ class CalibrationStore:
 
     :param names: name of each block that is recorded
     :param num_samples: largest number of samples to keep; None for all
-    :param offload_device: where captured tensors are kept
+    :param placement: decides where captured tensors are kept; None for the host
     :param keep_outputs: false where nobody needs them, nor what blocks write into their arguments
     :param sort: false keeps the pipeline's order, and all samples
     """
@@ -130,7 +132,7 @@ class CalibrationStore:
         self,
         names: dict[nn.Module, str],
         num_samples: int | None,
-        offload_device: torch.device | str = "cpu",
+        placement: SamplePlacement | None = None,
         keep_outputs: bool = True,
         sort: bool = True,
     ):
@@ -139,7 +141,9 @@ class CalibrationStore:
         self.keep_outputs = keep_outputs
         self.sort = sort
         self._lists = {block: module_list(name) for block, name in names.items()}
-        self._tensors = KeptTensors(offload_device)
+        self.placement = placement or SamplePlacement()
+        self._tensors = KeptTensors()
+        self._devices: dict[nn.Module, torch.device] = {}  # where the samples of a block are kept
         self._first: dict[str, nn.Module] = {}  # the block that decides, by module list
         self._selections: dict[str, SampleSelection] = {}
         self._num_recorded: dict[str, int] = {}  # by module list
@@ -182,14 +186,18 @@ class CalibrationStore:
             tensors = tensors_by_place((args, kwargs))
             call.tensors = {place: (x, version_of(x)) for place, x in tensors.items()}
         whole = input_hidden(args, kwargs)
-        ids = token_ids(whole) if decides and whole is not None else None
+        assert whole is not None  # `split_call` has found it
+        if block not in self._devices:
+            others = [x for x in tensors_by_place((args, kwargs)).values() if x is not whole]
+            self._devices[block] = self.placement.choose(block, whole, others)
+        keep = partial(self._tensors.keep, device=self._devices[block])
+        keep_equal = partial(keep, merge=True)
+        ids = token_ids(whole) if decides else None
         for row, (hidden, arguments) in enumerate(rows):
             if self.sort and not selection.may_select(start + row):
                 continue
-            mask = None if token_mask is None else self._keep_equal(token_mask[row : row + 1])
-            sample = _Sample(
-                self._tensors.keep(hidden), arguments.exchanged(self._keep_equal), mask
-            )
+            mask = None if token_mask is None else keep_equal(token_mask[row : row + 1])
+            sample = _Sample(keep(hidden), arguments.exchanged(keep_equal), mask)
             call.samples[start + row] = sample
             if decides:
                 own_ids = None if ids is None else ids[row : row + 1]
@@ -224,15 +232,16 @@ class CalibrationStore:
         if not self.keep_outputs:
             return
         written = self._written(call)
+        keep = partial(self._tensors.keep, device=self._devices[block])
         for index, sample in call.samples.items():
             if index not in recording.samples:
                 continue
             row = index - start
-            sample.output = self._tensors.keep(outputs[row : row + 1])
+            sample.output = keep(outputs[row : row + 1])
             # A later block finds these tensors among its arguments. What is kept of them then is
             # the same, because the owner of both is.
             sample.call.written = {
-                place: self._tensors.keep(sample_part(x, row, call.batch), with_owner=True)
+                place: keep(sample_part(x, row, call.batch), with_owner=True)
                 for place, x in written.items()
             }
 
@@ -246,6 +255,8 @@ class CalibrationStore:
             once for each sample of its module list
         """
         self._tensors.release()
+        self.placement.popped(block)
+        self._devices.pop(block, None)
         recording = self._recordings.pop(block, None)
         if recording is None:
             return None
@@ -272,6 +283,9 @@ class CalibrationStore:
         """Drop what was recorded."""
         self._open.clear()
         self._recordings.clear()
+        for block in list(self._devices):
+            self.placement.popped(block)
+        self._devices.clear()
         self._tensors.release()
 
     def _drop(self, name: str, index: int) -> None:
@@ -279,9 +293,6 @@ class CalibrationStore:
         for block, recording in self._recordings.items():
             if self._lists[block] == name:
                 recording.samples.pop(index, None)
-
-    def _keep_equal(self, tensor: Tensor) -> Tensor:
-        return self._tensors.keep(tensor, merge=True)
 
     def _written(self, call: _OpenCall) -> dict[str, Tensor]:
         """:return: the tensors in a call's arguments that were not there when it began"""

@@ -96,6 +96,13 @@ class TuningFields(BaseModel):
         description="quantize by compiled code while tuning; the results are the same. Default: "
         "where there is enough to tune to make up for the time that compiling takes",
     )
+    offload_device: Literal["auto", "none", "cpu"] = Field(
+        default="auto",
+        description="where the calibration samples of a block are kept while it is tuned: `none`, "
+        "on the accelerator; `cpu`, on the host, from where each step copies its batch; `auto`, on "
+        "the accelerator from the second block on, if they fit beside what tuning the first took, "
+        "else on the host. The result is the same",
+    )
     min_expert_tokens: int = Field(
         default=32,
         ge=0,

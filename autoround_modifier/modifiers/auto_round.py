@@ -14,6 +14,7 @@ from torch import nn
 from autoround_modifier.activations import (
     calibrate_remaining,
 )
+from autoround_modifier.blocks.placement import SamplePlacement
 from autoround_modifier.blocks.store import CalibrationStore
 from autoround_modifier.checkpoints.check import check_before_saving
 from autoround_modifier.device import Compute, compilation_pays
@@ -291,7 +292,8 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         in_blocks = {module for block in self._blocks for module in block.modules()}
         to_record = [one for one in prepared.activations if not one.calibrated]
         if self.iters or any(one.module in in_blocks for one in to_record):
-            self._store = CalibrationStore(self._blocks, self.num_samples_used)
+            placement = SamplePlacement(self.offload_device, self.num_samples_used)
+            self._store = CalibrationStore(self._blocks, self.num_samples_used, placement)
             num_blocks = len(self._blocks)
             steps = num_blocks * (self.iters or 0)
             self._progress = Progress("tuning", steps, num_blocks, title="AutoRound")

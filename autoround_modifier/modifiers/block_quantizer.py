@@ -14,18 +14,20 @@ from autoround_modifier.activations import ActivationQuantizer
 from autoround_modifier.blocks.chain import QuantizedChain
 from autoround_modifier.blocks.forwards import quantized_forwards
 from autoround_modifier.blocks.group import BlockGroup
+from autoround_modifier.blocks.placement import CHAINED, HOST, RECORDED
 from autoround_modifier.blocks.store import (
     BlockSamples,
     CalibrationStore,
     split_by_module_list,
 )
+from autoround_modifier.device import allocated_memory, peak_memory, reset_peak_memory
 from autoround_modifier.errors import NonFiniteError, listed
 from autoround_modifier.formats import QuantizedWeight, TunedWeight
 from autoround_modifier.host.layers import Layer
 from autoround_modifier.modifiers.layer_quantizer import LayerQuantizer
 from autoround_modifier.modifiers.saved_blocks import SavedBlocks
 from autoround_modifier.modifiers.validation import check_same_blocks
-from autoround_modifier.parallel import gathered, wait_for_all
+from autoround_modifier.parallel import gathered, is_distributed, wait_for_all
 from autoround_modifier.progress.block_report import BlockReport, LayerReport
 from autoround_modifier.progress.events import BlockFinished, phase, publish
 from autoround_modifier.runs.block_data import describe_data
@@ -128,7 +130,12 @@ class BlockQuantizer:
             if kept is None:
                 with phase("advancing"):
                     forwards = quantized_forwards(weights, self.layers.initial.experts)
-                    own_writes = group.advance(inputs, self.config.batch_size, forwards)
+                    own_writes = group.advance(
+                        inputs,
+                        self.config.batch_size,
+                        forwards,
+                        self._place_of_chain(group, inputs),
+                    )
                     self._chain.advance(inputs, targets, own_writes)
             else:
                 self._chain.advance(kept, targets)
@@ -195,7 +202,7 @@ class BlockQuantizer:
             group, formats, inputs, targets, masks, self.config, fixed, initial.experts, share
         )
         with phase("tuning"):
-            result = tuner.run(lambda: self.on_iteration(len(group.blocks)))
+            result = self._tuned(name, tuner)
         if result.failure is not None:
             self._report_failure(
                 f"{name}: {result.failure}", "the block keeps the rounding it started from"
@@ -214,6 +221,46 @@ class BlockQuantizer:
             reports,
         )
         return in_order, report
+
+    def _place_of_chain(self, group: BlockGroup, inputs: list[Tensor]) -> torch.device:
+        """:return: where to keep the inputs of the next block, which will be recorded as well"""
+        needed = (RECORDED + CHAINED) * sum(x.nbytes for x in inputs)
+        return self.store.placement.where_fits(group.blocks[-1], needed, group.device)
+
+    def _tuned(self, name: str, tuner: Tuner) -> TuningResult:
+        """Tune; a second time, with the samples on the host, where they leave too little memory."""
+        blocks, placement, reported = tuner.group.blocks, self.store.placement, 0
+
+        def attempt() -> TuningResult:
+            done = 0
+
+            def on_iteration() -> None:
+                nonlocal done, reported
+                done += 1
+                if done > reported:
+                    reported = done
+                    self.on_iteration(len(blocks))
+
+            return tuner.run(on_iteration)
+
+        reset_peak_memory()
+        held, result = allocated_memory(), None
+        try:
+            result = attempt()
+        except torch.OutOfMemoryError:
+            on_host = all(x.device == HOST for x in [*tuner.inputs, *tuner.targets])
+            if on_host or placement.choice == "none" or is_distributed():
+                raise
+        if result is None:  # outside of the `except` clause, whose exception holds tensors
+            placement.give_up(name)
+            for tensors in (tuner.inputs, tuner.targets):
+                tensors[:] = [x.to(HOST) for x in tensors]
+            torch.accelerator.empty_cache()
+            reset_peak_memory()
+            held = allocated_memory()
+            result = attempt()
+        placement.tuned(blocks, peak_memory() - held)
+        return result
 
     def _layer_report(
         self, layer: nn.Linear, result: TuningResult, tokens: dict[Layer, int]

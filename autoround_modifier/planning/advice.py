@@ -78,6 +78,8 @@ def _kinds(run: RunSettings) -> Iterator[list[Change]]:
     if not run.model_on_disk:
         text = 'model on the disk: load it with `device_map="auto_offload"`'
         yield [Change(text, {"model_on_disk": True})]
+    if run.offload_device == "none":
+        yield [Change("offload_device cpu", {"offload_device": "cpu"})]
     if run.iters:
         yield list(_smaller_batches(run, accumulate=True))
         yield list(_smaller_batches(run, accumulate=False))

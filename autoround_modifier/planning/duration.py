@@ -13,6 +13,7 @@ from __future__ import annotations
 from autoround_modifier.planning.block_counts import BlockCounts
 from autoround_modifier.planning.counts import ModelCounts
 from autoround_modifier.planning.hardware import COPIES, Device
+from autoround_modifier.planning.memory import samples_on_device
 from autoround_modifier.planning.quantities import Kind, Quantity
 from autoround_modifier.planning.settings import RunSettings
 
@@ -49,19 +50,25 @@ class _Speed:
 
 
 def step_seconds(
-    block: BlockCounts, run: RunSettings, device: Device, hidden: int, itemsize: int
+    block: BlockCounts,
+    run: RunSettings,
+    device: Device,
+    hidden: int,
+    itemsize: int,
+    on_device: bool = False,
 ) -> dict[str, float]:
     """
     :param device: with a known speed
     :param hidden: width of the block's input
     :param itemsize: bytes of one number of it
+    :param on_device: whether samples are kept on the device
     :return: seconds of one iteration, by what takes them
     """
     speed, length = _Speed(device), run.length
     batch = min(run.batch_size, max(run.samples, 1))
     products = 3 * block.cost.products.of(length) + 3.5 * block.cost.attention.of(length)
     traffic = STEP_BYTES * block.tuned_dense + EXPERT_STEP_BYTES * block.tuned_experts
-    copied = batch * length * (2 * hidden + length) * itemsize
+    copied = 0 if on_device else batch * length * (2 * hidden + length) * itemsize
     passes = run.gradient_accumulate_steps
     return {
         "matrix products": passes * batch * products / speed.flops,
@@ -130,7 +137,8 @@ def _block_seconds(
         spent["scale search"] = passes * SEARCH_BYTES * block.tuned / speed.bandwidth
     if not block.tuned or not run.iters:
         return spent
-    steps = step_seconds(block, run, device, counts.hidden, counts.dtype.itemsize)
+    on_device = samples_on_device(counts, run, device)
+    steps = step_seconds(block, run, device, counts.hidden, counts.dtype.itemsize, on_device)
     for name, seconds in steps.items():
         spent[f"tuning: {name}"] = run.iters * seconds
     evaluations = (run.holdout_evaluations + 1) * run.holdout_fraction

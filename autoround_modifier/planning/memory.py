@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from autoround_modifier.blocks.placement import CHAINED, RECORDED, RESERVE
 from autoround_modifier.device import slice_elements
 from autoround_modifier.distillation.teacher import ACCELERATOR_LOGITS, CPU_LOGITS
 from autoround_modifier.planning.block_counts import BlockCounts
@@ -17,7 +18,7 @@ from autoround_modifier.planning.hardware import Device
 from autoround_modifier.planning.quantities import Phase, Quantity
 from autoround_modifier.planning.settings import RunSettings
 
-__all__ = ["SAVED", "device_phases", "host_parts"]
+__all__ = ["SAVED", "device_phases", "host_parts", "samples_on_device"]
 
 # Float32 minimum, maximum, alpha and beta; scale (2) and zero point (1) of the best candidate and
 # of the module
@@ -48,6 +49,9 @@ def device_phases(counts: ModelCounts, run: RunSettings, device: Device) -> list
     phases = [
         phase for block in counts.blocks for phase in _block_phases(block, counts, run, device)
     ]
+    if samples_on_device(counts, run, device):
+        kept = Quantity("calibration samples", _kept_samples(counts, run))
+        phases = [Phase(phase.name, (*phase.parts, kept)) for phase in phases]
     scratch = min(counts.outside, _slice_elements(device)) * ROUNDING_BYTES
     if counts.outside:
         own = counts.outside * counts.dtype.itemsize
@@ -65,6 +69,32 @@ def device_phases(counts: ModelCounts, run: RunSettings, device: Device) -> list
         reserve = Quantity("CUDA and its allocator", CONTEXT, "assumed")
         phases = [Phase(phase.name, (*phase.parts, reserve)) for phase in phases]
     return phases
+
+
+def samples_on_device(counts: ModelCounts, run: RunSettings, device: Device) -> bool:
+    """:return: whether blocks are tuned with their samples on the accelerator"""
+    if device.is_cpu or not run.iters or run.offload_device == "cpu":
+        return False
+    if run.offload_device == "none":
+        return True
+    if device.memory is None:
+        return False
+    phases = [
+        phase for block in counts.blocks for phase in _block_phases(block, counts, run, device)
+    ]
+    needed = max((phase.size for phase in phases), default=0.0) + _kept_samples(counts, run)
+    return needed <= (1 - RESERVE) * (device.memory - CONTEXT)
+
+
+def _kept_samples(counts: ModelCounts, run: RunSettings) -> float:
+    """:return: bytes of what a block takes and gives, what it takes in the chain, and masks"""
+    numbers = run.length * ((RECORDED + CHAINED) * counts.hidden + run.length)
+    return run.samples * numbers * counts.dtype.itemsize
+
+
+def _all_block_phases(counts: ModelCounts, run: RunSettings, device: Device) -> list[Phase]:
+    """:return: without calibration samples that are kept"""
+    return [phase for block in counts.blocks for phase in _block_phases(block, counts, run, device)]
 
 
 def _slice_elements(device: Device) -> int:
@@ -176,10 +206,12 @@ def host_parts(
     parts.append(Quantity("blocks of GGUF, until they are saved", counts.gguf_blocks))
     if tokens:
         parts.append(Quantity("outputs in the pipeline's cache", states))
-        if run.iters:
+        # those of the first block, also where the others' are on the device
+        captured = bool(run.iters) and (device.is_cpu or run.offload_device != "none")
+        if captured:
             parts.append(Quantity("captured outputs", states))
             parts.append(Quantity("inputs and outputs of the quantized chain", 2 * states))
-        times = 2 if run.iters else 1
+        times = 2 if captured else 1
         parts.append(Quantity("attention masks, captured and in the cache", times * masks))
     if run.distillation_iters:
         recorded = run.distillation_samples * run.length * run.distillation_positions

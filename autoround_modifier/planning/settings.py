@@ -26,6 +26,7 @@ class RunSettings:
 
     :ivar samples: calibration samples that are run; 0 where no data is needed
     :ivar length: tokens of each
+    :ivar offload_device: where samples are kept while blocks are tuned, see `AutoRoundModifier`
     :ivar model_on_disk: weights stay on the disk and are loaded block by block
     :ivar checkpoint_dir: finished blocks are kept
     :ivar distillation_batch: samples in one pass of scale distillation; 0 without it
@@ -43,6 +44,7 @@ class RunSettings:
     length: int
     holdout_fraction: float
     holdout_evaluations: int
+    offload_device: str = "auto"
     model_on_disk: bool = False
     checkpoint_dir: bool = False
     distillation_iters: int = 0
@@ -94,6 +96,7 @@ class RecipeParts:
             length=length,
             holdout_fraction=tuner.holdout_fraction,
             holdout_evaluations=tuner.holdout_evaluations,
+            offload_device=tuner.offload_device,
             model_on_disk=model_on_disk,
             checkpoint_dir=tuner.checkpoint_dir is not None,
             distillation_iters=distiller.iters if distiller else 0,

@@ -129,6 +129,18 @@ def test_saved_is_what_was_tuned_of_a_mixture(
     assert_saved(model, written, device, tmp_path / "quantized")
 
 
+def test_samples_may_be_anywhere(device, record_property):
+    """The integers are the same; `auto` has those of all blocks but the first on the device."""
+    found = {
+        choice: codes(run(dense(device, num_layers=4), "W2", offload_device=choice))
+        for choice in ("cpu", "none", "auto")
+    }
+    for choice in ("none", "auto"):
+        counts = counted(found["cpu"], found[choice])
+        record_property(f"integers that differ with offload_device {choice}", counts)
+        assert_same(found["cpu"], found[choice])
+
+
 def test_a_run_goes_on_with_the_same_integers(device, tmp_path, monkeypatch, record_property):
     whole = codes(run(dense(device, num_layers=4), "W2"))
     again = codes(run(dense(device, num_layers=4), "W2"))
