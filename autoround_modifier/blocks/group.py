@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from autoround_modifier.activations import ActivationQuantizer
 from autoround_modifier.blocks.argument_objects import tensors_by_place
+from autoround_modifier.blocks.causal import without_causal_masks
 from autoround_modifier.blocks.forwards import Forward
 from autoround_modifier.blocks.patching import forwards_replaced, hooks_registered
 from autoround_modifier.blocks.samples import (
@@ -25,6 +26,10 @@ from autoround_modifier.errors import CalibrationError
 from autoround_modifier.host.layers import parameters_frozen
 
 __all__ = ["BlockGroup"]
+
+# Share of what a block adds to the hidden states by which two attention kernels may differ. Without
+# causal attention it is many times that.
+ROUNDING = 0.02
 
 
 class BlockGroup:
@@ -90,6 +95,26 @@ class BlockGroup:
                     if place in after:
                         written[recorded] = sample_part(after[place], row, len(rows))
         return hidden, written
+
+    @torch.no_grad()
+    def leave_out_causal_masks(self, hidden: list[Tensor]) -> bool:
+        """
+        Call the blocks without attention masks, if all samples have one that hides the future
+        alone, and the first of them gives the same without.
+
+        :param hidden: (1, tokens, hidden) per sample, the input of the first block
+        :return: whether they are left out
+        """
+        shorter = [without_causal_masks(calls) for calls in self.calls]
+        if not hidden or None in shorter:
+            return False
+        x = hidden[0].to(self.device)
+        expected, calls = self.forward(x, [0]), self.calls
+        self.calls = [found for found in shorter if found is not None]
+        difference = torch.dist(self.forward(x, [0]).float(), expected.float())
+        if difference > ROUNDING * torch.dist(expected.float(), x.float()):
+            self.calls = calls
+        return self.calls is not calls
 
     def stackable(self, hidden: list[Tensor], samples: list[int]) -> list[list[int]]:
         """:return: the samples, those together that one call of the blocks can take"""

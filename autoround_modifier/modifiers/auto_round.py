@@ -304,6 +304,7 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
                 self._store,
                 self.tuning_config(),
                 bool(self.scale_search),
+                self._tune_in_sdpa,
                 self.enable_quanted_input,
                 self.strict,
                 self._checkpoint,

@@ -46,6 +46,7 @@ class BlockQuantizer:
     :param store: what the blocks saw in full precision
     :param config: of tuning; nothing is tuned if ``iters`` is 0
     :param search: start from the scale search
+    :param sdpa: whether blocks run in PyTorch's scaled dot product attention
     :param quantized_inputs: whether blocks see the output of the quantized blocks before them
     :param strict: raise where a block has NaN or infinity, instead of keeping its initial rounding
     :param checkpoint: where finished blocks are kept, and found again
@@ -61,6 +62,7 @@ class BlockQuantizer:
     store: CalibrationStore
     config: TuningConfig
     search: bool
+    sdpa: bool = False
     quantized_inputs: bool = True
     strict: bool = False
     checkpoint: RunCheckpoint | None = None
@@ -102,6 +104,9 @@ class BlockQuantizer:
         inputs = samples[0].inputs if chained is None else chained
         written = None if chained is None else self._chain.written
         group = BlockGroup(blocks, [one.calls for one in samples], activations, written)
+        if self.sdpa and group.leave_out_causal_masks(inputs):
+            for one in samples:
+                one.calls = []  # and the masks in them
         if group.writes:
             self.writers.append(name)
         for one in samples:
