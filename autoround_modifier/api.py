@@ -16,11 +16,11 @@ from autoround_modifier.checkpoints.saved_weights import SavedWeights, dtype_nam
 from autoround_modifier.distillation import (
     DistillationConfig,
     DistillationResult,
-    TrainedScale,
     record_teacher,
     train_scales,
     trainable_layers,
     trainable_norms,
+    weights_on_device,
 )
 from autoround_modifier.engines.check import required_engines
 from autoround_modifier.entrypoint import oneshot
@@ -28,7 +28,6 @@ from autoround_modifier.errors import RecipeError
 from autoround_modifier.evaluation import Divergence, compare
 from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.blocks import find_blocks
-from autoround_modifier.host.layers import disable_offloading
 from autoround_modifier.host.lifecycle import eval_context
 from autoround_modifier.host.quantized_weights import quantized_layers, read_layer
 from autoround_modifier.modifiers.auto_round import AutoRoundModifier
@@ -178,10 +177,10 @@ def distill(
     check_one_process("distill")
     trainable_layers(model)  # refuses before anything runs
     batches = sample_batches(dataset)
-    with disable_offloading(), eval_context(original):
-        teacher = record_teacher(original, batches, position_fraction)
-    with disable_offloading():
-        scales = [TrainedScale(layer, args) for layer, args in trainable_layers(model).items()]
+    with weights_on_device(original), eval_context(original):
+        teacher = record_teacher(original, batches, position_fraction, batch_size)
+    with weights_on_device(model) as scale_of:
+        scales = [scale_of(layer, args) for layer, args in trainable_layers(model).items()]
         return train_scales(
             model,
             list(find_blocks(model, sequential_targets)),

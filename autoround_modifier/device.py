@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from loguru import logger
 from torch.torch_version import TorchVersion
@@ -179,10 +180,11 @@ def device_name() -> str:
 
 def free_memory(device: torch.device) -> int:
     """
-    :param device: an accelerator
     :return: bytes that PyTorch can still allocate there, those that it has reserved and not given
-        out among them; 0 where the accelerator does not say, or shares the host's memory
+        out among them; 0 where an accelerator does not say, or shares the host's memory
     """
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
     ask = getattr(torch.get_device_module(device), "mem_get_info", None)
     if ask is None:
         return 0

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from compressed_tensors.offload import offload_module
+from compressed_tensors.offload.cache import OffloadCache
 from conftest import quantize, tiny_llama, token_samples, weight_scheme
 from datasets import Dataset
 from helpers import integers, quantized_layers, saved_integers, saved_tensors
@@ -16,7 +20,8 @@ from torch.nn import functional as F
 
 from autoround_modifier import AutoRoundModifier, ScaleDistillationModifier, oneshot
 from autoround_modifier.blocks.model_pass import model_logits
-from autoround_modifier.distillation import TeacherBatch, TrainedScale, distiller, teacher
+from autoround_modifier.distillation import TeacherBatch, distiller, residency, teacher
+from autoround_modifier.distillation.scales import StreamedScale, TrainedScale
 from autoround_modifier.errors import CalibrationError, NonFiniteError, RecipeError, SchemeError
 from autoround_modifier.evaluation import compare
 from autoround_modifier.modifiers import scale_distillation
@@ -296,6 +301,69 @@ def test_offloaded_norms_are_trained(tmp_path):
         assert not torch.equal(layer.input_layernorm.weight, was)
 
 
+@pytest.fixture
+def no_memory(monkeypatch):
+    monkeypatch.setattr(residency, "free_memory", lambda device: 0)
+
+
+def offloaded(folder: Path) -> nn.Module:
+    """:return: a model whose weights are on the disk, and brought into memory when they are used"""
+    model = tiny_llama()
+    for module in model.modules():
+        if module._parameters:
+            offload_module(module, "cpu", "disk", offload_dir=str(folder))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("num_bits", "lr", "kept"), [(2, 0.01, True), (2, 50.0, False), (8, 0.01, False)]
+)
+def test_weights_that_do_not_fit_are_brought_for_each_use(
+    num_bits, lr, kept, no_memory, tmp_path, monkeypatch, log
+):
+    """The result is that of the weights in memory; what stays there are gains and biases."""
+    fields = {"iters": 6, "lr": lr, "batch_size": 2}
+    here, last = tiny_llama(), ScaleDistillationModifier(**fields)
+    quantize(here, [rounded(num_bits), last], token_samples(16))
+    assert last.result.kept == kept
+    onloaded = []
+    step = torch.optim.Adam.step
+
+    def spy(optimizer, *args, **kwargs):
+        onloaded.append([x.ndim for x in OffloadCache.keep_onloaded_values.values()])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    there, streamed = offloaded(tmp_path), ScaleDistillationModifier(**fields)
+    quantize(there, [rounded(num_bits), streamed], token_samples(16))
+    assert any("each weight is brought there when it is used" in message for message in log)
+    assert len(onloaded) == 6
+    assert all(set(dims) == {1} for dims in onloaded)
+    assert OffloadCache.keep_onloaded_values == {}
+    assert replace(streamed.result, seconds=0) == replace(last.result, seconds=0)
+    expected, found = state(here), state(there)
+    assert expected.keys() == found.keys()
+    assert [name for name, x in expected.items() if not torch.equal(x, found[name])] == []
+
+
+def test_a_streamed_scale_restores_integers_that_moved():
+    model = quantize(tiny_llama(), rounded(8))
+    layer = model.model.layers[0].mlp.up_proj
+    before, weight = integers(layer), layer.weight.clone()
+    trained = StreamedScale(layer, layer.quantization_scheme.weights)
+    with torch.no_grad():
+        trained.factor.mul_(1.01)
+    trained.apply()
+    assert torch.equal(layer.weight, weight)  # not before the end
+    assert trained.finish() > 0
+    assert torch.equal(trained.weight(), layer.weight)
+    assert not torch.equal(integers(layer), before)
+    trained.reset()
+    trained.finish()
+    assert torch.equal(integers(layer), before)
+    assert torch.equal(layer.weight_scale, trained.initial)
+
+
 def test_what_does_not_help_is_dropped(log):
     plain = state(quantize(tiny_llama(), rounded()))
     model, modifier = distilled(lr=50.0)
@@ -375,9 +443,9 @@ def test_distillation_has_samples_of_its_own(first, iters, passed, taught, monke
     found = {}
     record, initialize = scale_distillation.record_teacher, ScaleDistillationModifier.on_initialize
 
-    def recorded(model, batches, fraction):
+    def recorded(model, batches, *more):
         found["taught"] = len(batches := list(batches))
-        return record(model, batches, fraction)
+        return record(model, batches, *more)
 
     def initialized(self, state, **kwargs):
         found["passed"] = len(state.data.calib)

@@ -29,6 +29,7 @@ from catalogue import CATALOGUE
 from released_configs import (
     DEEPSEEK_R1,
     LLAMA_3_1_8B,
+    LLAMA_3_1_70B,
     QWEN3_30B_A3B,
     configuration,
 )
@@ -306,6 +307,15 @@ def test_scale_distillation_holds_the_whole_model():
     found = plan(config, "w2a16_distilled_autoround", machine=H100)
     assert found.peak.name == "scale distillation"
     assert found.peak.size > found.counts.size
+
+
+def test_scale_distillation_of_a_model_that_does_not_fit():
+    """Half of the memory must hold its weights and integers; else it takes them one by one."""
+    found = plan(configuration(LLAMA_3_1_70B), "w2a16_distilled_autoround", machine=H100)
+    (phase,) = (x for x in found.phases if x.name == "scale distillation")
+    assert "the whole model" not in names_of(phase.parts)
+    assert phase.size < 0.3 * found.counts.size
+    assert found.fits
 
 
 def test_other_modifiers_are_named():

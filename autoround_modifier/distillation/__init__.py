@@ -5,7 +5,7 @@ from autoround_modifier.distillation.distiller import (
     DistillationResult,
     train_scales,
 )
-from autoround_modifier.distillation.scales import TrainedScale
+from autoround_modifier.distillation.residency import weights_on_device
 from autoround_modifier.distillation.teacher import TeacherBatch, record_teacher
 from autoround_modifier.distillation.trainable import trainable_layers, trainable_norms
 
@@ -13,9 +13,9 @@ __all__ = [
     "DistillationConfig",
     "DistillationResult",
     "TeacherBatch",
-    "TrainedScale",
     "record_teacher",
     "train_scales",
     "trainable_layers",
     "trainable_norms",
+    "weights_on_device",
 ]

@@ -23,10 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 from autoround_modifier.blocks.model_pass import model_logits
 from autoround_modifier.blocks.patching import forwards_replaced
-from autoround_modifier.blocks.samples import stackable
 from autoround_modifier.distillation.base import TrainedValue
 from autoround_modifier.distillation.norms import TrainedNorm
 from autoround_modifier.distillation.scales import TrainedScale
+from autoround_modifier.distillation.stacking import stacks
 from autoround_modifier.distillation.teacher import TeacherBatch, divergence
 from autoround_modifier.errors import NonFiniteError
 from autoround_modifier.host.layers import parameters_frozen
@@ -166,35 +166,17 @@ def _schedule(step: int, iters: int) -> float:
 
 def _stacked(batches: list[TeacherBatch]) -> Iterator[TeacherBatch]:
     """Yield batches that have the same shapes as one."""
-
-    def signature(index: int) -> tuple:
-        return _signature(batches[index]) or (index,)
-
-    for indices in stackable(list(range(len(batches))), signature):
+    inputs = [batch.inputs for batch in batches]
+    for indices, joined in stacks(inputs, lambda index: batches[index].mask is None):
         group = [batches[index] for index in indices]
-        if len(group) == 1:
-            yield group[0]
-            continue
-        inputs = {key: torch.cat([batch.inputs[key] for batch in group]) for key in group[0].inputs}
-        masks = [batch.mask for batch in group]
+        masks = [batch.mask for batch in group if batch.mask is not None]
         yield TeacherBatch(
-            inputs,
+            joined,
             torch.cat([batch.tokens for batch in group]),
             torch.cat([batch.log_probs for batch in group]),
-            None if masks[0] is None else torch.cat([mask for mask in masks if mask is not None]),
+            torch.cat(masks) if masks else None,
             group[0].recorded,
         )
-
-
-def _signature(batch: TeacherBatch) -> tuple | None:
-    """:return: what batches must share to be stacked; None if they cannot be"""
-    tensors = batch.inputs.values()
-    if any(not isinstance(x, Tensor) or x.ndim < 2 for x in tensors):
-        return None
-    if len({len(x) for x in tensors}) > 1:
-        return None  # a tensor whose first dimension is not the batch, such as image patches
-    shapes = ((key, x.shape, x.dtype) for key, x in sorted(batch.inputs.items()))
-    return (batch.mask is None, *shapes)
 
 
 def _checkpointed(blocks: list[nn.Module]) -> AbstractContextManager[None]:

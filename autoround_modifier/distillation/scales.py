@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from autoround_modifier.blocks.patching import forwards_replaced
 from autoround_modifier.distillation.base import TrainedValue
+from autoround_modifier.formats import QuantizedWeight
 from autoround_modifier.host.layers import write_parameter
 from autoround_modifier.host.quantized_weights import read_layer
 from autoround_modifier.host.schemes import QuantizationArgs
 from autoround_modifier.host.write_back import write_back
 
-__all__ = ["TrainedScale"]
+__all__ = ["StreamedScale", "TrainedScale"]
 
 # A scale keeps its sign, and this share of its first size: integers must not lose their meaning.
 SMALLEST = 0.05
@@ -32,16 +33,21 @@ class TrainedScale(TrainedValue):
 
     :param layer: with ``weight_scale`` and ``weight_zero_point``
     :param args: how the weight is quantized, strategy ``group``, ``channel`` or ``tensor``
+    :ivar scale: the current one, (1,) or (out_features, groups), in the dtype that is saved
     """
 
     def __init__(self, layer: nn.Linear, args: QuantizationArgs):
         self.layer = layer
         self.args = args
-        self.quantized = read_layer(layer, args)
-        self.values, scale = self.quantized.values, self.quantized.scale
-        self.initial = scale.clone()
-        self.unit = scale.float().abs().mean()
-        self.factor = nn.Parameter(scale.float() / self.unit)
+        quantized = read_layer(layer, args)
+        self.scale = self.initial = quantized.scale
+        self.unit = self.initial.float().abs().mean()
+        self.factor = nn.Parameter(self.initial.float() / self.unit)
+        self._keep(quantized)
+
+    def _keep(self, quantized: QuantizedWeight) -> None:
+        self.quantized = quantized
+        self.values = quantized.values
 
     def pull_gradient(self) -> None:
         pass  # autograd gives it to the factor itself
@@ -58,15 +64,14 @@ class TrainedScale(TrainedValue):
         self.quantized.parts["values"] = self.values
         self._write(self.initial)
 
-    @property
-    def scale(self) -> Tensor:
-        """(1,) or (out_features, groups), the current scale"""
-        return cast(Tensor, self.layer.weight_scale).detach()
+    def weight(self) -> Tensor:
+        """:return: what the layer computes with, (out_features, in_features)"""
+        return self.layer.weight
 
     @torch.no_grad()
     def finish(self) -> int:
         """
-        Make sure that saving recovers the integers.
+        Give the layer the current scale, so that saving recovers the integers.
 
         :return: number of integers that had to move by one step
         """
@@ -74,7 +79,7 @@ class TrainedScale(TrainedValue):
 
     @torch.no_grad()
     def _write(self, scale: Tensor) -> None:
-        self.quantized.parts["scale"] = scale
+        self.scale = self.quantized.parts["scale"] = scale
         write_parameter(self.layer, "weight", self.quantized.dequantize())
         write_parameter(self.layer, "weight_scale", scale)
 
@@ -87,11 +92,52 @@ class TrainedScale(TrainedValue):
     def _forward(self) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
-                return F.linear(x, self.layer.weight, self.layer.bias)
+                return F.linear(x, self.weight(), self.layer.bias)
             y = _ScaledLinear.apply(x, self.factor, self)
             return y if self.layer.bias is None else y + self.layer.bias
 
         return forward
+
+
+class StreamedScale(TrainedScale):
+    """
+    Of a layer whose weight is brought to the device for each use. Nothing as large as the weight is
+    kept: until `finish` the layer holds what it held at first, and each use finds the integers in
+    it and multiplies them by the current scale.
+    """
+
+    def _keep(self, quantized: QuantizedWeight) -> None:
+        self._written = False  # whether the layer holds the current scale
+        self._moved: tuple[tuple[Tensor, ...], Tensor] | None = None  # indices, first integers
+
+    def _current(self) -> QuantizedWeight:
+        """:return: the first integers with the current scale"""
+        quantized = read_layer(self.layer, self.args)
+        quantized.parts["scale"] = self.scale
+        if self._moved is not None:
+            indices, values = self._moved
+            quantized.parts["values"] = quantized.values.index_put(indices, values)
+        return quantized
+
+    def weight(self) -> Tensor:
+        return self.layer.weight if self._written else self._current().dequantize()
+
+    def reset(self) -> None:
+        self._write(self.initial)
+
+    @torch.no_grad()
+    def finish(self) -> int:
+        quantized = self._current()
+        first = quantized.values
+        moved = write_back(self.layer, quantized, self.args)
+        indices = (first != quantized.values).nonzero(as_tuple=True)
+        self._moved = (indices, first[indices]) if moved else None
+        self._written = True
+        return moved
+
+    def _write(self, scale: Tensor) -> None:
+        self.scale = scale
+        self._written = False
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -104,12 +150,12 @@ class _ScaledLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, factor: Tensor, scale: TrainedScale) -> Tensor:
         ctx.save_for_backward(x)
         ctx.scale = scale
-        return F.linear(x, scale.layer.weight)
+        return F.linear(x, scale.weight())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
         (x,) = ctx.saved_tensors
-        weight, scale = ctx.scale.layer.weight, ctx.scale.scale
+        weight, scale = ctx.scale.weight(), ctx.scale.scale
         of_input = gradient @ weight if ctx.needs_input_grad[0] else None
         of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
         columns = _columns(scale.float())

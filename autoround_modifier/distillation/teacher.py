@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from autoround_modifier.blocks.model_pass import (
     forward_arguments,
     model_logits,
 )
+from autoround_modifier.distillation.stacking import stacks
 from autoround_modifier.errors import CalibrationError, NonFiniteError
 
 __all__ = ["TeacherBatch", "divergence", "record_teacher"]
@@ -50,45 +52,73 @@ class TeacherBatch:
 
 @torch.no_grad()
 def record_teacher(
-    model: nn.Module, batches: Iterable[dict[str, Any]], position_fraction: float = 1.0
+    model: nn.Module,
+    batches: Iterable[dict[str, Any]],
+    position_fraction: float = 1.0,
+    at_once: int = 1,
 ) -> list[TeacherBatch]:
     """
     :param model: the original, in full precision
     :param batches: arguments of its forward; ``attention_mask`` and ``loss_mask``, (batch, length),
         say which positions count
     :param position_fraction: share of the positions that are recorded, evenly spaced
+    :param at_once: number of batches that the model runs on together, where they have one shape
     :raises CalibrationError: if no position counts
     :raises NonFiniteError: if the original gives NaN or infinity
     """
-    recorded = []
-    for index, batch in enumerate(batches):
-        inputs = forward_arguments(batch)
-        shape = batch["input_ids"].shape[:2] if "input_ids" in batch else None
-        positions = None if shape is None else evenly_spaced(shape[1], position_fraction)
-        logits = model_logits(model, inputs, positions)
-        mask = counting_positions(batch, logits.shape[:2] if shape is None else shape)
-        if mask is not None and positions is not None:
-            mask = mask[:, positions]
-        rows = logits[mask.to(logits.device)] if mask is not None else logits.flatten(0, 1)
-        if not torch.isfinite(rows).all():
-            raise NonFiniteError(
-                f"the original's output has NaN or infinity in calibration batch {index}; load the "
-                "model in bfloat16 or float32"
-            )
-        if not len(rows):
-            continue
-        tokens, log_probs = [], []
-        for part in rows.split(_rows_at_once(rows)):
-            top = part.topk(min(TOP_K, part.shape[-1]))
-            tokens.append(top.indices.int().cpu())
-            norm = part.float().logsumexp(-1, keepdim=True)
-            log_probs.append((top.values.float() - norm).cpu())
-        recorded.append(
-            TeacherBatch(inputs, torch.cat(tokens), torch.cat(log_probs), mask, positions)
-        )
-    if not recorded:
+    recorded: dict[int, TeacherBatch | None] = {}
+    rest, start = iter(batches), 0
+    while group := list(islice(rest, at_once)):
+        inputs = [forward_arguments(batch) for batch in group]
+        for indices, joined in stacks(inputs):
+            positions = None
+            if "input_ids" in joined:
+                positions = evenly_spaced(joined["input_ids"].shape[1], position_fraction)
+            logits = model_logits(model, joined, positions)
+            for index, part in zip(indices, logits.chunk(len(indices)), strict=True):
+                recorded[start + index] = _recorded(
+                    group[index], inputs[index], part, positions, start + index
+                )
+        start += len(group)
+    found = [recorded[index] for index in sorted(recorded)]
+    result = [batch for batch in found if batch is not None]
+    if not result:
         raise CalibrationError("the calibration data has no token that counts")
-    return recorded
+    return result
+
+
+def _recorded(
+    batch: dict[str, Any],
+    inputs: dict[str, Any],
+    logits: Tensor,
+    positions: Tensor | None,
+    index: int,
+) -> TeacherBatch | None:
+    """
+    :param logits: (batch, positions, vocabulary), the original's
+    :param positions: of the samples that these are of; None for all
+    :param index: of the batch, for messages
+    :return: what is kept; None if no position counts
+    """
+    shape = batch["input_ids"].shape[:2] if "input_ids" in batch else logits.shape[:2]
+    mask = counting_positions(batch, shape)
+    if mask is not None and positions is not None:
+        mask = mask[:, positions]
+    rows = logits[mask.to(logits.device)] if mask is not None else logits.flatten(0, 1)
+    if not torch.isfinite(rows).all():
+        raise NonFiniteError(
+            f"the original's output has NaN or infinity in calibration batch {index}; load the "
+            "model in bfloat16 or float32"
+        )
+    if not len(rows):
+        return None
+    tokens, log_probs = [], []
+    for part in rows.split(_rows_at_once(rows)):
+        top = part.topk(min(TOP_K, part.shape[-1]))
+        tokens.append(top.indices.int().cpu())
+        norm = part.float().logsumexp(-1, keepdim=True)
+        log_probs.append((top.values.float() - norm).cpu())
+    return TeacherBatch(inputs, torch.cat(tokens), torch.cat(log_probs), mask, positions)
 
 
 def evenly_spaced(length: int, fraction: float) -> Tensor | None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from autoround_modifier.errors import RecipeError, SchemeError, listed
 from autoround_modifier.host.activations import has_quantized_cache
+from autoround_modifier.host.layers import disable_onloading
 from autoround_modifier.host.schemes import (
     QuantizationArgs,
     QuantizationStatus,
@@ -71,12 +72,13 @@ def trainable_norms(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """:return: gains and biases: parameters with one dimension named ``weight`` or ``bias``"""
     found = []
     seen: set[int] = set()
-    for module in model.modules():
-        for name in ("weight", "bias"):
-            value = getattr(module, name, None)
-            if not isinstance(value, nn.Parameter) or id(value) in seen:
-                continue
-            seen.add(id(value))
-            if value.ndim == 1 and value.is_floating_point():
-                found.append((module, name))
+    with disable_onloading():  # only shapes are asked for
+        for module in model.modules():
+            for name in ("weight", "bias"):
+                value = getattr(module, name, None)
+                if not isinstance(value, nn.Parameter) or id(value) in seen:
+                    continue
+                seen.add(id(value))
+                if value.ndim == 1 and value.is_floating_point():
+                    found.append((module, name))
     return found

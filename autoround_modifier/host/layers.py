@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from compressed_tensors.offload import (
     as_single_threaded,
     disable_offloading,
@@ -28,6 +29,8 @@ __all__ = [
     "disable_onloading",
     "get_execution_device",
     "is_on_disk",
+    "kept_onloaded",
+    "offloaded_bytes",
     "parameters_frozen",
     "stored_weight",
     "weight_folders",
@@ -46,6 +49,45 @@ def stored_weight(layer: Layer) -> Tensor:
 def write_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """Set a parameter or buffer, and its offloaded copy if there is one."""
     update_offload_parameter(module, name, value)
+
+
+def offloaded_bytes(model: nn.Module) -> dict[torch.device, int]:
+    """
+    :return: by device, the bytes of parameters that are kept elsewhere, and are brought to it when
+        they are used
+    """
+    sizes: dict[torch.device, dict[int, int]] = {}
+    with disable_onloading():
+        for module in model.modules():
+            cache = module._parameters
+            if isinstance(cache, OffloadCache):
+                device = torch.device(cache.onload_device)
+                if cache.offload_device != device:
+                    found = {id(x): x.nbytes for x in module.parameters(recurse=False)}
+                    sizes.setdefault(device, {}).update(found)
+    return {device: sum(found.values()) for device, found in sizes.items()}
+
+
+@contextlib.contextmanager
+def kept_onloaded(parameters: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
+    """
+    Keep some offloaded parameters on the device: the forward pass sees the same tensor each time.
+
+    :param parameters: modules and the names of their parameters
+    """
+    kept = []
+    for module, name in parameters:
+        with disable_onloading():
+            stored = getattr(module, name)
+        onloaded = getattr(module, name)
+        if onloaded is not stored and stored not in OffloadCache.keep_onloaded_values:
+            OffloadCache.keep_onloaded_values[stored] = onloaded
+            kept.append(stored)
+    try:
+        yield
+    finally:
+        for stored in kept:
+            OffloadCache.keep_onloaded_values.pop(stored, None)
 
 
 def is_on_disk(model: nn.Module) -> bool:

@@ -18,15 +18,14 @@ from autoround_modifier.distillation import (
     DistillationConfig,
     DistillationResult,
     TeacherBatch,
-    TrainedScale,
     record_teacher,
     train_scales,
     trainable_layers,
     trainable_norms,
+    weights_on_device,
 )
 from autoround_modifier.fields import DistillationFields
 from autoround_modifier.host.blocks import find_blocks
-from autoround_modifier.host.layers import disable_offloading
 from autoround_modifier.host.lifecycle import (
     DisableQuantization,
     PlainDataModifier,
@@ -65,8 +64,9 @@ class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
         ScaleDistillationModifier: {}
     ```
 
-    The whole model takes part in each step, so it must fit on its device; the activations of one
-    block at a time are kept.
+    The whole model takes part in each step. Weights that are offloaded stay on the device where
+    half of its free memory holds them; otherwise each is brought there when it is used. The
+    activations of one block at a time are kept.
 
     Lifecycle:
 
@@ -119,12 +119,15 @@ class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
         logger.info("Recording the original's predictions")
         with (
             DisableQuantization(model),
-            disable_offloading(),
+            weights_on_device(model),
             eval_context(model),
             say_what_is_left("Scale distillation stopped before anything was quantized."),
         ):
             self._teacher = record_teacher(
-                model, self._batches(cast(Iterable, state.data.calib)), self.position_fraction
+                model,
+                self._batches(cast(Iterable, state.data.calib)),
+                self.position_fraction,
+                self.batch_size,
             )
         return True
 
@@ -140,14 +143,14 @@ class ScaleDistillationModifier(DistillationFields, PlainDataModifier):
         with (
             phase("distillation"),
             contextlib.closing(progress),
-            disable_offloading(),
+            weights_on_device(model) as scale_of,
             say_what_is_left(
                 "Scale distillation stopped; scales, gains and biases are as before it. The "
                 "model in memory is quantized: `save_pretrained` saves it, "
                 "`autoround_modifier.distill` trains it again."
             ),
         ):
-            scales = [TrainedScale(layer, args) for layer, args in trainable_layers(model).items()]
+            scales = [scale_of(layer, args) for layer, args in trainable_layers(model).items()]
             norms = trainable_norms(model)
             self._result = train_scales(
                 model, self._blocks, scales, norms, teacher, self._config(), progress.advance

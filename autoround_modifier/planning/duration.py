@@ -13,7 +13,7 @@ from __future__ import annotations
 from autoround_modifier.planning.block_counts import BlockCounts
 from autoround_modifier.planning.counts import ModelCounts
 from autoround_modifier.planning.hardware import COPIES, Device
-from autoround_modifier.planning.memory import samples_on_device
+from autoround_modifier.planning.memory import distillation_streams, samples_on_device
 from autoround_modifier.planning.quantities import Kind, Quantity
 from autoround_modifier.planning.settings import RunSettings
 
@@ -27,6 +27,9 @@ OF_THE_FLOOR = 1.5
 STEP_BYTES, EXPERT_STEP_BYTES = 16, 22
 SEARCH_PASSES, SEARCH_BYTES = 30, 6
 LAUNCHES, LAUNCH = 20, 10e-6  # kernels for one layer of an expert in a step, seconds of each
+# How often a step of scale distillation uses each weight: forward, again on the way back, and there
+# for the gradients of input and scale
+STREAMED_PASSES = 3
 DISK = 2e9  # bytes per second
 SAVING = 0.5e9  # bytes of the model per second, compressed and written
 
@@ -108,6 +111,11 @@ def run_seconds(counts: ModelCounts, run: RunSettings, device: Device) -> list[Q
         operations = (3 * steps + run.distillation_samples) * (forward + head)
         operations += again * steps * forward
         add("scale distillation", operations / speed.flops)
+        if distillation_streams(counts, device):
+            passes = STREAMED_PASSES * run.distillation_iters
+            passes += run.distillation_samples / run.distillation_batch
+            path = DISK if run.model_on_disk else COPIES
+            add("scale distillation: weights", passes * counts.size / path)
     kind: Kind = "extrapolated"
     source = CPU_SOURCE if device.is_cpu else GPU_SOURCE
     result = [Quantity(name, x, kind, source) for name, x in spent.items() if x]

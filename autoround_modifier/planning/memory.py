@@ -11,6 +11,7 @@ import torch
 
 from autoround_modifier.blocks.placement import CHAINED, RECORDED, RESERVE
 from autoround_modifier.device import slice_elements
+from autoround_modifier.distillation.residency import fits
 from autoround_modifier.distillation.teacher import ACCELERATOR_LOGITS, CPU_LOGITS
 from autoround_modifier.planning.block_counts import BlockCounts
 from autoround_modifier.planning.counts import ModelCounts
@@ -18,7 +19,7 @@ from autoround_modifier.planning.hardware import Device
 from autoround_modifier.planning.quantities import Phase, Quantity
 from autoround_modifier.planning.settings import RunSettings
 
-__all__ = ["SAVED", "device_phases", "host_parts", "samples_on_device"]
+__all__ = ["SAVED", "device_phases", "distillation_streams", "host_parts", "samples_on_device"]
 
 # Float32 minimum, maximum, alpha and beta; scale (2) and zero point (1) of the best candidate and
 # of the module
@@ -164,6 +165,13 @@ def _tuning(block: BlockCounts, run: RunSettings, itemsize: int, device: Device)
     return parts
 
 
+def distillation_streams(counts: ModelCounts, device: Device) -> bool:
+    """:return: whether scale distillation brings each weight to the device when it is used"""
+    if device.is_cpu or device.memory is None:
+        return False
+    return not fits(counts.size, device.memory - CONTEXT)
+
+
 def _distillation(counts: ModelCounts, run: RunSettings, device: Device) -> Phase:
     itemsize, tokens = counts.dtype.itemsize, run.distillation_batch * run.length
     logits = tokens * run.distillation_positions * counts.vocabulary
@@ -177,15 +185,21 @@ def _distillation(counts: ModelCounts, run: RunSettings, device: Device) -> Phas
         activations = sum(n * x for n, x in zip(numbers, saved, strict=True))
         inputs = 0
     parts = [
-        Quantity("integers", counts.quantized),
         Quantity("scales, gradients and moments", TRAINED_SCALE_BYTES * counts.quantized_groups),
         Quantity("inputs of blocks", inputs),
         Quantity("activations", activations),
         Quantity("logits and their gradients", 2 * itemsize * logits, "assumed"),
         Quantity("logits in float32", 4 * min(logits, at_once), "assumed"),
     ]
-    if not device.is_cpu:
-        parts.insert(0, Quantity("the whole model", counts.size))
+    if distillation_streams(counts, device):
+        largest = max((block.largest for block in counts.blocks), default=0)
+        # the layer that runs, the one before it on the way back, and integers of one
+        parts.append(Quantity("weights of layers that run", (2 * itemsize + 1) * largest))
+        parts.append(Quantity("embeddings and head", 2 * counts.embeddings))
+    else:
+        parts.append(Quantity("integers", counts.quantized))
+        if not device.is_cpu:
+            parts.append(Quantity("the whole model", counts.size))
     return Phase("scale distillation", tuple(parts))
 
 
