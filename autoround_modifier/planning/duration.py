@@ -112,8 +112,8 @@ def run_seconds(counts: ModelCounts, run: RunSettings, device: Device) -> list[Q
         operations += again * steps * forward
         add("scale distillation", operations / speed.flops)
         if distillation_streams(counts, device):
-            passes = STREAMED_PASSES * run.distillation_iters
-            passes += run.distillation_samples / run.distillation_batch
+            recorded = run.distillation_samples / run.distillation_batch
+            passes = STREAMED_PASSES * run.distillation_iters + recorded
             path = DISK if run.model_on_disk else COPIES
             add("scale distillation: weights", passes * counts.size / path)
     kind: Kind = "extrapolated"
