@@ -15,6 +15,7 @@ __all__ = ["Row", "markdown"]
 class Row:
     """
     :ivar format: of the weights
+    :ivar store: where samples are kept, ``device`` or ``host``
     :ivar step_ms: one step of tuning
     :ivar floor_ms: forward and backward of the bare block with the same batch
     :ivar masked_floor_ms: the same with the attention mask that was recorded
@@ -25,6 +26,7 @@ class Row:
     """
 
     format: str
+    store: str
     step_ms: float
     floor_ms: float
     masked_floor_ms: float
@@ -38,20 +40,21 @@ class Row:
 def markdown(facts: dict[str, Any], rows: Iterable[Row]) -> str:
     lines = [
         f"{facts['device']}, PyTorch {facts['torch']}. A block of hidden size {facts['hidden']}, "
-        f"{facts['samples']} samples of {facts['length']} tokens kept on the {facts['store']}, "
+        f"{facts['samples']} samples of {facts['length']} tokens, "
         f"batches of {facts['batch']}, mean of {facts['steps']} steps.",
         "",
-        "| weights | ms per step | floor | of the floor | floor with mask | kernels ms | launches "
-        "| copies to the device | MB in them | copies back | waits | peak GiB | search s "
-        "| first search s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| weights | samples kept on | ms per step | floor | of the floor | floor with mask "
+        "| kernels ms | launches | copies to the device | MB in them | copies back "
+        "| waits | peak GiB | search s | first search s |",
+        "| --- " * 15 + "|",
     ]
     for row in rows:
         counts = row.counts
         peak = "" if row.peak_gib is None else f"{row.peak_gib:.2f}"
         lines.append(
-            f"| {row.format}{'' if row.compiled else ' (not compiled)'} | {row.step_ms:.1f} "
-            f"| {row.floor_ms:.1f} | {row.step_ms / row.floor_ms:.2f} | {row.masked_floor_ms:.1f} "
+            f"| {row.format}{'' if row.compiled else ' (not compiled)'} | {row.store} "
+            f"| {row.step_ms:.1f} | {row.floor_ms:.1f} | {row.step_ms / row.floor_ms:.2f} "
+            f"| {row.masked_floor_ms:.1f} "
             f"| {counts.kernel_ms:.1f} | {counts.kernels:.0f} | {counts.copies_to_device:.0f} "
             f"| {counts.bytes_to_device / 1e6:.1f} | {counts.copies_from_device:.0f} "
             f"| {counts.waits:.0f} | {peak} | {row.search_s:.2f} | {row.first_search_s:.1f} |"

@@ -4,10 +4,10 @@ Cost of tuning one decoder block on an accelerator, beside the block's bare forw
     make gpu-check
 
 The block has the shape of Llama 3.1 8B and random weights in bfloat16. What it sees is recorded as
-in a run, in eager attention, and kept on the host; it is searched and tuned by the classes that a
-run uses. The floor is measured in the same process, before and after: forward and backward in
-causal SDPA with trainable weights, on a batch that is on the device. Compilation and warm-up are
-not counted. Launches, copies and waits are those of one step, by the profiler.
+in a run, in eager attention, and kept on the device or on the host; it is searched and tuned by the
+classes that a run uses. The floor is measured in the same process, before and after: forward and
+backward in causal SDPA with trainable weights, on a batch that is on the device. Compilation and
+warm-up are not counted. Launches, copies and waits are those of one step, by the profiler.
 
     python benchmarks/gpu_block.py --device cpu --hidden 128 --intermediate 256 --heads 4 \
         --kv-heads 2 --samples 8 --length 16 --batch 4 --steps 3 --warmup 1
@@ -71,10 +71,13 @@ def one_block_llama(shape: argparse.Namespace, device: torch.device) -> LlamaFor
 
 @torch.no_grad()
 def record(
-    model: LlamaForCausalLM, block: nn.Module, shape: argparse.Namespace
+    model: LlamaForCausalLM, block: nn.Module, shape: argparse.Namespace, store_on: str
 ) -> tuple[BlockSamples, Importance]:
-    """:return: what the block sees and gives, as a run records it; importance of input channels"""
-    placement = SamplePlacement("none" if shape.store == "device" else "cpu")
+    """
+    :param store_on: ``device`` or ``host``
+    :return: what the block sees and gives, as a run records it; importance of input channels
+    """
+    placement = SamplePlacement("none" if store_on == "device" else "cpu")
     store = CalibrationStore({block: "model.layers.0"}, shape.samples, placement)
     importance = Importance()
     recorder = CalibrationRecorder(
@@ -161,6 +164,7 @@ def tuned(
 
 def measure(
     name: str,
+    store_on: str,
     device: Device,
     model: LlamaForCausalLM,
     samples: BlockSamples,
@@ -205,7 +209,9 @@ def measure(
         floors_after = [floor_ms(device, group, samples, shape, mask) for mask in (False, True)]
     plain, masked = (statistics.mean(pair) for pair in zip(floors, floors_after, strict=True))
     gib = None if peak is None else (peak - held) / 2**30
-    return Row(name, step_ms, plain, masked, again, first, gib, compute.compiled, found[0])
+    return Row(
+        name, store_on, step_ms, plain, masked, again, first, gib, compute.compiled, found[0]
+    )
 
 
 def say(message: str) -> None:
@@ -235,9 +241,11 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument(
         "--store",
-        default="host",
-        choices=["host", "device"],
-        help="where recorded samples are kept; AutoRoundModifier keeps them on the host",
+        nargs="+",
+        default=["device", "host"],
+        choices=["device", "host"],
+        help="where recorded samples are kept: AutoRoundModifier keeps those of all blocks but the "
+        "first on the device, where they fit",
     )
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--device", help="default: the accelerator, or else the CPU")
@@ -254,18 +262,19 @@ def main(arguments: list[str] | None = None) -> None:
     facts = {
         "device": device.description(),
         "torch": torch.__version__,
-        "store": shape.store,
         **{key: value for key, value in vars(shape).items() if isinstance(value, (int, bool))},
     }
-    samples, importance = record(model, model.model.layers[0], shape)
-    say(f"{shape.samples} samples of {shape.length} tokens are recorded")
     rows: list[Row] = []
     shape.output.parent.mkdir(parents=True, exist_ok=True)
-    for name in shape.formats:
-        rows.append(measure(name, device, model, samples, importance, shape))
-        result = facts | {"rows": [asdict(row) for row in rows]}
-        shape.output.write_text(json.dumps(result, indent=1))
-        shape.output.with_suffix(".md").write_text(markdown(facts, rows))
+    for store_on in shape.store:
+        samples, importance = record(model, model.model.layers[0], shape, store_on)
+        say(f"{shape.samples} samples of {shape.length} tokens are recorded, on the {store_on}")
+        for name in shape.formats:
+            rows.append(measure(name, store_on, device, model, samples, importance, shape))
+            result = facts | {"rows": [asdict(row) for row in rows]}
+            shape.output.write_text(json.dumps(result, indent=1))
+            shape.output.with_suffix(".md").write_text(markdown(facts, rows))
+        del samples
     print(markdown(facts, rows), flush=True)
 
 

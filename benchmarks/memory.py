@@ -10,6 +10,9 @@ model, so that everything is imported; then its peak (``VmHWM``) is reset, the s
 what counts is the peak from there on, less what was resident before quantizing began. Scales and
 zero points stay with the model, and are named as well. Nothing is compiled unless ``--compile``
 says so: a compiler needs more memory than all that is measured here.
+
+With ``--distillation-iters`` scales are trained as well, those of a model on the disk as where
+memory does not hold it.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import torch
 from child import current_rss, report, run_child
 from compressed_tensors.offload import disable_onloading, load_offloaded_model
 from datasets import Dataset
+from llmcompressor.modifiers import Modifier
 from speed import VOCABULARY, WEIGHTS
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -39,7 +43,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from autoround_modifier import AutoRoundModifier, oneshot
+from autoround_modifier import AutoRoundModifier, ScaleDistillationModifier, oneshot
+from autoround_modifier.distillation import residency
 from autoround_modifier.runs.files import write_atomically
 
 BLOCKS = [10, 20, 40, 80]
@@ -87,10 +92,18 @@ def load(folder: Path, place: str, offload_folder: Path) -> PreTrainedModel:
     return model
 
 
-def tune(model: PreTrainedModel, samples: int, length: int, iters: int, **fields: Any) -> None:
+def tune(
+    model: PreTrainedModel,
+    samples: int,
+    length: int,
+    iters: int,
+    distillation_iters: int = 0,
+    **fields: Any,
+) -> None:
     """
     Quantize all blocks.
 
+    :param distillation_iters: steps that train scales; 0 for none
     :param fields: of `AutoRoundModifier`
     """
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
@@ -103,7 +116,10 @@ def tune(model: PreTrainedModel, samples: int, length: int, iters: int, **fields
         **{"enable_torch_compile": False, **fields},
     )
     dataset = Dataset.from_dict({"input_ids": ids.tolist()})
-    oneshot(model=model, tokenizer=tokenizer, dataset=dataset, recipe=recipe)
+    modifiers: list[Modifier] = [recipe]
+    if distillation_iters:
+        modifiers.append(ScaleDistillationModifier(iters=distillation_iters))
+    oneshot(model=model, tokenizer=tokenizer, dataset=dataset, recipe=modifiers)
 
 
 def run(place: str, num_blocks: int, folder: str, arguments: argparse.Namespace) -> dict:
@@ -120,7 +136,9 @@ def run(place: str, num_blocks: int, folder: str, arguments: argparse.Namespace)
         size = parameter_bytes(model)
         reset_peak()
         started = time.perf_counter()
-        sizes = arguments.samples, arguments.length, arguments.iters
+        sizes = arguments.samples, arguments.length, arguments.iters, arguments.distillation_iters
+        if place == "disk":
+            residency.SHARE = 0.0  # of the free memory, for weights
         tune(model, *sizes, enable_torch_compile=arguments.compile)
         peak = peak_rss()
         return {
@@ -214,6 +232,9 @@ def main() -> None:
     parser.add_argument("--places", nargs="+", default=PLACES, choices=PLACES)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument(
+        "--distillation-iters", type=int, default=0, help="steps; 0 trains no scales"
+    )
     parser.add_argument("--iters", type=int, default=4)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("output/memory.json"))

@@ -75,10 +75,12 @@ def test_a_block_is_measured(tmp_path, capsys):
     path = tmp_path / "block.json"
     options = "--batch 4 --steps 2 --warmup 1 --formats w2 --no-compile --device cpu"
     gpu_block.main([*shape.split(), *options.split(), "--output", str(path)])
-    (row,) = json.loads(path.read_text())["rows"]
-    assert not row["compiled"]
-    assert min(row["step_ms"], row["floor_ms"], row["masked_floor_ms"], row["search_s"]) > 0
-    assert row["peak_gib"] is None
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["store"] for row in rows] == ["device", "host"]
+    for row in rows:
+        assert not row["compiled"]
+        assert min(row["step_ms"], row["floor_ms"], row["masked_floor_ms"], row["search_s"]) > 0
+        assert row["peak_gib"] is None
     table = path.with_suffix(".md").read_text()
     assert table in capsys.readouterr().out
     assert "| w2 (not compiled) |" in table
