@@ -26,9 +26,9 @@ from autoround_modifier.runs.files import write_atomically
 # budget -> samples that blocks are tuned on
 SAMPLES = {1: 64, 4: 128, 16: 512, 64: 1024}
 STEPS = 50
-# Of scale distillation, for each unit of the budget: with 50 steps for each block about the time
-# that auto-round takes from a budget of 4 on, and a third more than that at 1
-END_TO_END = 30
+# budget -> steps of each block, steps of scale distillation after them, and samples of those. They
+# are about as many passes through the model as auto-round makes; at 1 half as many more
+END_TO_END = {1: (50, 30, 256), 4: (120, 60, 256), 16: (480, 240, 1024), 64: (1920, 960, 1024)}
 BATCH_SIZE = 4
 
 
@@ -37,23 +37,22 @@ class Method:
     """
     :param name: in table and plot
     :param options: of `accuracy.py`'s method; the names in braces are those of `at`
-    :param samples: in all, as a multiple of those that blocks are tuned on
+    :param end_to_end: whether scale distillation follows
     """
 
     name: str
     options: str
-    samples: int = 1
+    end_to_end: bool = False
 
     def at(self, budget: int) -> tuple[str, int]:
         """:return: method and number of samples for `accuracy.py`"""
-        samples = SAMPLES[budget]
-        values = {
-            "steps": STEPS * budget,
-            "end_to_end": END_TO_END * budget,
-            "samples": samples,
-            "text": self.samples * samples,
-        }
-        return self.options.format(**values), self.samples * samples
+        steps, samples, distillation, text = STEPS * budget, SAMPLES[budget], 0, 0
+        if self.end_to_end:
+            steps, distillation, text = END_TO_END[budget]
+        options = self.options.format(
+            steps=steps, samples=samples, end_to_end=distillation, text=text
+        )
+        return options, max(samples, text)
 
 
 METHODS = {
@@ -62,10 +61,11 @@ METHODS = {
         Method("block by block", "default+iters={steps}+num_calibration_samples={samples}"),
         Method(
             "then end to end",
-            "default+iters=50+num_calibration_samples=64+distillation.iters={end_to_end}"
+            "default+iters={steps}+num_calibration_samples={samples}"
+            "+distillation.iters={end_to_end}"
             "+distillation.num_calibration_samples={text}+distillation.position_fraction=0.5"
             "+distillation.gradient_checkpointing=false",
-            samples=4,
+            end_to_end=True,
         ),
         Method("auto-round with alg_ext", "auto-round+iters={steps}+enable_alg_ext=true"),
         Method("GSQ", "gsq+steps={steps}"),

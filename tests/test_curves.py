@@ -21,7 +21,8 @@ def test_blocks_of_all_methods_have_the_same_samples_and_steps():
     assert METHODS["GSQ"].at(4) == ("gsq+steps=200", SAMPLES[4])
     assert METHODS["block by block"].at(1)[1] == METHODS["auto-round with alg_ext"].at(1)[1] == 64
     options, samples = METHODS["then end to end"].at(4)
-    assert samples == 4 * SAMPLES[4]
+    assert samples == 256
+    assert options.startswith(f"default+iters=120+num_calibration_samples={SAMPLES[4]}+")
     assert f"distillation.num_calibration_samples={samples}" in options
 
 
