@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, TypeVar
 
 import psutil
@@ -12,13 +13,14 @@ from torch.torch_version import TorchVersion
 
 __all__ = [
     "Compute",
-    "allocated_memory",
     "compilation_pays",
     "compile_options",
     "compiled_rounds_as_plain",
     "device_name",
     "free_memory",
+    "mark_memory",
     "peak_memory",
+    "peak_since_mark",
     "reset_peak_memory",
     "slice_elements",
 ]
@@ -178,30 +180,62 @@ def device_name() -> str:
     return str(getattr(module, "get_device_name", lambda: accelerator)())
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int | None:
     """
     :return: bytes that PyTorch can still allocate there, those that it has reserved and not given
-        out among them; 0 where an accelerator does not say, or shares the host's memory
+        out among them; None where an accelerator does not say
     """
     if device.type == "cpu":
         return int(psutil.virtual_memory().available)
     ask = getattr(torch.get_device_module(device), "mem_get_info", None)
-    if ask is None:
-        return 0
+    if ask is None or not _counts_memory():
+        return None
     reserved = torch.accelerator.memory_reserved(device)
     return int(ask(device)[0] + reserved - torch.accelerator.memory_allocated(device))
 
 
-def allocated_memory() -> int:
-    """:return: bytes of the accelerator that tensors hold now; 0 without one"""
-    return torch.accelerator.memory_allocated() if torch.accelerator.is_available() else 0
+@cache
+def _counts_memory() -> bool:
+    """:return: whether there is an accelerator whose memory PyTorch counts"""
+    if not torch.accelerator.is_available():
+        return False
+    try:
+        torch.accelerator.memory_allocated()
+    except RuntimeError:  # a backend with an allocator of another kind
+        return False
+    return True
+
+
+class _Peak:
+    """The peak before the last mark, since `reset_peak_memory`."""
+
+    earlier = 0
 
 
 def peak_memory() -> int:
     """:return: bytes of the accelerator at the peak since `reset_peak_memory`; 0 without one"""
-    return torch.accelerator.max_memory_allocated() if torch.accelerator.is_available() else 0
+    return max(_Peak.earlier, peak_since_mark())
 
 
 def reset_peak_memory() -> None:
-    if torch.accelerator.is_available():
+    _Peak.earlier = 0
+    if _counts_memory():
         torch.accelerator.reset_peak_memory_stats()
+
+
+def mark_memory() -> int:
+    """
+    Begin to look for a peak, without a change of what `peak_memory` gives.
+
+    :return: bytes of the accelerator that tensors hold now; 0 without one
+    """
+    if not _counts_memory():
+        return 0
+    _Peak.earlier = peak_memory()
+    torch.accelerator.reset_peak_memory_stats()
+    return torch.accelerator.memory_allocated()
+
+
+def peak_since_mark() -> int:
+    """:return: bytes of the accelerator at the peak since `mark_memory`; 0 without one"""
+    return torch.accelerator.max_memory_allocated() if _counts_memory() else 0

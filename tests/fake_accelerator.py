@@ -1,11 +1,11 @@
 """
 Tunes one block of fake tensors on a fake accelerator, from capture to the quantized chain.
 
-    python fake_accelerator.py resident|offloaded|mixed|experts|mismatch
+    python fake_accelerator.py resident|offloaded|moved|mixed|experts|mismatch
 
-resident: captured activations are on the accelerator; offloaded: on the CPU; mixed: some are;
-mismatch: a weight is left on the CPU. Prints the copies from the CPU to the accelerator in each
-step, and the device of the tuned integers.
+resident: captured activations are on the accelerator; offloaded: on the CPU; moved: first on the
+accelerator, then on the CPU; mixed: some are; mismatch: a weight is left on the CPU. Prints the
+copies from the CPU to the accelerator in each step, and the device of the tuned integers.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(case: str) -> None:
         store = CalibrationStore(
             {block: "model.layers.0"},
             num_samples=None,
-            placement=SamplePlacement("none" if case == "resident" else "cpu"),
+            placement=SamplePlacement("none" if case in ("resident", "moved") else "cpu"),
             sort=False,  # sorting reads the numbers
         )
         for _ in range(4):
@@ -99,6 +99,7 @@ def main(case: str) -> None:
         if case == "mismatch":
             formats[block.first].weight = formats[block.first].weight.to("cpu")
         group = BlockGroup([block], [captured.calls])
+        distinct = len({id(call.kwargs["attention_mask"]) for call in captured.calls})
         experts = {block.second} if case == "experts" else set()
         config = TuningConfig(iters=3, batch_size=4, loss="balanced")
         tuner = Tuner(
@@ -110,6 +111,12 @@ def main(case: str) -> None:
             config,
             experts=experts,
         )
+        if case == "moved":
+            tuner.move_samples(torch.device("cpu"))
+            tensors = [*captured.inputs, *captured.outputs, *captured.masks]
+            tensors += [x for call in group.calls[0] for x in call.tensors()]
+            assert {x.device.type for x in tensors} == {"cpu"}
+            assert len({id(call.kwargs["attention_mask"]) for call in group.calls[0]}) == distinct
         copies = []
 
         def count_copies() -> None:

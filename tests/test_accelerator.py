@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "fake_accelerator.py"
-CASES = ["resident", "offloaded", "mixed", "experts", "mismatch"]
+CASES = ["resident", "offloaded", "moved", "mixed", "experts", "mismatch"]
 
 
 @pytest.mark.parametrize("case", CASES)

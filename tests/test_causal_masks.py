@@ -88,6 +88,60 @@ def test_only_where_the_block_computes_the_same(default, expected):
     assert torch.allclose(group.forward(torch.cat(hidden), [0, 1, 2]), before, atol=1e-5)
 
 
+class NeedsMask(Attention):
+    """As DeepSeek-V3.2's, which cuts its mask."""
+
+    def forward(self, x, attention_mask, other):
+        return super().forward(x, attention_mask[:, :1], other)
+
+
+class NotFinite(Attention):
+    def forward(self, x, attention_mask, other):
+        y = super().forward(x, attention_mask, other)
+        return y if attention_mask is not None else y * torch.nan
+
+
+class InPlace(Attention):
+    """Writes into its input."""
+
+    def forward(self, x, attention_mask, other):
+        x *= 2
+        return super().forward(x, attention_mask, other)
+
+
+class OpenForMany(Attention):
+    """Another attention from so many tokens on."""
+
+    def forward(self, x, attention_mask, other):
+        self.default = "open" if x.shape[1] == TOKENS else "causal"
+        return super().forward(x, attention_mask, other)
+
+
+@pytest.mark.parametrize("kind", [NeedsMask, NotFinite, InPlace, OpenForMany])
+def test_blocks_that_keep_their_masks(kind):
+    block = kind("open")
+    hidden = [torch.randn(1, TOKENS, 8) for _ in range(2)]
+    masks = [causal(), causal()]
+    if kind is OpenForMany:
+        hidden.insert(0, torch.randn(1, 3, 8))
+        masks.insert(0, causal()[..., :3, :3])
+    before = [x.clone() for x in hidden]
+    group = BlockGroup([block], [calls(*masks)])
+    assert not group.leave_out_causal_masks(hidden)
+    assert [call.kwargs["attention_mask"] is None for call in group.calls[0]] == len(masks) * [
+        False
+    ]
+    assert all(torch.equal(x, y) for x, y in zip(hidden, before, strict=True))
+
+
+def test_a_block_that_writes_into_its_input_may_do_without():
+    group = BlockGroup([InPlace("causal")], [calls(causal())])
+    hidden = [torch.randn(1, TOKENS, 8)]
+    before = hidden[0].clone()
+    assert group.leave_out_causal_masks(hidden)
+    assert torch.equal(hidden[0], before)
+
+
 def test_all_blocks_of_a_group_or_none():
     blocks = [Attention("causal"), Attention("open")]
     group = BlockGroup(blocks, [calls(causal()), calls(causal())])

@@ -15,107 +15,109 @@ from autoround_modifier.errors import RecipeError
 from autoround_modifier.modifiers import block_quantizer
 from autoround_modifier.tuning import Tuner
 
-# Its tensors have no content; here it stands for an accelerator.
-ACCELERATOR = torch.device("meta")
-SAMPLES = 10
+ACCELERATOR = torch.device("meta")  # stands for one
+LAYERS = "model.layers"
+SAMPLES = 1000  # bytes of those of a block
 WEIGHTS = 100
 
 
-def block() -> nn.Module:
-    return nn.Linear(WEIGHTS // 10, 10, bias=False)
+def block(weights: int = WEIGHTS) -> nn.Module:
+    return nn.Linear(10, weights // 10, bias=False, device=ACCELERATOR)
 
 
-def hidden() -> torch.Tensor:
-    return torch.empty(2, 5, 8, device=ACCELERATOR)
-
-
-NEEDED = SAMPLES * 2 * 5 * 8 * 4  # inputs and outputs, float32
-
-
-def placement(free: float, choice: str = "auto", taken: int | None = 0) -> SamplePlacement:
-    """:param taken: by tuning a block before; None if none was tuned"""
-    result = SamplePlacement(choice, SAMPLES, free=lambda device: round(free))
-    if taken is not None:
-        result.tuned([block()], taken)
+def placement(free: float | None, choice: str = "auto", tuning: int | None = 0) -> SamplePlacement:
+    """:param tuning: bytes that tuning a block before took; None if none was tuned"""
+    result = SamplePlacement(choice, free=lambda device: None if free is None else round(free))
+    result.recorded(LAYERS, SAMPLES)
+    if tuning is not None:
+        result.tuned([block()], tuning)
     return result
 
 
 @pytest.mark.parametrize(
-    ("free", "taken", "expected"),
+    ("free", "tuning", "expected"),
     [
-        (2 * NEEDED, 0, ACCELERATOR),
-        (2 * NEEDED, 2 * NEEDED, HOST),
-        (NEEDED, 0, HOST),  # a tenth stays free
-        (2 * NEEDED, None, HOST),  # what tuning takes is not known
+        (2 * SAMPLES, 0, ACCELERATOR),
+        (2 * SAMPLES, 2 * SAMPLES, HOST),
+        (SAMPLES, 0, HOST),  # a tenth stays free
+        (10 * SAMPLES, None, HOST),  # what tuning takes is not known
+        (None, 0, HOST),  # the device does not say
     ],
 )
-def test_samples_are_on_the_accelerator_while_they_fit(free, taken, expected):
-    assert placement(free, taken=taken).choose(block(), hidden()) == expected
+def test_samples_are_on_the_accelerator_while_they_fit(free, tuning, expected):
+    assert placement(free, tuning=tuning).choose(block(), LAYERS, ACCELERATOR) == expected
 
 
 def test_tuning_takes_more_for_larger_blocks():
-    one = placement(1.5 * NEEDED, taken=NEEDED // 4)
-    assert one.choose(block(), hidden()) == ACCELERATOR
-    one.popped(block())
-    large = nn.Linear(WEIGHTS, 10, bias=False)
-    assert one.choose(large, hidden()) == HOST
+    one = placement(1.5 * SAMPLES, tuning=SAMPLES // 4)
+    assert one.choose(block(), LAYERS, ACCELERATOR) == ACCELERATOR
+    assert one.choose(block(10 * WEIGHTS), LAYERS, ACCELERATOR) == HOST
 
 
-def test_other_arguments_count():
-    mask = torch.empty(2, 1, 5, 1000, device=ACCELERATOR)
-    assert placement(2 * NEEDED).choose(block(), hidden(), [mask]) == HOST
+def test_recording_takes_memory_too():
+    """Blocks are recorded in eager attention, which tuning is not."""
+    one = placement(2 * SAMPLES)
+    one.called(SAMPLES // 2)
+    assert one.choose(block(), LAYERS, ACCELERATOR) == ACCELERATOR
+    one.called(SAMPLES)
+    assert one.choose(block(), LAYERS, ACCELERATOR) == HOST
 
 
-def test_blocks_that_are_recorded_together_share_the_memory():
-    """The first call of each comes before any sample takes memory."""
-    one, blocks = placement(2.5 * NEEDED), [block() for _ in range(3)]
-    assert [one.choose(x, hidden()) for x in blocks] == [ACCELERATOR, ACCELERATOR, HOST]
-    one.popped(blocks[0])
-    assert one.choose(blocks[2], hidden()) == ACCELERATOR
+def test_weights_that_are_not_there_yet_count():
+    on_host = nn.Linear(10, SAMPLES // 40, bias=False)  # float32: as large as the samples
+    one = placement(2 * SAMPLES)
+    assert one.choose(on_host, LAYERS, ACCELERATOR) == HOST
+    assert one.choose(block(SAMPLES // 4), LAYERS, ACCELERATOR) == ACCELERATOR
+
+
+def test_the_first_block_of_a_list_is_on_the_host():
+    """Those of a vision encoder have other samples."""
+    assert placement(100 * SAMPLES).choose(block(), "vision.blocks", ACCELERATOR) == HOST
+
+
+def test_blocks_that_are_tuned_together_are_on_the_host():
+    one = placement(100 * SAMPLES)
+    one.tuned([block(), block()], 0)
+    assert one.choose(block(), LAYERS, ACCELERATOR) == HOST
 
 
 @pytest.mark.parametrize(("choice", "expected"), [("none", ACCELERATOR), ("cpu", HOST)])
 def test_a_choice_is_followed(choice, expected):
-    free = 0 if choice == "none" else 100 * NEEDED
-    assert placement(free, choice).choose(block(), hidden()) == expected
+    free = 0 if choice == "none" else 100 * SAMPLES
+    assert placement(free, choice).choose(block(), LAYERS, ACCELERATOR) == expected
 
 
 def test_on_a_cpu_there_is_no_choice():
     for choice in ("auto", "none", "cpu"):
-        assert placement(1e12, choice).choose(block(), torch.empty(2, 5, 8)) == HOST
+        assert placement(1e12, choice).choose(block(), LAYERS, HOST) == HOST
 
 
-def test_an_unknown_number_of_samples_is_on_the_host():
-    one = SamplePlacement("auto", None, free=lambda device: 10**12)
-    one.tuned([block()], 0)
-    assert one.choose(block(), hidden()) == HOST
+class Asked(SamplePlacement):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__("auto")
+        self.calls: list[tuple] = []
+
+    def choose(self, block, blocks, device):
+        self.calls.append((block, blocks))
+        return HOST
+
+    def recorded(self, blocks, samples):
+        self.calls.append((blocks, samples))
 
 
-def test_the_store_asks_once_for_each_block():
+def test_the_store_asks_once_for_each_block_and_says_what_it_holds():
     """All samples of a block are in one place, also where memory becomes short meanwhile."""
-
-    class Asked(SamplePlacement):
-        def __init__(self) -> None:
-            super().__init__("auto", SAMPLES)
-            self.calls: list[tuple] = []
-
-        def choose(self, block, hidden, others=()):
-            self.calls.append((block, hidden.shape, [x.shape for x in others]))
-            return HOST
-
-        def popped(self, block):
-            self.calls.append((block, "popped"))
-
     blocks = {nn.Identity(): f"layers.{index}" for index in range(2)}
     one = Asked()
-    store = CalibrationStore(blocks, SAMPLES, one, sort=False)
+    store = CalibrationStore(blocks, None, one, sort=False)
     for block in blocks:
         for x in torch.randn(3, 2, 5, 8):
-            record_call(store, block, (x,), {"mask": torch.ones(2, 5)}, x + 1)
+            record_call(store, block, (x,), {"mask": torch.ones(1, 5)}, x + 1)
         store.pop(block)
-    assert one.calls == [
-        call for block in blocks for call in [(block, (2, 5, 8), [(2, 5)]), (block, "popped")]
-    ]
+    held = 3 * 2 * 2 * 5 * 8 * 4 + 5 * 4  # inputs and outputs; one mask, which all share
+    assert one.calls == [x for block in blocks for x in [(block, "layers"), ("layers", held)]]
 
 
 # ------------------------------------------------------------------ memory that runs out
@@ -169,7 +171,10 @@ def memory_is_short_once(monkeypatch) -> list[str]:
 def test_a_block_whose_samples_do_not_fit_is_tuned_again_from_the_host(
     monkeypatch, samples_seem_to_be_elsewhere, memory_is_short_once, log
 ):
+    moved = []
+    monkeypatch.setattr(Tuner, "move_samples", lambda tuner, device: moved.append(device))
     again = run()
+    assert moved == [torch.device("cpu", 0)]
     assert memory_is_short_once == ["out of memory"]
     (message,) = [x for x in log if "the memory of the accelerator does not hold" in x]
     assert message.startswith("WARNING model.layers.0: ")

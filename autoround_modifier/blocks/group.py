@@ -24,6 +24,7 @@ from autoround_modifier.blocks.samples import (
 )
 from autoround_modifier.errors import CalibrationError
 from autoround_modifier.host.layers import parameters_frozen
+from autoround_modifier.parallel import gathered
 
 __all__ = ["BlockGroup"]
 
@@ -99,22 +100,57 @@ class BlockGroup:
     @torch.no_grad()
     def leave_out_causal_masks(self, hidden: list[Tensor]) -> bool:
         """
-        Call the blocks without attention masks, if all samples have one that hides the future
-        alone, and the first of them gives the same without.
+        Call the blocks without attention masks, if all samples of all processes have one that hides
+        the future alone, and the shortest and the longest of them give the same without.
 
         :param hidden: (1, tokens, hidden) per sample, the input of the first block
         :return: whether they are left out
         """
         shorter = [without_causal_masks(calls) for calls in self.calls]
-        if not hidden or None in shorter:
+        found = [calls for calls in shorter if calls is not None]
+        lengths = {x.shape[1]: index for index, x in enumerate(hidden)}
+        tried = {lengths[length] for length in (min(lengths), max(lengths))} if lengths else ()
+        possible = len(found) == len(shorter) and all(
+            self._computes_the_same(found, hidden[index], index) for index in tried
+        )
+        if not all(gathered(possible)):
             return False
-        x = hidden[0].to(self.device)
-        expected, calls = self.forward(x, [0]), self.calls
-        self.calls = [found for found in shorter if found is not None]
-        difference = torch.dist(self.forward(x, [0]).float(), expected.float())
-        if difference > ROUNDING * torch.dist(expected.float(), x.float()):
+        self.calls = found
+        return True
+
+    def _computes_the_same(
+        self, other_calls: list[list[BlockCall]], hidden: Tensor, index: int
+    ) -> bool:
+        """:return: whether a sample gives the same with other arguments, but for rounding"""
+        calls = self.calls
+
+        def output() -> Tensor:  # a block may write into its input
+            return self.forward(hidden.to(self.device, copy=True), [index]).float()
+
+        expected = output()
+        try:
+            self.calls = other_calls
+            difference = torch.dist(output(), expected)
+        except CalibrationError:  # it needs what is left out
+            return False
+        finally:
             self.calls = calls
-        return self.calls is not calls
+        added = torch.dist(expected, hidden.to(self.device).float())
+        return bool(difference <= ROUNDING * added)
+
+    def move_calls(self, device: torch.device) -> None:
+        """
+        Keep the arguments of all calls on a device, and once what samples share. Those that blocks
+        write into stay where they are: a later block is known to read them by their identity.
+        """
+        if self.writes or self.written:
+            return
+        moved: dict[int, tuple[Tensor, Tensor]] = {}  # by id: the tensor, which keeps its id
+
+        def on_device(tensor: Tensor) -> Tensor:
+            return moved.setdefault(id(tensor), (tensor, tensor.to(device)))[1]
+
+        self.calls = [[call.exchanged(on_device) for call in calls] for calls in self.calls]
 
     def stackable(self, hidden: list[Tensor], samples: list[int]) -> list[list[int]]:
         """:return: the samples, those together that one call of the blocks can take"""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from loguru import logger
-from torch import Tensor, nn
+from torch import nn
 
 from autoround_modifier.device import free_memory
+from autoround_modifier.host.layers import disable_onloading
 
 __all__ = ["CHAINED", "HOST", "RECORDED", "RESERVE", "SamplePlacement"]
 
@@ -22,50 +23,39 @@ RESERVE = 0.1
 
 class SamplePlacement:
     """
-    Decides for each block where its samples are kept. What tuning takes beside them is known once a
-    group of blocks has been tuned, so the samples of the first group are on the host.
+    Decides for each block where its samples are kept. How large they are, and what recording and
+    tuning take beside them, is known from the blocks before it; so the samples of the first block
+    of a module list are on the host, and so are those of blocks that are tuned together.
 
     :param choice: ``auto``; ``none``: on the device that the block runs on; ``cpu``: on the host
-    :param num_samples: largest number that is kept of each block; None where nobody knows
-    :param free: bytes that can still be allocated on a device
+    :param free: bytes that can still be allocated on a device; None where it does not say
     """
 
     def __init__(
         self,
         choice: str = "cpu",
-        num_samples: int | None = None,
-        free: Callable[[torch.device], int] = free_memory,
+        free: Callable[[torch.device], int | None] = free_memory,
     ):
         self.choice = choice
-        self.num_samples = num_samples
         self._free = free
+        self._samples: dict[str, int] = {}  # bytes of those of the last block, by module list
         self._taken_by_tuning: float | None = None  # bytes for each weight
-        self._promised: dict[nn.Module, float] = {}
+        self._taken_by_recording = 0
 
-    def choose(
-        self, block: nn.Module, hidden: Tensor, others: Iterable[Tensor] = ()
-    ) -> torch.device:
+    def choose(self, block: nn.Module, blocks: str, device: torch.device) -> torch.device:
         """
         Called before the first sample of a block is kept.
 
-        :param hidden: the hidden states of its first call, (batch, tokens, hidden), on the device
-            that it runs on
-        :param others: tensors among the other arguments of that call
-        :return: where to keep all samples of the block
+        :param blocks: name of its module list
+        :param device: that it runs on
+        :return: where to keep all its samples
         """
         if self.choice == "none":
-            return hidden.device
-        if self.num_samples is None:
-            return HOST
-        batch = len(hidden) if hidden.ndim == 3 else 1
-        sample = (RECORDED * hidden.nbytes + sum(x.nbytes for x in others)) / batch
-        needed = self.num_samples * sample
-        device = self.where_fits(block, needed, hidden.device)
-        if device != HOST:
-            self._promised[block] = needed
-        return device
+            return device
+        needed = self._samples.get(blocks)
+        return HOST if needed is None else self.where_fits(block, needed, device)
 
-    def where_fits(self, block: nn.Module, needed: float, device: torch.device) -> torch.device:
+    def where_fits(self, block: nn.Module, needed: int, device: torch.device) -> torch.device:
         """
         :param block: that will be tuned
         :param needed: bytes of its samples
@@ -76,21 +66,35 @@ class SamplePlacement:
             return device
         if self.choice == "cpu" or device.type == "cpu" or self._taken_by_tuning is None:
             return HOST
-        needed += self._taken_by_tuning * _num_weights([block])
-        needed += sum(self._promised.values())
-        return device if needed <= (1 - RESERVE) * self._free(device) else HOST
+        free = self._free(device)
+        with disable_onloading():
+            weights = list(block.parameters())
+        tuning = self._taken_by_tuning * sum(x.numel() for x in weights)
+        needed += sum(x.nbytes for x in weights if x.device.type != device.type)
+        needed += round(max(tuning, self._taken_by_recording))
+        return HOST if free is None or needed > (1 - RESERVE) * free else device
 
-    def popped(self, block: nn.Module) -> None:
-        """The samples of a block are all there, and no more are promised."""
-        self._promised.pop(block, None)
+    def recorded(self, blocks: str, samples: int) -> None:
+        """
+        :param blocks: name of a module list, of which a block was recorded
+        :param samples: bytes of its samples
+        """
+        self._samples[blocks] = samples
+
+    def called(self, taken: int) -> None:
+        """:param taken: bytes that a call of a block took at most while it was recorded"""
+        self._taken_by_recording = max(self._taken_by_recording, taken)
 
     def tuned(self, blocks: list[nn.Module], taken: int) -> None:
         """
         :param blocks: a group that was just tuned
         :param taken: bytes that this took at most, beside samples and weights
         """
-        share = taken / max(1, _num_weights(blocks))
-        self._taken_by_tuning = max(share, self._taken_by_tuning or 0.0)
+        if len(blocks) > 1 and self.choice == "auto":
+            self.choice = "cpu"
+        with disable_onloading():
+            weights = sum(x.numel() for block in blocks for x in block.parameters())
+        self._taken_by_tuning = max(taken / max(1, weights), self._taken_by_tuning or 0.0)
 
     def give_up(self, name: str) -> None:
         """
@@ -104,7 +108,3 @@ class SamplePlacement:
             "what tuning takes. They are on the host from here on, which takes longer "
             "(`offload_device: cpu` keeps them there from the start)"
         )
-
-
-def _num_weights(blocks: list[nn.Module]) -> int:
-    return sum(parameter.numel() for block in blocks for parameter in block.parameters())

@@ -75,6 +75,10 @@ class BlockCall:
             return None
         return (str(structure), *map(_describe, leaves))
 
+    def tensors(self) -> list[Tensor]:
+        """:return: those among the arguments"""
+        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+
     def exchanged(self, instead: Callable[[Tensor], Tensor]) -> BlockCall:
         """
         :param instead: gives the tensor to use for one of the arguments; it may be the same

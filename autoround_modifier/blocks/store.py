@@ -24,6 +24,7 @@ from autoround_modifier.blocks.samples import (
     split_call,
 )
 from autoround_modifier.blocks.selection import SampleSelection
+from autoround_modifier.device import mark_memory, peak_since_mark
 from autoround_modifier.errors import NonFiniteError, RecipeError
 
 __all__ = ["BlockSamples", "CalibrationStore", "module_list", "split_by_module_list"]
@@ -69,6 +70,13 @@ class BlockSamples:
     positions: list[int] = field(default_factory=list)
     digest: bytes = b""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; of what samples share, once."""
+        tensors = [*self.inputs, *self.outputs, *(x for x in self.masks if x is not None)]
+        tensors += [x for call in self.calls for x in call.tensors()]
+        return sum({id(x): x.nbytes for x in tensors}.values())
+
 
 @dataclass
 class _Sample:
@@ -100,6 +108,7 @@ class _OpenCall:
     :ivar token_mask: (batch, tokens), bool, False for tokens that do not count; None if all count
     :ivar samples: that are kept, by their index among all of the block
     :ivar keys: of the content of all samples, where they decide which are used
+    :ivar held: bytes of the accelerator that tensors held before the block ran
     """
 
     args: tuple[Any, ...]
@@ -109,6 +118,7 @@ class _OpenCall:
     token_mask: Tensor | None
     samples: dict[int, _Sample]
     keys: list[bytes]
+    held: int = 0
 
 
 class CalibrationStore:
@@ -188,8 +198,7 @@ class CalibrationStore:
         whole = input_hidden(args, kwargs)
         assert whole is not None  # `split_call` has found it
         if block not in self._devices:
-            others = [x for x in tensors_by_place((args, kwargs)).values() if x is not whole]
-            self._devices[block] = self.placement.choose(block, whole, others)
+            self._devices[block] = self.placement.choose(block, name, whole.device)
         keep = partial(self._tensors.keep, device=self._devices[block])
         keep_equal = partial(keep, merge=True)
         ids = token_ids(whole) if decides else None
@@ -203,6 +212,7 @@ class CalibrationStore:
                 own_ids = None if ids is None else ids[row : row + 1]
                 call.keys.append(sample_key(sample.hidden, mask, own_ids))
         self._open[block] = call
+        call.held = mark_memory()
 
     @torch.no_grad()
     def leave(self, block: nn.Module, output: Any) -> None:
@@ -212,6 +222,7 @@ class CalibrationStore:
         :raises NonFiniteError: if the output holds NaN or infinity
         """
         call = self._open.pop(block)
+        self.placement.called(peak_since_mark() - call.held)
         recording = self._recordings.setdefault(block, _Recording())
         start = recording.num_samples
         outputs = as_samples(output_hidden(output))
@@ -255,7 +266,6 @@ class CalibrationStore:
             once for each sample of its module list
         """
         self._tensors.release()
-        self.placement.popped(block)
         self._devices.pop(block, None)
         recording = self._recordings.pop(block, None)
         if recording is None:
@@ -277,14 +287,13 @@ class CalibrationStore:
             result.masks.append(sample.mask)
             if sample.output is not None:
                 result.outputs.append(sample.output)
+        self.placement.recorded(name, result.nbytes)
         return result
 
     def clear(self) -> None:
         """Drop what was recorded."""
         self._open.clear()
         self._recordings.clear()
-        for block in list(self._devices):
-            self.placement.popped(block)
         self._devices.clear()
         self._tensors.release()
 

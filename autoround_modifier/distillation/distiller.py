@@ -106,8 +106,11 @@ def train_scales(
         return model_logits(model, batch.inputs, batch.recorded)
 
     def holdout_kl() -> float:
+        size = config.batch_size
+        groups = [holdout[start : start + size] for start in range(0, len(holdout), size)]
+        stacked = (x for group in groups for x in _stacked([teacher[i] for i in group]))
         with torch.no_grad():
-            sums = [divergence(student(teacher[i]), teacher[i]) for i in holdout]
+            sums = [divergence(student(batch), batch) for batch in stacked]
         return float(torch.stack(sums).sum()) / sum(teacher[i].num_positions for i in holdout)
 
     with ExitStack() as stack:

@@ -18,7 +18,7 @@ class TrainedNorm(TrainedValue):
     """
     A gain or bias in the model's dtype. One that is zero throughout has size 1.
 
-    Offloaded parameters must stay onloaded (`disable_offloading`) while this exists: the gradient
+    Offloaded parameters must stay onloaded (`weights_on_device`) while this exists: the gradient
     belongs to the tensor that the forward pass sees.
 
     :param module: has the parameter

@@ -101,22 +101,25 @@ class TrainedScale(TrainedValue):
 
 class StreamedScale(TrainedScale):
     """
-    Of a layer whose weight is brought to the device for each use. Nothing as large as the weight is
-    kept: until `finish` the layer holds what it held at first, and each use finds the integers in
-    it and multiplies them by the current scale.
+    The scale of a layer whose weight is brought to the device for each use. Until `finish` the
+    layer holds what it held at first, and each use finds the integers in it and multiplies them by
+    the current scale. Of the integers only those are kept that `finish` had to move.
     """
 
     def _keep(self, quantized: QuantizedWeight) -> None:
         self._written = False  # whether the layer holds the current scale
-        self._moved: tuple[tuple[Tensor, ...], Tensor] | None = None  # indices, first integers
+        self._writing: Tensor | None = None  # the first integers, while the layer is written to
+        self._moved: tuple[Tensor, Tensor] | None = None  # flat indices, first integers; on the CPU
 
     def _current(self) -> QuantizedWeight:
         """:return: the first integers with the current scale"""
         quantized = read_layer(self.layer, self.args)
         quantized.parts["scale"] = self.scale
-        if self._moved is not None:
-            indices, values = self._moved
-            quantized.parts["values"] = quantized.values.index_put(indices, values)
+        if self._writing is not None:
+            quantized.parts["values"] = self._writing
+        elif self._moved is not None:
+            indices, first = (x.to(quantized.values.device) for x in self._moved)
+            quantized.values.view(-1)[indices] = first
         return quantized
 
     def weight(self) -> Tensor:
@@ -128,10 +131,12 @@ class StreamedScale(TrainedScale):
     @torch.no_grad()
     def finish(self) -> int:
         quantized = self._current()
-        first = quantized.values
+        first = self._writing = quantized.values
         moved = write_back(self.layer, quantized, self.args)
-        indices = (first != quantized.values).nonzero(as_tuple=True)
-        self._moved = (indices, first[indices]) if moved else None
+        if moved:
+            (indices,) = (first != quantized.values).view(-1).nonzero(as_tuple=True)
+            self._moved = indices.cpu(), first.view(-1)[indices].cpu()
+        self._writing = None
         self._written = True
         return moved
 

@@ -101,7 +101,8 @@ class TuningFields(BaseModel):
         description="where the calibration samples of a block are kept while it is tuned: `none`, "
         "on the accelerator; `cpu`, on the host, from where each step copies its batch; `auto`, on "
         "the accelerator from the second block on, if they fit beside what tuning the first took, "
-        "else on the host. The result is the same",
+        "else on the host, as in several processes and where blocks are tuned together. The result "
+        "is the same",
     )
     min_expert_tokens: int = Field(
         default=32,

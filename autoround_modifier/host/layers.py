@@ -62,7 +62,8 @@ def offloaded_bytes(model: nn.Module) -> dict[torch.device, int]:
             cache = module._parameters
             if isinstance(cache, OffloadCache):
                 device = torch.device(cache.onload_device)
-                if cache.offload_device != device:
+                kept_on = str(cache.offload_device)
+                if kept_on.partition(":")[0] != device.type:
                     found = {id(x): x.nbytes for x in module.parameters(recurse=False)}
                     sizes.setdefault(device, {}).update(found)
     return {device: sum(found.values()) for device, found in sizes.items()}

@@ -84,6 +84,7 @@ from autoround_modifier.modifiers.validation import (
     resolve_schemes,
     warn_of_blocks_without_mask,
 )
+from autoround_modifier.parallel import is_distributed
 from autoround_modifier.progress.bar import Progress
 from autoround_modifier.progress.block_report import BlockReport
 from autoround_modifier.progress.events import (
@@ -292,7 +293,9 @@ class AutoRoundModifier(TuningSettings, PlainDataModifier, SchemeSettings):
         in_blocks = {module for block in self._blocks for module in block.modules()}
         to_record = [one for one in prepared.activations if not one.calibrated]
         if self.iters or any(one.module in in_blocks for one in to_record):
-            placement = SamplePlacement(self.offload_device, self.num_samples_used)
+            # One process that runs out of memory would leave the others waiting.
+            alone = self.offload_device != "auto" or not is_distributed()
+            placement = SamplePlacement(self.offload_device if alone else "cpu")
             self._store = CalibrationStore(self._blocks, self.num_samples_used, placement)
             num_blocks = len(self._blocks)
             steps = num_blocks * (self.iters or 0)

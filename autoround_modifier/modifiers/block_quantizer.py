@@ -20,7 +20,7 @@ from autoround_modifier.blocks.store import (
     CalibrationStore,
     split_by_module_list,
 )
-from autoround_modifier.device import allocated_memory, peak_memory, reset_peak_memory
+from autoround_modifier.device import mark_memory, peak_since_mark
 from autoround_modifier.errors import NonFiniteError, listed
 from autoround_modifier.formats import QuantizedWeight, TunedWeight
 from autoround_modifier.host.layers import Layer
@@ -109,6 +109,8 @@ class BlockQuantizer:
                 one.calls = []  # and the masks in them
         if group.writes:
             self.writers.append(name)
+        for one in samples[:-1]:
+            one.outputs = []
         for one in samples:
             one.inputs = []  # only the inputs of the quantized chain are needed from here on
 
@@ -248,8 +250,7 @@ class BlockQuantizer:
 
             return tuner.run(on_iteration)
 
-        reset_peak_memory()
-        held, result = allocated_memory(), None
+        held, result = mark_memory(), None
         try:
             result = attempt()
         except torch.OutOfMemoryError:
@@ -258,13 +259,11 @@ class BlockQuantizer:
                 raise
         if result is None:  # outside of the `except` clause, whose exception holds tensors
             placement.give_up(name)
-            for tensors in (tuner.inputs, tuner.targets):
-                tensors[:] = [x.to(HOST) for x in tensors]
+            tuner.move_samples(HOST)
             torch.accelerator.empty_cache()
-            reset_peak_memory()
-            held = allocated_memory()
+            held = mark_memory()
             result = attempt()
-        placement.tuned(blocks, peak_memory() - held)
+        placement.tuned(blocks, peak_since_mark() - held)
         return result
 
     def _layer_report(

@@ -113,7 +113,8 @@ def run_seconds(counts: ModelCounts, run: RunSettings, device: Device) -> list[Q
         add("scale distillation", operations / speed.flops)
         if distillation_streams(counts, device):
             recorded = run.distillation_samples / run.distillation_batch
-            passes = STREAMED_PASSES * run.distillation_iters + recorded
+            judged = 2 * run.distillation_holdout * recorded
+            passes = STREAMED_PASSES * run.distillation_iters + recorded + judged
             path = DISK if run.model_on_disk else COPIES
             add("scale distillation: weights", passes * counts.size / path)
     kind: Kind = "extrapolated"

@@ -47,9 +47,7 @@ def device_phases(counts: ModelCounts, run: RunSettings, device: Device) -> list
     :param device: on a CPU, what is on the device is in host memory, beside the model
     :return: phases that hold most on the device, at least one
     """
-    phases = [
-        phase for block in counts.blocks for phase in _block_phases(block, counts, run, device)
-    ]
+    phases = _all_block_phases(counts, run, device)
     if samples_on_device(counts, run, device):
         kept = Quantity("calibration samples", _kept_samples(counts, run))
         phases = [Phase(phase.name, (*phase.parts, kept)) for phase in phases]
@@ -80,9 +78,7 @@ def samples_on_device(counts: ModelCounts, run: RunSettings, device: Device) -> 
         return True
     if device.memory is None:
         return False
-    phases = [
-        phase for block in counts.blocks for phase in _block_phases(block, counts, run, device)
-    ]
+    phases = _all_block_phases(counts, run, device)
     needed = max((phase.size for phase in phases), default=0.0) + _kept_samples(counts, run)
     return needed <= (1 - RESERVE) * (device.memory - CONTEXT)
 

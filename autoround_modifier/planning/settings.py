@@ -32,6 +32,7 @@ class RunSettings:
     :ivar distillation_batch: samples in one pass of scale distillation; 0 without it
     :ivar distillation_samples: that it records
     :ivar distillation_positions: share of their positions that it records
+    :ivar distillation_holdout: share of its samples on which it is judged
     :ivar choosing_samples: on which `AutoSchemeModifier` measures; 0 without it
     """
 
@@ -52,6 +53,7 @@ class RunSettings:
     distillation_samples: int = 0
     distillation_positions: float = 1.0
     distillation_checkpointing: bool = True
+    distillation_holdout: float = 0.0
     choosing_samples: int = 0
 
 
@@ -104,6 +106,7 @@ class RecipeParts:
             distillation_samples=distiller.num_batches_used if distiller else 0,
             distillation_positions=distiller.position_fraction if distiller else 1.0,
             distillation_checkpointing=distiller.gradient_checkpointing if distiller else True,
+            distillation_holdout=distiller.holdout_fraction if distiller else 0.0,
             choosing_samples=self.chooser.num_calibration_samples if self.chooser else 0,
         )
 

@@ -36,7 +36,7 @@ Described = dict[str, dict[str, Any]]
 SAMPLED_ELEMENTS = 2**14
 QPARAM_SUFFIXES = ("_scale", "_zero_point", "_g_idx")
 # Fields of recipes that do not change the result.
-WITHOUT_EFFECT = ("checkpoint_dir", "enable_torch_compile", "engine", "mtp")
+WITHOUT_EFFECT = ("checkpoint_dir", "enable_torch_compile", "engine", "mtp", "offload_device")
 # The code that computes integers and scales. The rest of the package (lifecycle, messages, files)
 # may change between two halves of a run.
 COMPUTING_ROOMS = ("activations", "blocks", "formats", "search", "tuning")

@@ -118,6 +118,13 @@ class Tuner:
         result.errors = self._errors(result.weights)
         return result
 
+    def move_samples(self, device: torch.device) -> None:
+        """Keep all that blocks are called with, the targets and the masks on another device."""
+        self.group.move_calls(device)
+        self.inputs[:] = [x.to(device) for x in self.inputs]
+        self.targets[:] = [x.to(device) for x in self.targets]
+        self.masks[:] = [None if x is None else x.to(device) for x in self.masks]
+
     def _tune(self, on_iteration: Callable[[], None]) -> TuningResult:
         started = time.perf_counter()
         config, formats = self.config, self.formats
