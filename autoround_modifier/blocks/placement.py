@@ -9,7 +9,7 @@ from loguru import logger
 from torch import nn
 
 from autoround_modifier.device import free_memory
-from autoround_modifier.host.layers import disable_onloading
+from autoround_modifier.host.layers import stored_parameters
 
 __all__ = ["CHAINED", "HOST", "RECORDED", "RESERVE", "SamplePlacement"]
 
@@ -67,8 +67,7 @@ class SamplePlacement:
         if self.choice == "cpu" or device.type == "cpu" or self._taken_by_tuning is None:
             return HOST
         free = self._free(device)
-        with disable_onloading():
-            weights = list(block.parameters())
+        weights = stored_parameters([block])
         tuning = self._taken_by_tuning * sum(x.numel() for x in weights)
         needed += sum(x.nbytes for x in weights if x.device.type != device.type)
         needed += round(max(tuning, self._taken_by_recording))
@@ -92,8 +91,7 @@ class SamplePlacement:
         """
         if len(blocks) > 1 and self.choice == "auto":
             self.choice = "cpu"
-        with disable_onloading():
-            weights = sum(x.numel() for block in blocks for x in block.parameters())
+        weights = sum(x.numel() for x in stored_parameters(blocks))
         self._taken_by_tuning = max(taken / max(1, weights), self._taken_by_tuning or 0.0)
 
     def give_up(self, name: str) -> None:

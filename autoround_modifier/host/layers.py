@@ -32,6 +32,7 @@ __all__ = [
     "kept_onloaded",
     "offloaded_bytes",
     "parameters_frozen",
+    "stored_parameters",
     "stored_weight",
     "weight_folders",
     "write_parameter",
@@ -44,6 +45,12 @@ def stored_weight(layer: Layer) -> Tensor:
     """:return: the weight where it is kept, without moving it; for its shape, dtype or identity"""
     with disable_onloading():
         return layer.weight
+
+
+def stored_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """:return: all parameters of modules where they are kept, without moving them"""
+    with disable_onloading():
+        return [parameter for module in modules for parameter in module.parameters()]
 
 
 def write_parameter(module: nn.Module, name: str, value: Tensor) -> None:
@@ -114,8 +121,7 @@ def parameters_frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
     the device from now on take ``requires_grad`` from what is kept; copies that stay on the device
     (`disable_offloading`), from before or from now on, are frozen too, and trainable afterwards.
     """
-    with disable_onloading():
-        stored = [p for module in modules for p in module.parameters() if p.requires_grad]
+    stored = [parameter for parameter in stored_parameters(modules) if parameter.requires_grad]
     try:
         _set_trainable(stored, False)
         yield

@@ -94,10 +94,12 @@ def run_seconds(counts: ModelCounts, run: RunSettings, device: Device) -> list[Q
     def add(name: str, seconds: float) -> None:
         spent[name] = spent.get(name, 0.0) + seconds
 
+    on_device = samples_on_device(counts, run, device)
     for block in counts.blocks:
         if not block.runs_on_text:
             continue
-        for name, seconds in _block_seconds(block, counts, run, device, speed).items():
+        of_block = _block_seconds(block, counts, run, device, speed, on_device)
+        for name, seconds in of_block.items():
             add(name, block.number * seconds)
     if run.distillation_iters:
         forward = sum(
@@ -131,7 +133,12 @@ def run_seconds(counts: ModelCounts, run: RunSettings, device: Device) -> list[Q
 
 
 def _block_seconds(
-    block: BlockCounts, counts: ModelCounts, run: RunSettings, device: Device, speed: _Speed
+    block: BlockCounts,
+    counts: ModelCounts,
+    run: RunSettings,
+    device: Device,
+    speed: _Speed,
+    on_device: bool,
 ) -> dict[str, float]:
     spent: dict[str, float] = {}
     attention = block.cost.attention.of(run.length)
@@ -146,7 +153,6 @@ def _block_seconds(
         spent["scale search"] = passes * SEARCH_BYTES * block.tuned / speed.bandwidth
     if not block.tuned or not run.iters:
         return spent
-    on_device = samples_on_device(counts, run, device)
     steps = step_seconds(block, run, device, counts.hidden, counts.dtype.itemsize, on_device)
     for name, seconds in steps.items():
         spent[f"tuning: {name}"] = run.iters * seconds
